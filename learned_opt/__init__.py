@@ -1,0 +1,39 @@
+"""Learned update rules as plain Optax transforms.
+
+>>> import learned_opt
+>>> optimizer = learned_opt.load("flagship", learning_rate=1e-3)  # doctest: +SKIP
+"""
+
+import importlib
+
+from .base import LearnedOptimizer
+from .local_sgd import local_sgd
+from .reference import from_reference
+from .rules import RULES
+from .store import StoreError, available, load, load_rule, save
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "RULES",
+    "LearnedOptimizer",
+    "StoreError",
+    "available",
+    "from_reference",
+    "load",
+    "load_rule",
+    "local_sgd",
+    "save",
+    "schedules",
+    "self_tuning",
+    "unsupervised",
+]
+
+# Imported on first use: they bring in Haiku or much code that a user who only loads a rule does not need.
+_LAZY = ("schedules", "self_tuning", "unsupervised")
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

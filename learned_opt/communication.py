@@ -1,0 +1,247 @@
+"""What a synchronisation sends, and what that costs: compressed messages, byte counts and the alpha-beta model."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Message = Any  # a pytree of arrays: what one worker sends for one tensor
+
+
+class Compression(NamedTuple):
+    """A lossy code for one tensor of a worker's delta.
+
+    Attributes:
+        encode: ``array [...] -> message``, a pytree of arrays.
+        decode: ``(message, like) -> array``; ``like`` carries the tensor's shape and dtype.
+        gather: whether every worker receives all the messages (an all-gather, decoded after it), or, where messages
+            can be added as they are, only their sum (an all-reduce).
+    """
+
+    encode: Callable[[jax.Array], Message]
+    decode: Callable[[Message, Any], jax.Array]
+    gather: bool = True
+
+
+def bfloat16() -> Compression:
+    """Send bfloat16: 2 bytes an element, added on the way by an all-reduce.
+
+    Returns:
+        A :class:`Compression` with relative error at most 2^-8 an element.
+    """
+    return Compression(lambda x: x.astype(jnp.bfloat16), lambda m, like: m.astype(like.dtype), gather=False)
+
+
+def int8() -> Compression:
+    """Send 8-bit integers and one scale a tensor: q = round(127 x / max|x|), x ≈ q max|x| / 127.
+
+    Returns:
+        A :class:`Compression` with error at most max|x| / 254 an element; 1 byte an element and 4 a tensor.
+    """
+
+    def encode(x: jax.Array) -> Message:
+        scale = (jnp.max(jnp.abs(x), initial=0.0) / 127).astype(jnp.float32)
+        return jnp.round(x / jnp.where(scale > 0, scale, 1).astype(x.dtype)).astype(jnp.int8), scale
+
+    def decode(message: Message, like: Any) -> jax.Array:
+        codes, scale = message
+        return codes.astype(like.dtype) * scale.astype(like.dtype)
+
+    return Compression(encode, decode)
+
+
+def top_k(fraction: float) -> Compression:
+    """Send the largest entries by magnitude, ceil(fraction · n) of a tensor's n, with their places.
+
+    Args:
+        fraction: in (0, 1].
+
+    Returns:
+        A :class:`Compression`; 8 bytes an entry that is sent (float32 and int32).
+
+    Raises:
+        ValueError: if ``fraction`` is outside (0, 1].
+
+    Reference:
+        Stich, Cordonnier, Jaggi, "Sparsified SGD with memory", 2018.
+    """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"top_k: fraction must be in (0, 1], got {fraction}")
+
+    def encode(x: jax.Array) -> Message:
+        flat = x.reshape(-1)
+        _, places = jax.lax.top_k(jnp.abs(flat), math.ceil(fraction * flat.size))
+        return flat[places].astype(jnp.float32), places.astype(jnp.int32)
+
+    def decode(message: Message, like: Any) -> jax.Array:
+        values, places = message
+        flat = jnp.zeros(math.prod(like.shape), like.dtype)
+        return flat.at[places].set(values.astype(like.dtype)).reshape(like.shape)
+
+    return Compression(encode, decode)
+
+
+def resolve(compression: str | Compression | None) -> Compression | None:
+    """Return the :class:`Compression` that a name stands for: ``"bf16"``, ``"int8"``, or one made by the user.
+
+    Raises:
+        ValueError: if the name is unknown.
+    """
+    if compression is None or isinstance(compression, Compression):
+        return compression
+    if compression == "bf16":
+        return bfloat16()
+    if compression == "int8":
+        return int8()
+    raise ValueError(f"compression must be None, 'bf16', 'int8' or a Compression such as top_k(0.01), got {compression!r}")
+
+
+def payload_bytes(tree: Any) -> int:
+    """Return the bytes of a pytree of arrays (or of their shapes): the size of the message that they make."""
+    return sum(math.prod(jnp.shape(leaf)) * jnp.result_type(leaf).itemsize for leaf in jax.tree.leaves(tree))
+
+
+def zero_bytes() -> jax.Array:
+    """Return an empty byte counter: uint32 [2], the high and low halves of a 64-bit count (JAX has none by default)."""
+    return jnp.zeros(2, jnp.uint32)
+
+
+def add_bytes(counter: jax.Array, amount: int) -> jax.Array:
+    """Return the counter (uint32 [2]) with a Python int added, carry included."""
+    low = counter[1] + jnp.uint32(amount % 2**32)
+    return jnp.stack([counter[0] + jnp.uint32(amount // 2**32) + (low < counter[1]).astype(jnp.uint32), low])
+
+
+def total_bytes(counter: jax.Array) -> int:
+    """Return the counter (uint32 [2]) as a Python int."""
+    high, low = (int(part) for part in np.asarray(counter).reshape(-1, 2)[0])
+    return high * 2**32 + low
+
+
+class WallClock(NamedTuple):
+    """Simulated seconds of a run: floats ``compute``, ``communication`` and ``total``."""
+
+    compute: float
+    communication: float
+    total: float
+
+
+def collective_seconds(
+    message_bytes: float, *, workers: int, latency: float, bandwidth: float, collective: str = "all-reduce"
+) -> float:
+    """Return the seconds of one collective on a ring of workers, by the alpha-beta model.
+
+    all-reduce: 2 (P-1) alpha + 2 (P-1)/P · n/beta;    all-gather: (P-1) alpha + (P-1) n/beta,
+
+    for P workers, messages of n bytes, latency alpha and bandwidth beta.
+
+    Args:
+        message_bytes: n, the bytes that one worker contributes.
+        workers: P >= 1.
+        latency: alpha, seconds a message.
+        bandwidth: beta, bytes a second of one link.
+        collective: ``"all-reduce"`` or ``"all-gather"`` (what the int8 and top-k messages use).
+
+    Returns:
+        Seconds.
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Example:
+        >>> collective_seconds(1e9, workers=2, latency=0.0, bandwidth=1e9)
+        1.0
+
+    Reference:
+        Thakur, Rabenseifner, Gropp, "Optimization of collective communication operations in MPICH", 2005.
+    """
+    if workers < 1 or latency < 0 or bandwidth <= 0 or message_bytes < 0:
+        raise ValueError(
+            "collective_seconds: need workers >= 1, latency >= 0, bandwidth > 0 and message_bytes >= 0, got "
+            f"{workers}, {latency}, {bandwidth}, {message_bytes}"
+        )
+    hops = workers - 1
+    if collective == "all-reduce":
+        return 2 * hops * latency + 2 * hops / workers * message_bytes / bandwidth
+    if collective == "all-gather":
+        return hops * latency + hops * message_bytes / bandwidth
+    raise ValueError(f"collective must be 'all-reduce' or 'all-gather', got {collective!r}")
+
+
+def wall_clock(
+    *,
+    steps: int,
+    rounds: int,
+    sent_bytes: float,
+    workers: int,
+    seconds_per_step: float,
+    latency: float,
+    bandwidth: float,
+    collective: str = "all-reduce",
+) -> WallClock:
+    """Return the simulated seconds of a run that synchronised ``rounds`` times.
+
+    total = steps · seconds_per_step + Σ_rounds T(bytes / rounds), T as in :func:`collective_seconds`; workers are
+    taken to be equally fast, and communication not to overlap computation.
+
+    Args:
+        steps: local steps a worker took.
+        rounds: synchronisations.
+        sent_bytes: bytes that one worker contributed over all the rounds.
+        workers: P.
+        seconds_per_step: of one local step.
+        latency: seconds a message.
+        bandwidth: bytes a second.
+        collective: as in :func:`collective_seconds`.
+
+    Returns:
+        A :class:`WallClock`.
+
+    Example:
+        >>> wall_clock(steps=100, rounds=10, sent_bytes=1e9, workers=2, seconds_per_step=0.01, latency=0.0, bandwidth=1e9)
+        WallClock(compute=1.0, communication=1.0, total=2.0)
+    """
+    each = collective_seconds(
+        sent_bytes / max(rounds, 1), workers=workers, latency=latency, bandwidth=bandwidth, collective=collective
+    )
+    compute, communication = steps * seconds_per_step, rounds * each
+    return WallClock(compute, communication, compute + communication)
+
+
+def format_wall_clock(
+    state: Any,
+    *,
+    workers: int,
+    seconds_per_step: float,
+    latency: float,
+    bandwidth: float,
+    collective: str = "all-reduce",
+) -> str:
+    """Return a few lines to print: what a run has sent, and its simulated wall-clock on a given network.
+
+    Args:
+        state: a :class:`~learned_opt.local_sgd.LocalSGDState` (counters read to the host).
+        workers: P.
+        seconds_per_step: of one local step.
+        latency: seconds a message.
+        bandwidth: bytes a second.
+        collective: as in :func:`collective_seconds`.
+
+    Returns:
+        Text; the last line compares with synchronising after every step.
+    """
+    steps, rounds, sent = int(state.step), int(state.round), total_bytes(state.bytes)
+    network = {"workers": workers, "seconds_per_step": seconds_per_step, "latency": latency, "bandwidth": bandwidth}
+    run = wall_clock(steps=steps, rounds=rounds, sent_bytes=sent, collective=collective, **network)  # type: ignore[arg-type]
+    each = sent / max(rounds, 1)
+    every = wall_clock(steps=steps, rounds=steps, sent_bytes=each * steps, collective=collective, **network)  # type: ignore[arg-type]
+    return (
+        f"{steps} steps, {rounds} rounds, {sent:,} bytes a worker ({each:,.0f} a round), "
+        f"{int(state.since_sync)} steps since the last\n"
+        f"compute {run.compute:.3g} s + communication {run.communication:.3g} s = {run.total:.3g} s "
+        f"({workers} workers, latency {latency:.3g} s, {bandwidth:.3g} bytes/s, {collective})\n"
+        f"synchronising every step: {every.total:.3g} s ({every.total / max(run.total, 1e-30):.2f} times)"
+    )

@@ -1,0 +1,136 @@
+"""What learned rules see of a tensor: accumulators, factored second moments, clean gradients.
+
+All of it is per tensor and element-wise or a reduction over axes; nothing is ever concatenated into an
+``[elements, features]`` array. A feature that is constant along an axis keeps that axis with size one.
+"""
+
+import math
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Saved rules record it. Raise it when a change here makes trained weights mean something else.
+VERSION = 1
+
+Tree = Any
+T = TypeVar("T")
+
+
+def compute_dtype(dtype) -> jnp.dtype:
+    """The dtype that a rule computes in: that of the parameters, and float32 at least.
+
+    >>> compute_dtype(jnp.bfloat16)
+    dtype('float32')
+    """
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def check_params(params: Tree) -> None:
+    """Refuse parameters that no gradient descent can move.
+
+    Raises:
+        ValueError: naming the first leaf that is not of a real floating dtype.
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(
+                f"learned rules update real floating-point parameters, but params{jax.tree_util.keystr(path)} is {dtype}: "
+                "leave it out with optax.masked or optax.multi_transform"
+            )
+
+
+def clean(gradient: jax.Array, limit: float, dtype) -> jax.Array:
+    """The gradient as ``dtype``, non-finite entries counted as 0, the others clipped to ``[-limit, limit]``."""
+    g = gradient.astype(dtype)
+    return jnp.where(jnp.isfinite(g), jnp.clip(g, -limit, limit), jnp.zeros((), dtype))
+
+
+def ema(old: jax.Array, new: jax.Array, decay) -> jax.Array:
+    """Exponential moving average ``b old + (1 - b) new``, in the dtype of ``new``; no bias correction.
+
+    ``1 - b`` is taken in that dtype: from the rounded decay, so that the two weights add up to one.
+    """
+    b = jnp.asarray(decay, new.dtype)
+    return b * old.astype(new.dtype) + (1 - b) * new
+
+
+def factored_axes(shape: tuple[int, ...]) -> tuple[int, int] | None:
+    """The two axes ``(d1, d0)`` of a factored second moment: the second largest and the largest.
+
+    Equal sizes keep their order, the later axis being ``d0``. ``None`` below rank 2, where nothing is factored.
+
+    >>> factored_axes((3, 3, 64, 32))
+    (3, 2)
+    """
+    if len(shape) < 2:
+        return None
+    order = np.argsort(np.asarray(shape), kind="stable")
+    return int(order[-2]), int(order[-1])
+
+
+def factored_init(shape: tuple[int, ...], count: int, dtype) -> tuple[jax.Array, jax.Array]:
+    """Zero factored second moments of a tensor, for ``count`` decays.
+
+    Returns:
+        ``(row, col)``. For rank >= 2 these are ``[count, *shape]`` with the axis ``d0`` (``d1`` for ``col``) of size one;
+        below, ``row`` is the whole second moment ``[count, *shape]`` and ``col`` an unused ``[1]``.
+    """
+    axes = factored_axes(shape)
+    if axes is None:
+        return jnp.zeros((count, *shape), dtype), jnp.zeros((1,), dtype)
+    d1, d0 = axes
+    row = tuple(1 if i == d0 else n for i, n in enumerate(shape))
+    col = tuple(1 if i == d1 else n for i, n in enumerate(shape))
+    return jnp.zeros((count, *row), dtype), jnp.zeros((count, *col), dtype)
+
+
+def per_decay(decays, rank: int, dtype) -> jax.Array:
+    """Decays ``[k]`` shaped ``[k, 1, ..., 1]`` to go with a stack of ``k`` tensors of ``rank``."""
+    return jnp.reshape(jnp.asarray(decays, dtype), (-1, *(1,) * rank))
+
+
+def factored_update(row: jax.Array, col: jax.Array, g: jax.Array, decays) -> tuple[jax.Array, jax.Array]:
+    """Factored second moments after the gradient ``g`` (Shazeer & Stern 2018, arXiv:1804.04235).
+
+    ``vrow <- c vrow + (1 - c) mean_d0(g^2 + 1e-30)``, likewise ``vcol`` over ``d1``; below rank 2 the whole
+    ``v <- c v + (1 - c) (g^2 + 1e-30)``.
+
+    Args:
+        row, col: as :func:`factored_init` made them, any float dtype.
+        g: the gradient ``[*shape]``; its dtype is that of the result.
+        decays: ``[k]`` in ``[0, 1]``.
+    """
+    square = g * g + jnp.asarray(1e-30, g.dtype)
+    axes = factored_axes(g.shape)
+    b = per_decay(decays, g.ndim, g.dtype)
+    if axes is None:
+        return b * row.astype(g.dtype) + (1 - b) * square[None], col.astype(g.dtype)
+    d1, d0 = axes
+    row = b * row.astype(g.dtype) + (1 - b) * jnp.mean(square, d0, keepdims=True)[None]
+    col = b * col.astype(g.dtype) + (1 - b) * jnp.mean(square, d1, keepdims=True)[None]
+    return row, col
+
+
+def factored_scales(row: jax.Array, col: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """``(R, C)`` such that ``g R_k C_k`` is the gradient preconditioned by the k-th factored second moment.
+
+    ``R = rsqrt(max(vrow / (mean_d1(vrow) + 1e-9), 1e-9))``, ``C = rsqrt(max(vcol, 1e-9))``; for rank >= 2 only.
+    """
+    axes = factored_axes(shape)
+    assert axes is not None
+    mean = jnp.mean(row, axes[0] + 1, keepdims=True)
+    R = jax.lax.rsqrt(jnp.maximum(row / (mean + 1e-9), 1e-9))
+    return R, jax.lax.rsqrt(jnp.maximum(col, 1e-9))
+
+
+def unit_rms(x: jax.Array, eps: float, axes: tuple[int, ...]) -> jax.Array:
+    """``x rsqrt(eps + mean(x^2))`` over ``axes``."""
+    return x * jax.lax.rsqrt(eps + jnp.mean(x * x, axes, keepdims=True))
+
+
+def truncated_normal(key: jax.Array, shape: tuple[int, ...], fan_in: int) -> jax.Array:
+    """Initial weights of a linear layer: truncated normal, standard deviation ``1 / sqrt(fan_in)``."""
+    return jax.random.truncated_normal(key, -2.0, 2.0, shape) / math.sqrt(fan_in)

@@ -1,0 +1,195 @@
+"""Several processes: a watchdog against a stuck peer, and the anchor in a file to restart from."""
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from .transform import REPLICATED, LocalSGDState
+
+FORMAT = "learned-opt anchor 1"
+STUCK_EXIT_CODE = 75  # EX_TEMPFAIL: trying again may help
+
+
+class Watchdog:
+    """End this process, with a message, when a round takes too long: a stuck peer blocks a collective for ever.
+
+    A collective cannot be cancelled from Python, so the process exits (code 75, no cleanup) and is to be started again from
+    the last anchor.
+
+    Args:
+        timeout: seconds that a round may take.
+        first: seconds until the first :meth:`beat`, for compilation; ``timeout`` if None.
+        on_stuck: called with the message in place of printing it and exiting.
+
+    Raises:
+        ValueError: if a time is not positive.
+
+    Example:
+        >>> with Watchdog(timeout=60.0, first=600.0) as watchdog:
+        ...     for _ in range(3):
+        ...         pass  # a round, and jax.block_until_ready on its result
+        ...         watchdog.beat()
+    """
+
+    def __init__(
+        self, timeout: float, *, first: float | None = None, on_stuck: Callable[[str], Any] | None = None
+    ) -> None:
+        first = timeout if first is None else first
+        if not timeout > 0 or not first > 0:
+            raise ValueError(f"Watchdog: timeout and first must be positive seconds, got {timeout} and {first}")
+        self._timeout, self._allowed, self._on_stuck = timeout, first, on_stuck
+        self._beats, self._last = 0, time.monotonic()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="local-sgd-watchdog", daemon=True)
+
+    def beat(self) -> None:
+        """Say that a round has finished."""
+        self._beats, self._last, self._allowed = self._beats + 1, time.monotonic(), self._timeout
+
+    def __enter__(self) -> "Watchdog":
+        self._last = time.monotonic()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+
+    def _watch(self) -> None:
+        while not self._stop.is_set():
+            left = self._last + self._allowed - time.monotonic()
+            if left <= 0:
+                message = (
+                    f"local SGD watchdog: no round finished within {self._allowed:g} s (rounds so far: {self._beats}); a "
+                    "peer is stuck or gone. Start again from the last anchor, on any number of workers."
+                )
+                if self._on_stuck is not None:
+                    self._on_stuck(message)
+                    return
+                print(message, file=sys.stderr, flush=True)
+                os._exit(STUCK_EXIT_CODE)
+            self._stop.wait(min(left, 0.5))
+
+
+def save_anchor(path: str | os.PathLike[str], state: LocalSGDState, metadata: Mapping[str, Any] | None = None) -> None:
+    """Write what all workers share (anchor, outer state, counters, statistics) to one safetensors file, atomically.
+
+    One process calls it, at any time: what is written is the last synchronisation's. Each worker's inner state is its
+    own, see :func:`save_tree`.
+
+    Args:
+        path: of the file; written beside and renamed.
+        state: the transform's state, one copy of the replicated parts.
+        metadata: a dict that JSON can hold, given back by :func:`load_anchor`.
+    """
+    shared = {name: getattr(state, name) for name in REPLICATED}
+    shared["step"] = state.step - state.since_sync
+    shared["since_sync"] = jnp.zeros_like(state.since_sync)
+    save_tree(path, shared, metadata)
+
+
+def load_anchor(path: str | os.PathLike[str], state: LocalSGDState) -> tuple[LocalSGDState, dict[str, Any]]:
+    """Read an anchor back into a fresh state, for any number of workers.
+
+    Args:
+        path: a file of :func:`save_anchor`.
+        state: of ``init`` with the same transform and parameters of the same shapes; gives the tree, and what is each
+            worker's own (inner state, compression error), which starts afresh.
+
+    Returns:
+        ``(state, metadata)``; the parameters of every worker are ``state.anchor``.
+
+    Raises:
+        ValueError: if the file is damaged, or is of other parameters or another outer transform.
+        FileNotFoundError: if there is none.
+    """
+    shared, metadata = load_tree(path, {name: getattr(state, name) for name in REPLICATED})
+    return state._replace(**shared), metadata
+
+
+def save_tree(path: str | os.PathLike[str], tree: Any, metadata: Mapping[str, Any] | None = None) -> None:
+    """Write a pytree of arrays to a safetensors file, atomically: beside it, synced to disk, then renamed.
+
+    Args:
+        path: of the file.
+        tree: arrays, numbers and PRNG keys at the leaves.
+        metadata: a dict that JSON can hold.
+    """
+    arrays = {name: np.ascontiguousarray(_as_numpy(leaf)) for name, leaf in _named(tree)}
+    header = {"format": FORMAT, "metadata": json.dumps(dict(metadata or {}))}
+    data = safetensors.numpy.save(arrays, header)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(beside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def load_tree(path: str | os.PathLike[str], like: Any) -> tuple[Any, dict[str, Any]]:
+    """Read a pytree of arrays that :func:`save_tree` wrote.
+
+    Args:
+        path: of the file.
+        like: a pytree with the same structure, shapes and dtypes.
+
+    Returns:
+        ``(tree, metadata)``.
+
+    Raises:
+        ValueError: if the file is damaged or does not match ``like``.
+        FileNotFoundError: if there is none.
+    """
+    try:
+        with safetensors.safe_open(os.fspath(path), framework="numpy") as file:
+            header = file.metadata() or {}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is damaged or no safetensors file ({error}); use an earlier one") from None
+    if header.get("format") != FORMAT:
+        raise ValueError(f"{path} has format {header.get('format')!r}, this version reads {FORMAT!r}")
+    named = _named(like)
+    wanted = {name: _as_numpy(leaf) for name, leaf in named}
+    if missing := sorted(wanted.keys() ^ arrays.keys()):
+        raise ValueError(f"{path} is of another tree (parameters or transform): it differs at {missing[0]}")
+    for name, leaf in wanted.items():
+        if (leaf.shape, leaf.dtype) != (arrays[name].shape, arrays[name].dtype):
+            raise ValueError(
+                f"{path}: {name} is {arrays[name].dtype}{list(arrays[name].shape)}, wanted {leaf.dtype}{list(leaf.shape)}"
+            )
+    leaves = [_from_numpy(arrays[name], leaf) for name, leaf in named]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves), json.loads(header["metadata"])
+
+
+def _named(tree: Any) -> list[tuple[str, Any]]:
+    return [(jax.tree_util.keystr(path) or "/", leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]]
+
+
+def _is_key(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _as_numpy(leaf: Any) -> np.ndarray:
+    return np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
+
+
+def _from_numpy(array: np.ndarray, leaf: Any) -> jax.Array:
+    return jax.random.wrap_key_data(array, impl=jax.random.key_impl(leaf)) if _is_key(leaf) else jnp.asarray(array)

@@ -1,0 +1,447 @@
+"""Local SGD as an Optax transform: workers step alone, and meet every ``sync_every`` steps."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from .. import communication, schedules
+
+Params = Any
+Mean = Callable[[Any], Any]
+InnerPolicy = Callable[[Any, Mean, Params], Any]
+
+
+class LocalSGDState(NamedTuple):
+    """State of :func:`local_sgd`. Scalars but for the trees; the first eight fields are equal on all workers.
+
+    Attributes:
+        step: int32, local steps taken.
+        round: int32, synchronisations done.
+        since_sync: int32, steps since the last one.
+        period: int32, the steps that the present round will take; fixed when the round starts.
+        bytes: uint32 [2], what one worker has contributed to collectives; see ``communication.total_bytes``.
+        statistics: :class:`~learned_opt.schedules.Statistics` of the last round.
+        anchor: the parameters as last synchronised.
+        outer: state of the outer transform (a tuple of one state a fragment where there are several).
+        inner: state of the worker's inner transform.
+        error: what compression has left unsent, the params' tree in float32 or wider (``()`` without compression).
+        value_sum: float, sum of the round's ``value=`` so far.
+    """
+
+    step: jax.Array
+    round: jax.Array
+    since_sync: jax.Array
+    period: jax.Array
+    bytes: jax.Array
+    statistics: schedules.Statistics
+    anchor: Params
+    outer: Any
+    inner: Any
+    error: Any
+    value_sum: jax.Array
+
+
+REPLICATED = LocalSGDState._fields[:8]
+
+INNER_POLICIES: dict[str, InnerPolicy] = {
+    "keep": lambda state, mean, params: state,
+    "average": lambda state, mean, params: mean(state),
+}
+
+
+def local_sgd(
+    inner: optax.GradientTransformation,
+    outer: optax.GradientTransformation | None = None,
+    *,
+    sync_every: int | jax.Array | schedules.SyncSchedule,
+    axis_name: str | tuple[str, ...] = "workers",
+    inner_state: str | InnerPolicy = "keep",
+    compression: str | communication.Compression | None = None,
+    error_feedback: bool = True,
+    fragments: int | Any = 1,
+    statistic: Callable[[Params], Any] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Let every worker step alone with ``inner``, and apply ``outer`` to the mean of what they did every H steps.
+
+    Worker i steps from the anchor x_0 for H local steps, x_i <- x_i + inner(grad_i). Then
+
+    .. math:: d = \sum_i w_i (x_0 - x_i) / \sum_i w_i, \qquad x_0 \leftarrow x_0 + \mathrm{outer}(d), \qquad x_i = x_0
+
+    so that ``d`` takes a gradient's place in ``outer``. ``outer=None`` is plain averaging, equal to
+    ``optax.sgd(1.0)``; ``optax.sgd(0.7, momentum=0.9, nesterov=True)`` is DiLoCo's; ``optax.sgd(alpha, momentum=beta)``
+    is SlowMo's for a constant inner step; ``optax.adam`` and learned rules are as good. Workers are the lanes of
+    ``vmap(axis_name=...)`` or the devices of a ``shard_map`` axis; collectives run at synchronisations only.
+
+    It must be outermost (last in an ``optax.chain``): the update it emits at a synchronisation puts every worker on
+    the anchor, which a later transform would undo. :func:`~learned_opt.local_sgd.worker_axes` refuses other places.
+
+    Args:
+        inner: a worker's own transform; it gets every extra argument of ``update`` as it is.
+        outer: the transform of the mean delta. If it takes extra arguments it gets those of ``update`` at the
+            synchronising step, arrays of floats (such as ``value=``) averaged over the workers, the rest as they are.
+        sync_every: steps a round, H >= 1: an int (or int32 scalar), or a schedule of (round, step, statistics), see
+            :mod:`learned_opt.schedules`. It is read when a round starts and must be equal on all workers.
+        axis_name: the mapped axis of the workers, or a tuple of axes.
+        inner_state: what becomes of the inner state at a synchronisation. ``"keep"``: nothing. ``"average"``: floating
+            leaves are averaged, counters, keys and flags kept. ``"reset"``: ``inner.init`` at the new anchor, counters
+            too. Or a function ``(inner_state, mean, anchor) -> inner_state``, ``mean(tree)`` averaging as above.
+        compression: of the delta: ``None``, ``"bf16"``, ``"int8"`` or a ``communication.Compression``.
+        error_feedback: whether what compression drops is added to the worker's next delta.
+        fragments: 1: all parameters at every synchronisation. n > 1: the leaves are dealt into n fragments of similar
+            size, and synchronisation r moves fragment r mod n alone, so that a parameter's own delay is n H. Or a
+            pytree of ints 0..n-1, one for each leaf of the parameters.
+        statistic: ``anchor -> pytree`` of arrays, evaluated after every synchronisation, for schedules to read at
+            ``statistics.custom``.
+
+    Returns:
+        An Optax transform with state :class:`LocalSGDState`. ``update(grads, state, params, *, worker_weight=None,
+        **extra_args)``: ``worker_weight``, a scalar >= 0, is the worker's w_i (default 1); a worker of weight 0
+        counts for nothing, whatever its values, and takes the others' anchor. If all weights are 0 the anchor stays.
+        Updates are in float32 or wider, so that low-precision parameters land on the anchor exactly; parameters in
+        float32 land within rounding of it, and the rounding does not accumulate.
+
+    Raises:
+        ValueError: at construction if ``sync_every < 1`` or an option is unknown; while tracing, before any step runs,
+            if the axis does not exist, ``params`` are missing, or a replicated part of the state or the schedule
+            differs across devices (as far as ``shard_map`` with ``check_vma=True`` tells; without it, devices agree on the
+            longest period).
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> from learned_opt.local_sgd import local_sgd, map_workers, spread_workers, worker_axes
+        >>> opt = local_sgd(optax.sgd(0.1), optax.sgd(0.7, momentum=0.9, nesterov=True), sync_every=4)
+        >>> params = jnp.zeros(3)
+        >>> state = opt.init(params)
+        >>> axes = worker_axes(state)
+        >>> def step(params, state, target):
+        ...     grads = params - target
+        ...     updates, state = opt.update(grads, state, params)
+        ...     return optax.apply_updates(params, updates), state
+        >>> step = jax.jit(map_workers(step, in_axes=(0, axes, 0), out_axes=(0, axes)))
+        >>> params, state = spread_workers(params, 2), spread_workers(state, 2, axes)
+        >>> for _ in range(8):
+        ...     params, state = step(params, state, jnp.array([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0]]))
+        >>> int(state.round), bool(jnp.allclose(params[0], params[1]))
+        (2, True)
+
+    Reference:
+        Stich, "Local SGD converges fast and communicates little", 2019; Wang et al., "SlowMo", 2020; Douillard et al.,
+        "DiLoCo", 2023, and "Streaming DiLoCo", 2025; Karimireddy et al., "Error feedback fixes SignSGD", 2019.
+    """
+    schedule, constant = _schedule(sync_every)
+    axes = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+    if not axes or not all(isinstance(name, str) for name in axes):
+        raise ValueError(f"axis_name must be a name or a tuple of names, got {axis_name!r}")
+    code = communication.resolve(compression)
+    policies = INNER_POLICIES | {"reset": lambda state, mean, params: inner.init(params)}
+    if not callable(inner_state) and inner_state not in policies:
+        raise ValueError(f"inner_state must be one of {sorted(policies)} or a function, got {inner_state!r}")
+    if inner_state in ("average", "reset") and fragments != 1:
+        raise ValueError(f"inner_state={inner_state!r} concerns all parameters at once: with fragments use 'keep' or a function")
+    policy = inner_state if callable(inner_state) else policies[inner_state]
+    if isinstance(fragments, int) and fragments < 1:
+        raise ValueError(f"fragments must be at least 1, got {fragments}")
+
+    outer_wants_args = isinstance(outer, optax.GradientTransformationExtraArgs)
+    inner = optax.with_extra_args_support(inner)
+    step_outer = optax.with_extra_args_support(optax.scale(-1.0) if outer is None else outer)
+
+    def next_period(round_: jax.Array, step: jax.Array, statistics: schedules.Statistics) -> jax.Array:
+        period = jnp.asarray(schedule(round_, step, statistics))
+        if period.shape or not jnp.issubdtype(period.dtype, jnp.number):
+            raise ValueError(f"sync_every: a schedule must return one number, got {period.dtype}{list(period.shape)}")
+        if not isinstance(period, jax.core.Tracer) and period < 1:
+            raise ValueError(f"sync_every must be at least 1, got {period} for round {round_}")
+        return jnp.maximum(period, 1).astype(jnp.int32)
+
+    def init(params: Params) -> LocalSGDState:
+        zero, nan = jnp.zeros((), jnp.int32), jnp.full((), jnp.nan, jnp.result_type(float))
+        labels, count = _fragment_labels(fragments, params)
+        parts = [_pick(params, labels, part) for part in range(count)]
+        statistics = schedules.Statistics(nan, nan, nan, nan, statistic(params) if statistic else ())
+        return LocalSGDState(
+            step=zero,
+            round=zero,
+            since_sync=zero,
+            period=next_period(zero, zero, statistics),
+            bytes=communication.zero_bytes(),
+            statistics=statistics,
+            anchor=jax.tree.map(jnp.array, params),
+            outer=step_outer.init(params) if count == 1 else tuple(step_outer.init(part) for part in parts),
+            inner=inner.init(params),
+            error=jax.tree.map(lambda p: jnp.zeros(p.shape, _wide(p)), params) if code and error_feedback else (),
+            value_sum=jnp.zeros(()),
+        )
+
+    def update(
+        grads: Any, state: LocalSGDState, params: Params = None, *, worker_weight: Any = None, **extra: Any
+    ) -> tuple[Any, LocalSGDState]:
+        if params is None:
+            raise ValueError("local_sgd: update needs params: opt.update(grads, state, params)")
+        tracked = _tracked_axes(axes)
+        _check_replicated(state, tracked)
+        local, inner_new = inner.update(grads, state.inner, params, **extra)
+        local = jax.tree.map(lambda u, p: u.astype(_wide(p)), local, params)
+        value_sum = state.value_sum + jnp.asarray(extra.get("value", 0.0), state.value_sum.dtype)
+        state = state._replace(
+            step=state.step + 1, since_sync=state.since_sync + 1, inner=inner_new, value_sum=value_sum
+        )
+        labels, count = _fragment_labels(fragments, params)
+
+        def carry_on() -> tuple[Any, LocalSGDState]:
+            return _vary(local, tracked), _vary_workers(state, tracked)
+
+        def synchronise(part: int) -> tuple[Any, LocalSGDState]:
+            sent: list[int] = []
+            weight = None if worker_weight is None else jnp.asarray(worker_weight, state.value_sum.dtype)
+            send = _Sum(axes, weight, sent)
+            anchor = _pick(state.anchor, labels, part)
+            deltas = jax.tree.map(
+                lambda a, p, u: a.astype(_wide(p)) - (p.astype(_wide(p)) + u),
+                *(anchor, _pick(params, labels, part), _pick(local, labels, part)),
+            )
+
+            value = state.value_sum / state.since_sync if "value" in extra else jnp.full_like(state.value_sum, jnp.nan)
+            size = optax.tree.norm(deltas, squared=True).astype(state.value_sum.dtype)
+            total, scalars = send.scalars(jnp.stack([value, size]))
+
+            if code is None:
+                mean, error = send.mean(deltas, total), state.error
+            else:
+                mean, left = send.compressed_mean(
+                    deltas, _pick(state.error, labels, part) if error_feedback else None, code, total
+                )
+                error = _merge(state.error, left) if error_feedback else ()
+
+            outer_extra = send.mean(extra, total) if outer_wants_args else {}
+            outer_old = state.outer if count == 1 else state.outer[part]
+            delta = jax.tree.map(lambda d, a: d.astype(a.dtype), mean, anchor)
+            outward, outer_new = step_outer.update(delta, outer_old, anchor, **outer_extra)
+            anchor_new = optax.apply_updates(anchor, outward)
+            if weight is not None:  # with nobody left there is nothing to learn from
+                anchor_new, outer_new = jax.tree.map(
+                    lambda new, old: jnp.where(total > 0, new, old), (anchor_new, outer_new), (anchor, outer_old)
+                )
+
+            whole = _merge(state.anchor, anchor_new)
+            landing = jax.tree.map(
+                lambda a, p: a.astype(_wide(p)) - p.astype(_wide(p)), anchor_new, _pick(params, labels, part)
+            )
+            first = jnp.where(jnp.isnan(state.statistics.first_value), scalars[0], state.statistics.first_value)
+            statistics = schedules.Statistics(
+                value=scalars[0],
+                first_value=first,
+                delta_sq=optax.tree.norm(mean, squared=True).astype(size.dtype),
+                worker_sq=scalars[1],
+                custom=statistic(whole) if statistic else (),
+            )
+            inner_next = policy(state.inner, lambda tree: send.mean(tree, total), whole)
+            period = next_period(state.round + 1, state.step, statistics)
+            if tracked & _varying(period):
+                raise ValueError(
+                    "sync_every: the schedule's answer differs across workers; let it read its arguments (round, step, "
+                    "statistics) and replicated values alone"
+                )
+            if not constant and not tracked:  # nothing proves them equal: a worker that disagreed would hang the rest
+                period = jax.lax.pmax(period, axes)
+                sent.append(period.dtype.itemsize)
+            return _vary(_merge(local, landing), tracked), _vary_workers(
+                state._replace(
+                    round=state.round + 1,
+                    since_sync=jnp.zeros_like(state.since_sync),
+                    period=period,
+                    bytes=communication.add_bytes(state.bytes, sum(sent)),
+                    statistics=statistics,
+                    anchor=whole,
+                    outer=outer_new
+                    if count == 1
+                    else tuple(outer_new if i == part else o for i, o in enumerate(state.outer)),
+                    inner=inner_next,
+                    error=error,
+                    value_sum=jnp.zeros_like(state.value_sum),
+                ),
+                tracked,
+            )
+
+        due = state.since_sync >= state.period
+        if count == 1:
+            return jax.lax.cond(due, lambda: synchronise(0), carry_on)
+        branches = [carry_on, *(lambda part=part: synchronise(part) for part in range(count))]
+        return jax.lax.switch(jnp.where(due, 1 + state.round % count, 0), branches)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+class _Sum(NamedTuple):
+    """Weighted means over the workers; what each one contributes is noted in ``sent``."""
+
+    axes: tuple[str, ...]
+    weight: jax.Array | None
+    sent: list[int]
+
+    def scalars(self, values: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return the total weight and the weighted means of a vector, in one small all-reduce."""
+        if self.weight is None:
+            total = jnp.asarray(_axis_size(self.axes), values.dtype)
+            return total, self._psum(values) / total
+        alive = jnp.where(self.weight > 0, self.weight * values, 0)
+        summed = self._psum(jnp.concatenate([self.weight[None], alive]))
+        return summed[0], summed[1:] / jnp.where(summed[0] > 0, summed[0], 1)
+
+    def mean(self, tree: Any, total: jax.Array) -> Any:
+        """Average floating arrays over the workers; anything else is returned as it is."""
+
+        def one(x: Any) -> Any:
+            if not _is_float(x):
+                return x
+            x = jnp.asarray(x)
+            return (self._psum(self._weigh(x.astype(_wide(x)))) / self._divisor(total, _wide(x))).astype(x.dtype)
+
+        return jax.tree.map(one, tree)
+
+    def compressed_mean(
+        self, deltas: Any, error: Any, code: communication.Compression, total: jax.Array
+    ) -> tuple[Any, Any]:
+        """Return the mean of the deltas (and of what was left unsent before) as decoded, and what is now left."""
+
+        def one(delta: jax.Array, left: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+            wanted = delta if left is None else delta + left
+            if self.weight is not None:
+                wanted = jnp.where(self.weight > 0, wanted, 0)
+            like = jax.ShapeDtypeStruct(delta.shape, delta.dtype)
+            message = code.encode(self._weigh(wanted))
+            mine = code.decode(message, like)
+            if code.gather:
+                summed = self._gather_sum(message, lambda m: code.decode(m, like))
+            else:
+                summed = code.decode(jax.tree.map(self._psum, message), like)
+            if left is None:
+                unsent = delta
+            elif self.weight is None:
+                unsent = wanted - mine
+            else:
+                weight = self.weight.astype(delta.dtype)
+                unsent = jnp.where(weight > 0, wanted - mine / jnp.where(weight > 0, weight, 1), left)
+            return summed / self._divisor(total, delta.dtype), unsent
+
+        leaves, treedef = jax.tree.flatten(deltas)
+        pairs = [one(*pair) for pair in zip(leaves, treedef.flatten_up_to(error) if error is not None else [None] * len(leaves), strict=True)]
+        return treedef.unflatten([mean for mean, _ in pairs]), treedef.unflatten([left for _, left in pairs])
+
+    def _weigh(self, x: jax.Array) -> jax.Array:
+        if self.weight is None:
+            return x
+        return jnp.where(self.weight > 0, self.weight.astype(x.dtype) * x, 0)  # a dead worker's NaN stays its own
+
+    def _divisor(self, total: jax.Array, dtype: Any) -> jax.Array:
+        return jnp.where(total > 0, total, 1).astype(dtype)
+
+    def _psum(self, x: jax.Array) -> jax.Array:
+        self.sent.append(communication.payload_bytes(x))
+        return jax.lax.psum(x, self.axes)
+
+    def _gather_sum(self, message: Any, decode: Callable[[Any], jax.Array]) -> jax.Array:
+        self.sent.append(communication.payload_bytes(message))
+        for name in self.axes:
+            kind = "invarying" if _tracked_axes((name,)) else "varying"
+            message = jax.tree.map(lambda x, name=name, kind=kind: jax.lax.all_gather(x, name, to=kind), message)
+            decode = lambda many, decode=decode: jnp.sum(jax.vmap(decode)(many), axis=0)  # noqa: E731
+        return decode(message)
+
+
+def _schedule(sync_every: Any) -> tuple[schedules.SyncSchedule, bool]:
+    """Return the schedule that ``sync_every`` stands for, and whether it is a constant."""
+    if callable(sync_every):
+        return sync_every, False
+    return schedules.constant(sync_every), True
+
+
+def _is_float(x: Any) -> bool:
+    return isinstance(x, (jax.Array, float)) and not isinstance(x, bool) and jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+
+
+def _wide(x: jax.Array) -> Any:
+    """Return the dtype in which x is summed: float32 or wider."""
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def _axis_size(axes: tuple[str, ...]) -> int:
+    return math.prod(jax.lax.axis_size(name) for name in axes)
+
+
+def _varying(x: Any) -> frozenset[str]:
+    """Return the manual mesh axes along which shard_map takes x to differ."""
+    return jax.typeof(x).manual_axis_type.varying
+
+
+def _tracked_axes(axes: tuple[str, ...]) -> frozenset[str]:
+    """Return the axes on which shard_map tracks what differs; under vmap or without check_vma, none."""
+    try:
+        return frozenset(name for name in axes if name in _varying(jax.lax.axis_index(name)))
+    except NameError:
+        raise ValueError(
+            f"local_sgd: no axis {' × '.join(axes)!r} here; call update inside jax.vmap(..., axis_name=...) or "
+            "jax.shard_map over a mesh with that axis (map_workers does either), or pass the axis_name you use"
+        ) from None
+
+
+def _check_replicated(state: LocalSGDState, tracked: frozenset[str]) -> None:
+    for name in REPLICATED:
+        if any(tracked & _varying(leaf) for leaf in jax.tree.leaves(getattr(state, name))):
+            raise ValueError(
+                f"local_sgd: state.{name} differs across workers, so they would not meet; pass the state with the "
+                "specs of worker_specs(state), from one init before the map"
+            )
+
+
+def _vary(tree: Any, tracked: frozenset[str]) -> Any:
+    """Mark every leaf as differing across the workers, so that both branches of a cond agree."""
+
+    def one(x: jax.Array) -> jax.Array:
+        missing = tuple(name for name in tracked if name not in _varying(x))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(one, tree)
+
+
+def _vary_workers(state: LocalSGDState, tracked: frozenset[str]) -> LocalSGDState:
+    own = {name: _vary(getattr(state, name), tracked) for name in LocalSGDState._fields if name not in REPLICATED}
+    return state._replace(**own)
+
+
+def _fragment_labels(fragments: int | Any, params: Params) -> tuple[list[int] | None, int]:
+    """Return each leaf's fragment (None where there is one) and the number of fragments."""
+    leaves, treedef = jax.tree.flatten(params)
+    if isinstance(fragments, int):
+        if fragments == 1:
+            return None, 1
+        if fragments > len(leaves):
+            raise ValueError(f"fragments={fragments}, but the parameters have {len(leaves)} leaves; a leaf is not split")
+        labels, filled = [0] * len(leaves), [0] * fragments
+        for i in sorted(range(len(leaves)), key=lambda i: -leaves[i].size):
+            labels[i] = filled.index(min(filled))
+            filled[labels[i]] += max(leaves[i].size, 1)
+        return labels, fragments
+    labels, given = jax.tree.flatten(fragments)
+    count = max(labels, default=0) + 1
+    if given != treedef or sorted(set(labels)) != list(range(count)):
+        raise ValueError(f"fragments must be an int, or one int 0..n-1 a leaf of the parameters, all used; got {fragments}")
+    return (labels, count) if count > 1 else (None, 1)
+
+
+def _pick(tree: Any, labels: list[int] | None, part: int) -> Any:
+    """Return the tree with the other fragments' leaves masked, as ``optax.masked`` does."""
+    if labels is None:
+        return tree
+    leaves, treedef = jax.tree.flatten(tree)
+    return treedef.unflatten([x if label == part else optax.MaskedNode() for x, label in zip(leaves, labels, strict=True)])
+
+
+def _merge(tree: Any, part: Any) -> Any:
+    """Return the tree with the leaves that ``part`` has."""
+    masked = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
+    return jax.tree.map(lambda new, old: old if masked(new) else new, part, tree, is_leaf=masked)

@@ -1,0 +1,117 @@
+"""Workers as lanes of a vmap or as devices: one way to write both."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from .transform import REPLICATED, LocalSGDState
+
+
+def worker_axes(state: Any) -> Any:
+    """Return the axes of an optimizer state: 0 for what each worker has of its own, None for what all share.
+
+    Passed to ``jax.vmap`` as ``in_axes`` and ``out_axes`` it keeps the counters unbatched, so that ``lax.cond`` skips
+    the synchronisation where none is due.
+
+    Args:
+        state: a :class:`LocalSGDState`, or the tuple state of an ``optax.chain`` whose last transform is ``local_sgd``.
+
+    Returns:
+        A pytree prefix of ``state`` with leaves 0 and None.
+
+    Raises:
+        ValueError: if ``local_sgd`` is absent, or not outermost.
+    """
+    if isinstance(state, LocalSGDState):
+        return LocalSGDState(**{name: None if name in REPLICATED else 0 for name in LocalSGDState._fields})  # type: ignore[arg-type]
+    found = [isinstance(s, LocalSGDState) for s in jax.tree.leaves(state, is_leaf=lambda s: isinstance(s, LocalSGDState))]
+    if not any(found):
+        raise ValueError("worker_axes: no local_sgd state in here; build it with learned_opt.local_sgd(...).init(params)")
+    if type(state) is tuple and isinstance(state[-1], LocalSGDState) and sum(found) == 1:
+        return (*(0 for _ in state[:-1]), worker_axes(state[-1]))
+    raise ValueError(
+        "local_sgd must be outermost, the last of an optax.chain: what comes after it would move the workers off "
+        "the anchor; put clipping and scaling into its inner or outer transform"
+    )
+
+
+def worker_specs(state: Any, axis_name: str = "workers") -> Any:
+    """Return :func:`worker_axes` as partition specs for ``jax.shard_map``: ``P(axis_name)`` or ``P()``."""
+    return _specs(worker_axes(state), axis_name)
+
+
+def spread_workers(
+    tree: Any, num_workers: int, axes: Any = 0, *, mesh: Mesh | None = None, axis_name: str = "workers"
+) -> Any:
+    """Return the tree with a leading axis of ``num_workers`` equal copies on what is each worker's own.
+
+    Args:
+        tree: parameters or an optimizer state, one copy.
+        num_workers: K >= 1.
+        axes: a prefix of ``tree`` with leaves 0 (copied) and None (left as it is), as from :func:`worker_axes`.
+        mesh: if given, the leaves are put on its devices as :func:`map_workers` returns them, so that the first step
+            is compiled for the same layout as the rest.
+        axis_name: the workers' axis of the mesh.
+
+    Returns:
+        The tree, leaves ``[...]`` become ``[K, ...]`` where the axis is 0.
+    """
+    tree = _map_own(lambda x: jnp.broadcast_to(x, (num_workers, *jnp.shape(x))), axes, tree)
+    if mesh is None:
+        return tree
+
+    def place(spec: PartitionSpec, part: Any) -> Any:
+        return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, spec)), part)
+
+    return jax.tree.map(place, _specs(axes, axis_name), tree, is_leaf=lambda x: isinstance(x, PartitionSpec))
+
+
+def map_workers(
+    fn: Callable[..., Any], *, in_axes: Any, out_axes: Any, mesh: Mesh | None = None, axis_name: str = "workers"
+) -> Callable[..., Any]:
+    """Map a worker's function over the workers: on one device, or one worker a device (of any host).
+
+    Args:
+        fn: what one worker does, ``(*args) -> outputs``; collectives over ``axis_name`` are allowed.
+        in_axes: a tuple with a prefix of each argument: 0 where the leaves have a leading axis of workers, else None.
+        out_axes: the same for the outputs. What is None must be equal on all workers.
+        mesh: None for ``jax.vmap``; else a mesh with the axis ``axis_name``, for ``jax.shard_map``.
+        axis_name: the workers' axis.
+
+    Returns:
+        A function of the stacked arguments that gives stacked outputs, the same for both kinds.
+
+    Raises:
+        ValueError: if the mesh has no axis of that name.
+    """
+    if mesh is None:
+        return jax.vmap(fn, in_axes=in_axes, out_axes=out_axes, axis_name=axis_name)
+    if axis_name not in mesh.axis_names:
+        raise ValueError(f"map_workers: the mesh has axes {mesh.axis_names}, none of them {axis_name!r}")
+
+    def own_row(x: jax.Array) -> jax.Array:
+        if x.shape[0] != 1:
+            size = mesh.shape[axis_name]
+            raise ValueError(f"map_workers: {x.shape[0] * size} workers on {size} devices; give each device one")
+        return x[0]
+
+    def block(*args: Any) -> Any:
+        outputs = fn(*_map_own(own_row, tuple(in_axes), args))
+        return _map_own(lambda x: x[None], out_axes, outputs)
+
+    return jax.shard_map(
+        block, mesh=mesh, in_specs=_specs(tuple(in_axes), axis_name), out_specs=_specs(out_axes, axis_name)
+    )
+
+
+def _specs(axes: Any, axis_name: str) -> Any:
+    to_spec = lambda axis: PartitionSpec() if axis is None else PartitionSpec(axis_name)  # noqa: E731
+    return jax.tree.map(to_spec, axes, is_leaf=lambda axis: axis is None)
+
+
+def _map_own(fn: Callable[[jax.Array], Any], axes: Any, tree: Any) -> Any:
+    apply = lambda axis, part: part if axis is None else jax.tree.map(fn, part)  # noqa: E731
+    return jax.tree.map(apply, axes, tree, is_leaf=lambda axis: axis is None)

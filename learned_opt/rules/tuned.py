@@ -1,0 +1,156 @@
+"""Hand-designed optimizers whose hyperparameters are the meta-parameters.
+
+The updates are Optax's own at the same values. Each hyperparameter is kept unconstrained, as its logarithm or as
+``log(1 - decay)``, so that any outer optimizer may move it by any amount.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ..base import LearnedOptimizer, Theta
+from ..features import check_params
+
+PAPER = "learned hyperparameters: Maclaurin, Duvenaud & Adams 2015, arXiv:1502.03492; Adam: arXiv:1412.6980"
+
+# Under the square root of the second moment: no effect on a float32 update, but its derivative stays finite at 0.
+_ROOT = 1e-30
+
+
+def hyperparameters(theta: Theta) -> dict[str, jax.Array]:
+    """The values that ``theta`` stands for.
+
+    ``log_x`` gives ``x = exp(log_x)``, ``log_one_minus_x`` gives ``x = 1 - exp(log_one_minus_x)``.
+
+    >>> {k: round(float(v), 3) for k, v in hyperparameters({"log_one_minus_b1": math.log(0.1)}).items()}
+    {'b1': 0.9}
+    """
+    values = {}
+    for name, raw in theta.items():
+        if name.startswith("log_one_minus_"):
+            values[name.removeprefix("log_one_minus_")] = 1 - jnp.exp(raw)
+        else:
+            values[name.removeprefix("log_")] = jnp.exp(raw)
+    return values
+
+
+def _finite(gradient):
+    return jnp.where(jnp.isfinite(gradient), gradient, jnp.zeros_like(gradient))
+
+
+def _learnable(transform: Callable[..., optax.GradientTransformation], **start: float) -> LearnedOptimizer:
+    """A rule from an Optax optimizer and the values that its hyperparameters start from."""
+
+    def init(key):
+        del key  # a known good start: nothing random
+        return {
+            name: jnp.asarray(math.log(1 - value if name.startswith("log_one_minus_") else value))
+            for name, value in start.items()
+        }
+
+    def build(theta, num_steps=None):
+        del num_steps
+        inner = optax.with_extra_args_support(transform(**hyperparameters(theta)))
+
+        def init_fn(params):
+            check_params(params)
+            return inner.init(params)
+
+        def update_fn(updates, state, params=None, **extra_args):
+            dtypes = jax.tree.map(jnp.result_type, updates)
+            updates, state = inner.update(jax.tree.map(_finite, updates), state, params, **extra_args)
+            return jax.tree.map(lambda u, dtype: u.astype(dtype), updates, dtypes), state
+
+        return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+    return LearnedOptimizer(init, build)
+
+
+def sgd(*, learning_rate: float = 0.1) -> LearnedOptimizer:
+    """Stochastic gradient descent with a learned step size: ``u = -lr g``.
+
+    Non-finite gradient entries count as 0. State: none. Meta-parameters: 1.
+
+    Args:
+        learning_rate: the value that meta-training starts from.
+
+    Returns:
+        A rule; theta is ``{"log_learning_rate": []}``.
+
+    Example:
+        >>> rule = sgd(learning_rate=0.5)
+        >>> tx = rule.build(rule.init(jax.random.key(0)))
+        >>> updates, _ = tx.update(jnp.ones(2), tx.init(jnp.ones(2)))
+        >>> print(updates)
+        [-0.5 -0.5]
+    """
+    return _learnable(optax.sgd, log_learning_rate=learning_rate)
+
+
+def sgdm(*, learning_rate: float = 0.01, momentum: float = 0.9) -> LearnedOptimizer:
+    """Gradient descent with momentum: ``t <- g + b t``, ``u = -lr t``, with learned ``lr`` and ``b``.
+
+    Non-finite gradient entries count as 0. State: one copy of the parameters. Meta-parameters: 2.
+
+    Args:
+        learning_rate, momentum: the values that meta-training starts from.
+
+    Returns:
+        A rule; theta is ``{"log_learning_rate": [], "log_one_minus_momentum": []}``.
+    """
+    return _learnable(optax.sgd, log_learning_rate=learning_rate, log_one_minus_momentum=momentum)
+
+
+def adam(*, learning_rate: float = 1e-3, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> LearnedOptimizer:
+    """Adam with learned hyperparameters (Kingma & Ba 2015, arXiv:1412.6980).
+
+    ``u = -lr m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)``. Non-finite gradient entries count as 0.
+    State: two copies of the parameters and a count. Meta-parameters: 4.
+
+    Args:
+        learning_rate, b1, b2, eps: the values that meta-training starts from.
+
+    Returns:
+        A rule; theta has the scalars ``log_learning_rate, log_one_minus_b1, log_one_minus_b2, log_eps``.
+    """
+
+    def transform(**values):
+        return optax.adam(**values, eps_root=_ROOT)
+
+    return _learnable(transform, log_learning_rate=learning_rate, log_one_minus_b1=b1, log_one_minus_b2=b2, log_eps=eps)
+
+
+def nadamw(
+    *,
+    learning_rate: float = 1e-3,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 1e-4,
+) -> LearnedOptimizer:
+    """Adam with Nesterov momentum and decoupled weight decay, all learned.
+
+    As :func:`adam` with the Nesterov estimate ``b1 m + (1 - b1) g`` for ``m``, and ``-lr weight_decay p`` added
+    (Dozat 2016; Loshchilov & Hutter 2019, arXiv:1711.05101). State: as Adam. Meta-parameters: 5.
+
+    Args:
+        learning_rate, b1, b2, eps, weight_decay: the values that meta-training starts from, all positive.
+
+    Returns:
+        A rule; theta has the scalars of :func:`adam` and ``log_weight_decay``. ``update`` needs ``params``.
+    """
+
+    def transform(**values):
+        return optax.nadamw(**values, eps_root=_ROOT)
+
+    return _learnable(
+        transform,
+        log_learning_rate=learning_rate,
+        log_one_minus_b1=b1,
+        log_one_minus_b2=b2,
+        log_eps=eps,
+        log_weight_decay=weight_decay,
+    )

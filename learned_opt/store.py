@@ -1,0 +1,320 @@
+"""Saving and loading learned rules: safetensors for the weights, JSON for everything else, nothing pickled.
+
+A saved rule is a folder::
+
+    NAME/weights.safetensors   theta, one named tensor per leaf
+    NAME/rule.json             which rule, its arguments, theta's tree, the weights' sha256, where they came from
+    NAME/README.md             the model card, for people
+
+Every problem with a saved rule is a :class:`StoreError` of one line.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import safetensors
+import safetensors.numpy
+
+from .base import LearnedOptimizer, Theta
+from .features import VERSION as FEATURES_VERSION
+from .rules import RULES
+
+FORMAT_VERSION = 1
+_WEIGHTS, _RULE, _CARD = "weights.safetensors", "rule.json", "README.md"
+_MAX_BYTES = 1 << 30  # a larger file is not one of ours: refuse it before reading it into memory
+_CARD_FIELDS = ("learning_rate", "seed", "config", "libraries", "held_out")
+
+
+class StoreError(ValueError):
+    """A saved rule is missing, damaged, or of a version that this release does not read."""
+
+
+def pretrained_dir() -> Path:
+    """The folder of the rules that come with the package: inside it when installed, beside it in a checkout."""
+    package = Path(__file__).parent
+    inside = package / "pretrained"
+    return inside if inside.is_dir() else package.parent / "pretrained"
+
+
+def available() -> tuple[str, ...]:
+    """The names of the pretrained rules that come with the package, sorted.
+
+    Returns:
+        Names that :func:`load` and :func:`load_rule` take.
+
+    Example:
+        >>> import learned_opt
+        >>> isinstance(learned_opt.available(), tuple)
+        True
+    """
+    folder = pretrained_dir()
+    if not folder.is_dir():
+        return ()
+    return tuple(sorted(path.parent.name for path in folder.glob(f"*/{_RULE}")))
+
+
+def load(
+    name_or_path: str | os.PathLike[str],
+    *,
+    learning_rate: optax.ScalarOrSchedule | None = None,
+    weight_decay: float = 0.0,
+    num_steps: int | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""A trained rule as an Optax transform.
+
+    With :math:`u_t` the rule's (downhill) update and :math:`p_t` the parameters, the transform's updates are
+    :math:`\eta_t (u_t - \lambda p_t)`.
+
+    Args:
+        name_or_path: one of :func:`available`, or the path of a folder that :func:`save` wrote.
+        learning_rate: :math:`\eta_t`, a float, a traced scalar or an Optax schedule. A rule with a free step size
+            (updates of unit RMS) defaults to the one recorded in its ``rule.json``; for any other rule this is a
+            factor on its own step, 1 by default.
+        weight_decay: :math:`\lambda`, decoupled as in AdamW.
+        num_steps: the planned number of updates, for a rule that wants it; may be traced.
+
+    Returns:
+        An Optax transform. A rule that needs the loss takes it as ``update(grads, state, params, value=loss)``.
+
+    Raises:
+        StoreError: no such rule, or its files are damaged or of an unknown version.
+
+    Example:
+        >>> import jax.numpy as jnp, learned_opt, optax
+        >>> rule = learned_opt.RULES["celo2"]()
+        >>> folder = learned_opt.save("/tmp/learned-opt-doctest", "celo2", rule.init(jax.random.key(0)))
+        >>> optimizer = optax.chain(optax.clip_by_global_norm(1.0), learned_opt.load(folder, learning_rate=1e-3))
+        >>> params = {"w": jnp.ones((3, 2))}
+        >>> updates, state = optimizer.update(params, optimizer.init(params), params)
+        >>> params = optax.apply_updates(params, updates)
+    """
+    rule, theta, recorded_learning_rate = _read(Path(_resolve(name_or_path)))
+    parts = [rule.build(theta, num_steps=num_steps)]
+    if not (isinstance(weight_decay, int | float) and weight_decay == 0.0):
+        parts.append(optax.add_decayed_weights(-weight_decay))  # the updates already point downhill
+    if learning_rate is None:
+        learning_rate = recorded_learning_rate
+    if learning_rate is not None:
+        parts.append(optax.scale_by_learning_rate(learning_rate, flip_sign=False))
+    return optax.with_extra_args_support(optax.chain(*parts))
+
+
+def load_rule(name_or_path: str | os.PathLike[str]) -> tuple[LearnedOptimizer, Theta]:
+    """A trained rule and its meta-parameters, for fine-tuning or inspection.
+
+    Args:
+        name_or_path: as for :func:`load`.
+
+    Returns:
+        ``(rule, theta)``: ``rule.build(theta)`` is the Optax transform, before learning rate and weight decay;
+        ``theta`` has the tree, shapes and dtypes of ``rule.init``.
+
+    Raises:
+        StoreError: as for :func:`load`.
+    """
+    rule, theta, _ = _read(Path(_resolve(name_or_path)))
+    return rule, theta
+
+
+def save(
+    path: str | os.PathLike[str],
+    rule: str,
+    theta: Theta,
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    card: Mapping[str, Any] | None = None,
+) -> Path:
+    """Writes a rule as a folder that :func:`load` reads; whole or not at all.
+
+    Args:
+        path: the folder to write; an earlier saved rule there is replaced.
+        rule: a name in :data:`learned_opt.RULES`.
+        theta: its meta-parameters, the tree of ``RULES[rule](**kwargs).init``.
+        kwargs: the factory's arguments, JSON values.
+        card: what is known of the rule. ``learning_rate`` (the default of :func:`load`), ``seed``, ``config``,
+            ``libraries`` and ``held_out`` go into ``rule.json``; ``readme`` is the text of the model card.
+
+    Returns:
+        The folder.
+
+    Raises:
+        StoreError: unknown rule, ``theta`` not of the rule's shapes, values that are no JSON, or the folder cannot
+            be written (or holds something else).
+    """
+    path, kwargs, card = Path(path), dict(kwargs or {}), dict(card or {})
+    optimizer = _make(rule, kwargs)
+    template = _named(jax.eval_shape(optimizer.init, jax.random.key(0)))
+    arrays = {name: np.asarray(leaf) for name, leaf in _named(theta).items()}
+    _check_shapes(template, {name: (leaf.shape, leaf.dtype.name) for name, leaf in arrays.items()}, "theta")
+    weights = safetensors.numpy.save({name: np.ascontiguousarray(leaf) for name, leaf in arrays.items()})
+    record = {
+        "format_version": FORMAT_VERSION,
+        "features_version": FEATURES_VERSION,
+        "rule": rule,
+        "kwargs": kwargs,
+        "needs": list(optimizer.needs),
+        "learning_rate": optimizer.learning_rate,
+        "theta": {name: {"shape": list(x.shape), "dtype": x.dtype.name} for name, x in arrays.items()},
+        "sha256": hashlib.sha256(weights).hexdigest(),
+        "libraries": {"python": platform.python_version(), "jax": jax.__version__, "optax": optax.__version__},
+    } | {field: card[field] for field in _CARD_FIELDS if field in card}
+    try:
+        text = json.dumps(record, indent=1, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise StoreError(f"cannot save {path}: kwargs and card must be JSON values ({error})") from None
+    readme = card.get("readme", f"# {path.name}\n\nA learned update rule of the kind `{rule}`.\n")
+    _write_folder(path, {_WEIGHTS: weights, _RULE: text.encode() + b"\n", _CARD: readme.encode()})
+    return path
+
+
+def read_record(name_or_path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The checked contents of a saved rule's ``rule.json``.
+
+    Args:
+        name_or_path: as for :func:`load`.
+
+    Returns:
+        The record, a dict of JSON values.
+
+    Raises:
+        StoreError: as for :func:`load`.
+    """
+    folder = Path(_resolve(name_or_path))
+    try:
+        record = json.loads(_read_bytes(folder / _RULE))
+    except (ValueError, RecursionError):
+        raise StoreError(f"{folder / _RULE} is damaged: not JSON; fetch or export the rule again") from None
+    expected = {"rule": str, "kwargs": dict, "theta": dict, "sha256": str}
+    if not isinstance(record, dict):
+        raise StoreError(f"{folder / _RULE} is damaged: not a JSON object; fetch or export the rule again")
+    for field, known in (("format_version", FORMAT_VERSION), ("features_version", FEATURES_VERSION)):
+        if record.get(field) != known or isinstance(record.get(field), bool):
+            raise StoreError(
+                f"{folder / _RULE} has {field} {record.get(field)!r}, and this release reads {known}; "
+                "install the learned-opt release that wrote it, or export the rule again"
+            )
+    for field, kind in expected.items():
+        if not isinstance(record.get(field), kind):
+            raise StoreError(f"{folder / _RULE} is damaged: {field!r} is missing or no {kind.__name__}")
+    rate = record.get("learning_rate")
+    if rate is not None and (isinstance(rate, bool) or not isinstance(rate, int | float) or not rate > 0):
+        raise StoreError(f"{folder / _RULE} is damaged: learning_rate {rate!r} is no positive number")
+    return record
+
+
+def _resolve(name_or_path: str | os.PathLike[str]) -> Path:
+    """The folder of a saved rule; a bare name means a pretrained rule first, then a folder of that name."""
+    path = Path(name_or_path)
+    names = available()
+    if str(name_or_path) in names:
+        return pretrained_dir() / str(name_or_path)
+    try:
+        if path.is_dir():
+            return path
+    except (OSError, ValueError):  # a name too long, or with a NUL
+        pass
+    known = ", ".join(names) or "none"
+    raise StoreError(f"no pretrained rule or folder named {str(name_or_path)!r}; pretrained rules: {known}")
+
+
+def _read(folder: Path) -> tuple[LearnedOptimizer, Theta, float | None]:
+    """Reads and checks a saved rule."""
+    record = read_record(folder)
+    weights = _read_bytes(folder / _WEIGHTS)
+    if hashlib.sha256(weights).hexdigest() != record["sha256"]:
+        raise StoreError(f"{folder / _WEIGHTS} is damaged: its sha256 is not the one in {_RULE}; fetch or export it again")
+    try:
+        arrays = safetensors.numpy.load(weights)
+    except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise StoreError(f"{folder / _WEIGHTS} is damaged: {error}") from None
+    rule = _make(record["rule"], record["kwargs"])
+    try:
+        template = jax.eval_shape(rule.init, jax.random.key(0))
+    except Exception as error:  # whatever wrong arguments make a factory's init raise
+        raise StoreError(f"{folder / _RULE} has kwargs that {record['rule']!r} cannot take: {_line(error)}") from None
+    described = {
+        name: (tuple(spec.get("shape") or ()), spec.get("dtype")) if isinstance(spec, dict) else None
+        for name, spec in record["theta"].items()
+    }
+    stored = {name: (leaf.shape, leaf.dtype.name) for name, leaf in arrays.items()}
+    if described != stored:
+        raise StoreError(f"{folder / _RULE} describes another theta than {_WEIGHTS} holds; export the rule again")
+    _check_shapes(_named(template), stored, str(folder / _WEIGHTS))
+    leaves = [jax.numpy.asarray(arrays[name]) for name in _named(template)]
+    return rule, jax.tree.unflatten(jax.tree.structure(template), leaves), record.get("learning_rate")
+
+
+def _make(rule: str, kwargs: Mapping[str, Any]) -> LearnedOptimizer:
+    if rule not in RULES:
+        raise StoreError(f"unknown rule {rule!r}; known rules: {', '.join(sorted(RULES))}")
+    try:
+        return RULES[rule](**kwargs)
+    except (TypeError, ValueError) as error:
+        raise StoreError(f"the rule {rule!r} cannot be made with {dict(kwargs)}: {_line(error)}") from None
+
+
+def _named(tree: Theta) -> dict[str, Any]:
+    """The leaves of a pytree by path, ``a/b/0``, in the tree's order."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/") or "theta": leaf for path, leaf in leaves}
+
+
+def _check_shapes(template: Mapping[str, Any], found: Mapping[str, tuple], what: str) -> None:
+    wanted = {name: tuple(leaf.shape) for name, leaf in template.items()}
+    if missing := sorted(wanted.keys() ^ found.keys()):
+        raise StoreError(f"{what} does not fit the rule: {missing[0]!r} is in only one of the two")
+    for name, shape in wanted.items():
+        if tuple(found[name][0]) != shape:
+            raise StoreError(f"{what} does not fit the rule: {name!r} has shape {found[name][0]}, not {shape}")
+        if not np.issubdtype(np.dtype(found[name][1]), np.floating):
+            raise StoreError(f"{what} does not fit the rule: {name!r} is {found[name][1]}, not floating point")
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise StoreError(f"{path} is larger than {_MAX_BYTES} bytes: not a saved rule")
+        return path.read_bytes()
+    except OSError as error:
+        raise StoreError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _write_folder(path: Path, files: Mapping[str, bytes]) -> None:
+    """Writes the folder beside its place, then renames it there."""
+    if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not (path / _RULE).is_file())):
+        raise StoreError(f"cannot save {path}: it holds something that is no saved rule; name another folder")
+    beside = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        new, old = beside / "new", beside / "old"
+        new.mkdir()
+        for name, contents in files.items():
+            (new / name).write_bytes(contents)
+        if path.exists():
+            path.rename(old)
+        try:
+            new.rename(path)
+        except OSError:
+            if old.exists():
+                old.rename(path)
+            raise
+    except OSError as error:
+        raise StoreError(f"cannot save {path}: {error.strerror}; nothing was changed") from None
+    finally:
+        if beside is not None:
+            shutil.rmtree(beside, ignore_errors=True)
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]

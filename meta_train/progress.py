@@ -1,0 +1,91 @@
+"""What a long command shows while it runs: a live bar on a terminal, a plain line now and then elsewhere."""
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+import tensorboardX
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+_LINE_SECONDS = 10.0  # between plain lines when the output is no terminal
+
+
+class Report(Protocol):
+    """Called with the number of steps done and a short text."""
+
+    def __call__(self, done: int, text: str = "") -> None: ...
+
+
+@contextlib.contextmanager
+def progress(console: Console, label: str, total: int, start: int = 0) -> Iterator[Report]:
+    """A progress bar, or plain lines when the console is no terminal.
+
+    Args:
+        console: where to show it.
+        label: what is under way.
+        total: number of steps.
+        start: steps done before.
+
+    Yields:
+        A function of ``(steps done, text)``.
+    """
+    if console.is_terminal:
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+        more = (TextColumn("{task.fields[text]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        with Progress(*columns, *more, console=console) as bar:
+            task = bar.add_task(label, total=total, completed=start, text="")
+            yield lambda done, text="": bar.update(task, completed=done, text=text)
+        return
+
+    began = last = time.monotonic()
+
+    def line(done: int, text: str = "") -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < _LINE_SECONDS and done < total:
+            return
+        last = now
+        left = (now - began) / max(done - start, 1) * (total - done)
+        console.print(f"{label} {done}/{total}  {text}  {now - began:.0f} s, {left:.0f} s left", highlight=False, soft_wrap=True)
+
+    yield line
+
+
+class Metrics:
+    """Scalars of a run: ``metrics.jsonl`` (one JSON object a line) and TensorBoard event files."""
+
+    def __init__(self, workdir: Path, first_step: int):
+        """Opens the files; lines at or after ``first_step``, of a run that was cut off, are dropped."""
+        self._path = workdir / "metrics.jsonl"
+        kept = [line for line in _lines(self._path) if json.loads(line)["step"] < first_step]
+        beside = self._path.with_suffix(".tmp")
+        beside.write_text("".join(line + "\n" for line in kept))
+        beside.rename(self._path)
+        self._file: TextIO = self._path.open("a")
+        self._events = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step or None)
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """Writes one line of scalars."""
+        self._file.write(json.dumps({"step": step} | values) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flushes and closes the files."""
+        self._file.close()
+        self._events.close()
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """The whole lines of a file: the last one may have been cut off."""
+    if not path.exists():
+        return
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            json.loads(line)
+            yield line

@@ -1,0 +1,170 @@
+"""Meta-training: one pure step of theta, over particles on a mesh of devices."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.flatten_util import ravel_pytree
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from learned_opt.base import Theta
+from tasks.base import Data
+
+from .estimators import GradientEstimator
+
+AXIS = "tasks"
+_REPLICATED, _SHARDED = PartitionSpec(), PartitionSpec(AXIS)
+
+
+class TrainState(NamedTuple):
+    """Everything a meta-training run is: saving it makes resuming exact."""
+
+    theta: Theta
+    outer_state: optax.OptState
+    particles: tuple[Any, ...]  # per learner, the estimators' states, [particles, ...]
+    step: jax.Array  # int32, meta-steps taken
+    key: jax.Array  # the run's key; step i uses fold_in(key, i)
+
+
+class TrainInfo(NamedTuple):
+    """What a meta-step says."""
+
+    loss: jax.Array  # mean meta-loss
+    losses: jax.Array  # [learners], the mean meta-loss of each
+    gradient_norm: jax.Array  # of the meta-gradient, before the outer optimizer
+    dropped: jax.Array  # fraction of particles whose gradient was not finite, and counted as 0
+    restarts: jax.Array  # fraction of particles that began an episode
+
+
+class Trainer(NamedTuple):
+    """Meta-training as two pure functions.
+
+    Attributes:
+        init: ``(key, data) -> state``.
+        meta_step: ``(state, data) -> (state, info)``, compiled; ``state`` is donated.
+        state_sharding: a :class:`TrainState` prefix of shardings, to place a restored state.
+    """
+
+    init: Callable[[jax.Array, Data], TrainState]
+    meta_step: Callable[[TrainState, Data], tuple[TrainState, TrainInfo]]
+    state_sharding: TrainState
+
+
+def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh that meta-training runs on: one axis, ``"tasks"``.
+
+    Args:
+        devices: by default all devices of all processes.
+
+    Returns:
+        A mesh of automatic axes.
+    """
+    devices = jax.devices() if devices is None else devices
+    return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
+
+
+def make_trainer(
+    init_theta: Callable[[jax.Array], Theta],
+    estimators: Callable[[Data], Sequence[GradientEstimator]],
+    outer: optax.GradientTransformation,
+    *,
+    particles: int,
+    mesh: Mesh,
+) -> Trainer:
+    r"""Builds a meta-training run.
+
+    Each meta-step runs ``particles`` particles of every estimator, averages their gradients and steps theta:
+    :math:`\theta \leftarrow \theta + \mathrm{outer}(\tfrac{1}{EP}\sum_{e,i} g_{e,i})`. Particles are vmapped on a device and
+    split over devices; theta is replicated. A particle's keys derive from its global index, so any number of devices
+    computes the same trajectory, and the devices exchange one vector of theta's size a step, whatever the number of
+    particles and the unroll's length.
+
+    Args:
+        init_theta: ``key -> theta``, or a constant function to go on from given meta-parameters.
+        estimators: ``data -> gradient estimators``; called while tracing, so that data sets are arguments of the
+            compiled step and not constants in it.
+        outer: any Optax transform, the outer optimizer.
+        particles: per estimator; a multiple of the number of devices.
+        mesh: from :func:`make_mesh`.
+
+    Returns:
+        A :class:`Trainer`.
+
+    Raises:
+        ValueError: the devices do not divide the particles.
+    """
+    if particles % mesh.size:
+        raise ValueError(f"particles ({particles}) must be a multiple of the number of devices ({mesh.size})")
+    local = particles // mesh.size
+
+    def keys_of(key: jax.Array, estimator: int) -> jax.Array:
+        first = jax.lax.axis_index(AXIS) * local
+        return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, estimator), first + jnp.arange(local))
+
+    def init_particles(theta: Theta, key: jax.Array, data: Data):
+        built = enumerate(estimators(data))
+        return tuple(jax.vmap(estimator.init, (None, 0))(theta, keys_of(key, i)) for i, estimator in built)
+
+    def gradient(theta: Theta, states: tuple, key: jax.Array, data: Data):
+        zeros, unravel = ravel_pytree(theta)
+        total, new_states, losses, counts = jnp.zeros_like(zeros), [], [], jnp.zeros(2)
+        for i, (estimator, state) in enumerate(zip(estimators(data), states, strict=True)):
+            grads, state, info = jax.vmap(estimator.estimate, (None, 0, 0))(theta, state, keys_of(key, i))
+            flat = jax.vmap(lambda g: ravel_pytree(g)[0])(grads)
+            finite = jnp.all(jnp.isfinite(flat), axis=1)
+            total += jnp.sum(jnp.where(finite[:, None], flat, 0), axis=0)
+            new_states.append(state)
+            losses.append(jnp.sum(info.loss))
+            counts += jnp.stack([jnp.sum(~finite), jnp.sum(info.restarts)])
+        # One vector, one all-reduce: the gradient and, behind it, what the log wants.
+        told = jnp.concatenate([jnp.stack(losses), counts]).astype(total.dtype)
+        vector = jax.lax.psum(jnp.concatenate([total, told]), AXIS) / particles
+        mean, losses, counts = jnp.split(vector, [total.size, total.size + len(losses)])
+        number = len(new_states)
+        info = (losses, counts / number)
+        return unravel(mean / number), tuple(new_states), info
+
+    def on_mesh(function, in_specs, out_specs):
+        # The replication of the outputs follows from the psum; the checker would want every constant marked.
+        return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+    replicated, sharded = NamedSharding(mesh, _REPLICATED), NamedSharding(mesh, _SHARDED)
+    state_sharding = TrainState(replicated, replicated, sharded, replicated, replicated)
+
+    def init(key: jax.Array, data: Data) -> TrainState:
+        k_theta, k_particles, k_run = jax.random.split(key, 3)
+        theta = init_theta(k_theta)
+        states = on_mesh(init_particles, _REPLICATED, _SHARDED)(theta, k_particles, data)
+        return TrainState(theta, outer.init(theta), states, jnp.zeros((), jnp.int32), k_run)
+
+    def meta_step(state: TrainState, data: Data) -> tuple[TrainState, TrainInfo]:
+        key = jax.random.fold_in(state.key, state.step)
+        in_specs = (_REPLICATED, _SHARDED, _REPLICATED, _REPLICATED)
+        grad, particles, (losses, counts) = on_mesh(gradient, in_specs, (_REPLICATED, _SHARDED, _REPLICATED))(
+            state.theta, state.particles, key, data
+        )
+        updates, outer_state = outer.update(grad, state.outer_state, state.theta)
+        theta = optax.apply_updates(state.theta, updates)
+        info = TrainInfo(jnp.mean(losses), losses, optax.tree.norm(grad), counts[0], counts[1])
+        return TrainState(theta, outer_state, particles, state.step + 1, state.key), info
+
+    return Trainer(
+        init=jax.jit(init, out_shardings=state_sharding),
+        meta_step=jax.jit(meta_step, donate_argnums=0, out_shardings=(state_sharding, replicated)),
+        state_sharding=state_sharding,
+    )
+
+
+def place(data: Data, mesh: Mesh) -> Data:
+    """Puts data sets on every device of the mesh, once.
+
+    Args:
+        data: a pytree of host arrays, the same on every process.
+        mesh: from :func:`make_mesh`.
+
+    Returns:
+        The pytree, replicated over the mesh.
+    """
+    return jax.device_put(data, NamedSharding(mesh, _REPLICATED))

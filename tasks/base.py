@@ -1,0 +1,39 @@
+"""What is learned on: tasks, and families of tasks that share their array shapes."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+Params = Any
+Batch = Any
+Data = Any  # a pytree of arrays, passed to jit as an argument, never closed over
+Cfg = Any  # a pytree of arrays: what distinguishes one task of a family from the next
+
+
+class Task(NamedTuple):
+    """One learning problem.
+
+    Attributes:
+        init: ``key -> params``.
+        batch: ``(key, split) -> batch``, a random batch; ``split`` is the Python string ``"train"`` or ``"valid"``.
+        loss: ``(params, key, batch) -> (scalar loss, aux)``, ``aux`` a dict of scalars (possibly empty).
+    """
+
+    init: Callable[[jax.Array], Params]
+    batch: Callable[[jax.Array, str], Batch]
+    loss: Callable[[Params, jax.Array, Batch], tuple[jax.Array, dict[str, jax.Array]]]
+
+
+class TaskFamily(NamedTuple):
+    """A distribution of tasks of one shape.
+
+    Attributes:
+        data: a pytree of arrays (stacked, uint8 where possible) that every task of the family reads.
+        sample: ``key -> cfg``; ``vmap`` runs over ``cfg``.
+        task: ``(data, cfg) -> Task``; ``data`` and ``cfg`` may be traced.
+    """
+
+    data: Data
+    sample: Callable[[jax.Array], Cfg]
+    task: Callable[[Data, Cfg], Task]
