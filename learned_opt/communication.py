@@ -96,7 +96,9 @@ def resolve(compression: str | Compression | None) -> Compression | None:
         return bfloat16()
     if compression == "int8":
         return int8()
-    raise ValueError(f"compression must be None, 'bf16', 'int8' or a Compression such as top_k(0.01), got {compression!r}")
+    raise ValueError(
+        f"compression must be None, 'bf16', 'int8' or a Compression such as top_k(0.01), got {compression!r}"
+    )
 
 
 def payload_bytes(tree: Any) -> int:

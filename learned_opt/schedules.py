@@ -55,8 +55,14 @@ def constant(sync_every: int | jax.Array) -> SyncSchedule:
         >>> int(constant(8)(0, 0, Statistics()))
         8
     """
-    if isinstance(sync_every, bool) or jnp.shape(sync_every) or not jnp.issubdtype(jnp.result_type(sync_every), jnp.integer):
-        raise ValueError(f"sync_every must be an int or a schedule (round, step, statistics) -> int, got {sync_every!r}")
+    if (
+        isinstance(sync_every, bool)
+        or jnp.shape(sync_every)
+        or not jnp.issubdtype(jnp.result_type(sync_every), jnp.integer)
+    ):
+        raise ValueError(
+            f"sync_every must be an int or a schedule (round, step, statistics) -> int, got {sync_every!r}"
+        )
     if not isinstance(sync_every, jax.core.Tracer) and sync_every < 1:
         raise ValueError(f"sync_every must be at least 1, got {sync_every}")
     return lambda round_, step, statistics: sync_every

@@ -154,9 +154,9 @@ def save(
     path, kwargs, card = Path(path), dict(kwargs or {}), dict(card or {})
     optimizer = _make(rule, kwargs)
     template = _named(jax.eval_shape(optimizer.init, jax.random.key(0)))
-    arrays = {name: np.asarray(leaf) for name, leaf in _named(theta).items()}
+    arrays = {name: np.asarray(leaf, order="C") for name, leaf in _named(theta).items()}
     _check_shapes(template, {name: (leaf.shape, leaf.dtype.name) for name, leaf in arrays.items()}, "theta")
-    weights = safetensors.numpy.save({name: np.ascontiguousarray(leaf) for name, leaf in arrays.items()})
+    weights = safetensors.numpy.save(arrays)
     record = {
         "format_version": FORMAT_VERSION,
         "features_version": FEATURES_VERSION,
@@ -193,10 +193,10 @@ def read_record(name_or_path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         record = json.loads(_read_bytes(folder / _RULE))
     except (ValueError, RecursionError):
-        raise StoreError(f"{folder / _RULE} is damaged: not JSON; fetch or export the rule again") from None
+        raise StoreError(f"{folder / _RULE} is damaged: not JSON; export the rule again") from None
     expected = {"rule": str, "kwargs": dict, "theta": dict, "sha256": str}
     if not isinstance(record, dict):
-        raise StoreError(f"{folder / _RULE} is damaged: not a JSON object; fetch or export the rule again")
+        raise StoreError(f"{folder / _RULE} is damaged: not a JSON object; export the rule again")
     for field, known in (("format_version", FORMAT_VERSION), ("features_version", FEATURES_VERSION)):
         if record.get(field) != known or isinstance(record.get(field), bool):
             raise StoreError(
@@ -232,7 +232,7 @@ def _read(folder: Path) -> tuple[LearnedOptimizer, Theta, float | None]:
     record = read_record(folder)
     weights = _read_bytes(folder / _WEIGHTS)
     if hashlib.sha256(weights).hexdigest() != record["sha256"]:
-        raise StoreError(f"{folder / _WEIGHTS} is damaged: its sha256 is not the one in {_RULE}; fetch or export it again")
+        raise StoreError(f"{folder / _WEIGHTS} is damaged: its sha256 is not that of {_RULE}; export the rule again")
     try:
         arrays = safetensors.numpy.load(weights)
     except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:

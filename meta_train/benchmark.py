@@ -35,6 +35,7 @@ class Contender(NamedTuple):
     name: str
     make: Callable[..., optax.GradientTransformation]
     learning_rates: tuple[float, ...]
+    baseline: bool = False
 
 
 class Result(NamedTuple):
@@ -42,6 +43,7 @@ class Result(NamedTuple):
 
     task: str
     contender: str
+    baseline: bool  # not a learned rule
     learning_rate: float  # the one reported
     on_edge: bool  # of the grid: a wider one might do better
     curve: np.ndarray  # [steps], training loss, smoothed, mean over the reporting seeds
@@ -57,9 +59,9 @@ def baselines(weight_decay: float = 1e-4) -> list[Contender]:
         return optax.adamw(_cosine(rate, num_steps), weight_decay=weight_decay)
 
     return [
-        Contender(REFERENCE, lambda rate, num_steps: optax.adam(rate), GRID),
-        Contender("adamw-cosine", adamw_cosine, GRID),
-        Contender("adam-1e-3", lambda rate, num_steps: optax.adam(rate), (1e-3,)),
+        Contender(REFERENCE, lambda rate, num_steps: optax.adam(rate), GRID, baseline=True),
+        Contender("adamw-cosine", adamw_cosine, GRID, baseline=True),
+        Contender("adam-1e-3", lambda rate, num_steps: optax.adam(rate), (1e-3,), baseline=True),
     ]
 
 
@@ -130,10 +132,28 @@ def run_task(entry: Entry, contender: Contender, *, steps: int, seeds: int, tuni
     final = losses[:, -max(steps // 20, 1) :].mean(axis=1)
     diverged = int(np.sum(~np.isfinite(final) | ~(final <= losses[:, 0] * 1.05)))
     on_edge = tuned and best in (0, len(rates) - 1)
-    return Result(entry.name, contender.name, rates[best], on_edge, smooth(losses.mean(axis=0)), final, valid, diverged)
+    return Result(
+        task=entry.name,
+        contender=contender.name,
+        baseline=contender.baseline,
+        learning_rate=rates[best],
+        on_edge=on_edge,
+        curve=smooth(losses.mean(axis=0)),
+        final=final,
+        valid=valid,
+        diverged=diverged,
+    )
 
 
-def run_suite(entries: Sequence[Entry], contenders: Sequence[Contender], *, steps: int, seeds: int, tuning_seeds: int = 2, show=None):
+def run_suite(
+    entries: Sequence[Entry],
+    contenders: Sequence[Contender],
+    *,
+    steps: int,
+    seeds: int,
+    tuning_seeds: int = 2,
+    show=None,
+):
     """Runs every contender on every task.
 
     Args:
@@ -148,7 +168,7 @@ def run_suite(entries: Sequence[Entry], contenders: Sequence[Contender], *, step
         A list of :class:`Result`, tasks outermost.
     """
     mesh = make_mesh(jax.local_devices())
-    results = []
+    results: list[Result] = []
     for entry in entries:
         for contender in contenders:
             if show:

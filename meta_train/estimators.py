@@ -66,10 +66,9 @@ def _select(condition: jax.Array, if_true: Any, if_false: Any) -> Any:
 
 
 def _unroll(learner: Learner, steps: int, theta: Theta, state: LearnerState, key: jax.Array, *, remat: bool = False):
-    """Takes ``steps`` steps: ``(state, mean loss)``."""
+    """Takes ``steps`` steps: ``(state, losses [steps])``."""
     step = jax.checkpoint(learner.step) if remat else learner.step
-    state, losses = jax.lax.scan(lambda s, k: step(theta, s, k), state, jax.random.split(key, steps))
-    return state, jnp.mean(losses)
+    return jax.lax.scan(lambda s, k: step(theta, s, k), state, jax.random.split(key, steps))
 
 
 def _normal_like(key: jax.Array, tree: Theta) -> Theta:
@@ -85,8 +84,8 @@ def _pair(theta: Theta, noise: Theta, sigma: float) -> Theta:
 
 
 def _score(losses: jax.Array, noise: Theta, sigma: float) -> Theta:
-    """The antithetic estimate ``(L+ - L-) noise / (2 sigma)``, with ``noise`` of unit variance."""
-    difference = (losses[0] - losses[1]) / (2 * sigma)
+    """The antithetic estimate ``(L+ - L-) noise / (2 sigma)``, with ``noise`` of unit variance, ``losses [2, steps]``."""
+    difference = jnp.mean(losses[0] - losses[1]) / (2 * sigma)  # step by step: the means would round it away
     return jax.tree.map(lambda e: difference.astype(e.dtype) * e, noise)
 
 
@@ -107,7 +106,7 @@ def bptt(learner: Learner, *, unroll: int) -> GradientEstimator:
         k_init, k_steps = jax.random.split(key)
 
         def loss(theta):
-            return _unroll(learner, unroll, theta, learner.init(theta, k_init), k_steps, remat=True)[1]
+            return jnp.mean(_unroll(learner, unroll, theta, learner.init(theta, k_init), k_steps, remat=True)[1])
 
         value, grad = jax.value_and_grad(loss)(theta)
         return grad, state, Info(value, jnp.ones(()))
@@ -135,8 +134,8 @@ def truncated_bptt(learner: Learner, *, unroll: int) -> GradientEstimator:
 
         def loss(theta):
             start, until = _episode(state, learner.init(theta, k_init), learner.remaining)
-            end, value = _unroll(learner, unroll, theta, start, k_steps, remat=True)
-            return value, _end(end, (), until, learner.remaining)
+            end, losses = _unroll(learner, unroll, theta, start, k_steps, remat=True)
+            return jnp.mean(losses), _end(end, (), until, learner.remaining)
 
         (value, end), grad = jax.value_and_grad(loss, has_aux=True)(theta)
         return grad, end, Info(value, state.done.astype(jnp.float32))

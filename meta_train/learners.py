@@ -28,7 +28,7 @@ class Learner(NamedTuple):
 
     Attributes:
         init: ``(theta, key) -> state``, the start of an episode.
-        step: ``(theta, state, key) -> (state, loss)``, one inner step; ``loss`` is a scalar, the meta-loss of that step.
+        step: ``(theta, state, key) -> (state, loss)``, one inner step; ``loss`` is its meta-loss, a scalar.
         remaining: ``state -> int32 scalar``, how many steps the episode has left. The windowed estimators start a
             new episode when none is. The default never ends.
     """
@@ -44,7 +44,7 @@ class TaskState(NamedTuple):
     params: Params
     opt_state: optax.OptState
     cfg: Cfg
-    count: jax.Array  # int32, steps taken
+    taken: jax.Array  # int32, steps taken
     num_steps: jax.Array  # int32, steps of this episode
     learning_rate: jax.Array  # float, the step size of this episode
     initial_loss: jax.Array  # float, what the losses are divided by
@@ -118,7 +118,7 @@ def task_learner(
             params=params,
             opt_state=rule.build(theta, num_steps=num_steps).init(params),
             cfg=cfg,
-            count=jnp.zeros((), jnp.int32),
+            taken=jnp.zeros((), jnp.int32),
             num_steps=num_steps,
             learning_rate=log_uniform(k_rate, *learning_rates),
             initial_loss=jnp.where(jnp.isfinite(loss), jnp.maximum(jnp.abs(loss), 1e-6), 1.0),
@@ -134,6 +134,6 @@ def task_learner(
         updates, opt_state = transform.update(grads, state.opt_state, state.params, value=loss)
         params = jax.tree.map(lambda p, u: p + (state.learning_rate * u).astype(p.dtype), state.params, updates)
         meta_loss = jnp.where(jnp.isfinite(loss), jnp.minimum(loss / state.initial_loss, max_loss), max_loss)
-        return state._replace(params=params, opt_state=opt_state, count=state.count + 1), meta_loss
+        return state._replace(params=params, opt_state=opt_state, taken=state.taken + 1), meta_loss
 
-    return Learner(init, step, remaining=lambda state: state.num_steps - state.count)
+    return Learner(init, step, remaining=lambda state: state.num_steps - state.taken)

@@ -21,7 +21,8 @@ from learned_opt.base import LearnedOptimizer, Theta
 from tasks import suites
 from tasks.base import Data
 
-from . import checkpoint, config as configs, progress
+from . import checkpoint, progress
+from . import config as configs
 from .config import Config, ConfigError
 from .estimators import ESTIMATORS
 from .learners import task_learner
@@ -59,19 +60,19 @@ def set_up(config: Config, mesh: Mesh) -> Setup:
         A :class:`Setup`; its data sets lie on the devices.
 
     Raises:
-        ConfigError: an unknown rule, suite, estimator or outer optimizer, or arguments that do not fit.
-        ValueError: a data set is missing, or the devices do not divide the particles.
+        ConfigError: an unknown rule, suite, estimator or outer optimizer, arguments that do not fit, or particles
+            that the devices do not divide.
+        DataError: a data set is missing.
     """
     rule, init_theta = _rule(config)
     if config.estimator not in ESTIMATORS:
         raise ConfigError(f"unknown estimator {config.estimator!r}; estimators: {', '.join(sorted(ESTIMATORS))}")
     if config.suite not in suites.TRAIN:
         raise ConfigError(f"unknown training suite {config.suite!r}; suites: {', '.join(sorted(suites.TRAIN))}")
-    entries = suites.suite(config.suite)
+    entries = suites.TRAIN[config.suite]
     families = [entry.make() for entry in entries]
     whole = config.estimator in _WHOLE_EPISODES
     lengths = (config.unroll, config.unroll) if whole else (config.min_length, config.max_length)
-    rates = config.min_learning_rate, config.max_learning_rate
 
     def estimators(data: Data):
         for family, held in zip(families, data, strict=True):
@@ -80,11 +81,13 @@ def set_up(config: Config, mesh: Mesh) -> Setup:
                 family._replace(data=held),
                 lengths=lengths,
                 multiple_of=config.unroll,
-                learning_rates=None if rates[0] is None else rates,
+                learning_rates=config.learning_rates,
                 max_loss=config.max_loss,
             )
             yield ESTIMATORS[config.estimator](learner, unroll=config.unroll, sigma=config.sigma)
 
+    if config.particles % mesh.size:
+        raise ConfigError(f"particles ({config.particles}) must be a multiple of the number of devices ({mesh.size})")
     trainer = make_trainer(
         init_theta, lambda data: list(estimators(data)), outer_optimizer(config), particles=config.particles, mesh=mesh
     )
@@ -151,7 +154,8 @@ def run(config: Config, workdir: Path, *, resume: bool = False, console: Console
 
 def _steps(state: TrainState, setup: Setup, config: Config, workdir, checkpoints, metrics, stop, console: Console):
     """The loop. The host reads a step's figures one step late, so that the devices never wait for it."""
-    step, pending, saved = int(state.step), [], None
+    step, saved = int(state.step), None
+    pending: list[TrainInfo] = []
     window_start, stopped = time.monotonic(), False
     with progress.progress(console, "meta-train", config.meta_steps, step) as show:
         while step < config.meta_steps and not stopped:
@@ -206,7 +210,9 @@ def _start(checkpoints, trainer: Trainer, config: Config, data: Data, *, resume:
         shapes = jax.eval_shape(trainer.init, key, data)
         like = TrainState(
             *(
-                jax.tree.map(lambda x, sharding=sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), part)
+                jax.tree.map(
+                    lambda x, sharding=sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), part
+                )
                 for part, sharding in zip(shapes, trainer.state_sharding, strict=True)
             )
         )
@@ -220,7 +226,9 @@ def _rule(config: Config):
     if config.init is not None:
         record = store.read_record(config.init)
         if (record["rule"], record["kwargs"]) != (config.rule, config.rule_kwargs):
-            raise ConfigError(f"init {config.init!r} is a {record['rule']!r} with {record['kwargs']}: set rule and rule_kwargs so")
+            raise ConfigError(
+                f"init {config.init!r} is a {record['rule']!r} with {record['kwargs']}: set rule and rule_kwargs so"
+            )
         rule, theta = learned_opt.load_rule(config.init)
         return rule, lambda key: theta
     if config.rule not in learned_opt.RULES:
@@ -241,7 +249,9 @@ def _claim(workdir: Path, config: Config, *, resume: bool, leader: bool) -> None
         theirs, ours = dataclasses.asdict(configs.read(path)), dataclasses.asdict(config)
         for name in theirs.keys() - configs.RESUMABLE:
             if theirs[name] != ours[name]:
-                raise ConfigError(f"{workdir} holds a run with {name} {theirs[name]!r}, not {ours[name]!r}: name another --workdir")
+                raise ConfigError(
+                    f"{workdir} holds a run with {name} {theirs[name]!r}, not {ours[name]!r}: name another --workdir"
+                )
     elif resume:
         raise ConfigError(f"{workdir} holds no run to resume")
     elif workdir.is_dir() and any(workdir.iterdir()):

@@ -15,9 +15,10 @@ _LINE_SECONDS = 10.0  # between plain lines when the output is no terminal
 
 
 class Report(Protocol):
-    """Called with the number of steps done and a short text."""
+    """What a step's end is told to."""
 
-    def __call__(self, done: int, text: str = "") -> None: ...
+    def __call__(self, done: int, text: str = "") -> None:
+        """Shows the number of steps done and a short text."""
 
 
 @contextlib.contextmanager
@@ -50,7 +51,9 @@ def progress(console: Console, label: str, total: int, start: int = 0) -> Iterat
             return
         last = now
         left = (now - began) / max(done - start, 1) * (total - done)
-        console.print(f"{label} {done}/{total}  {text}  {now - began:.0f} s, {left:.0f} s left", highlight=False, soft_wrap=True)
+        console.print(
+            f"{label} {done}/{total}  {text}  {now - began:.0f} s, {left:.0f} s left", highlight=False, soft_wrap=True
+        )
 
     yield line
 

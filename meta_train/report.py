@@ -38,6 +38,7 @@ def rows(results: Sequence[Result]) -> list[dict[str, Any]]:
             {
                 "task": result.task,
                 "contender": result.contender,
+                "baseline": result.baseline,
                 "learning_rate": result.learning_rate,
                 "on_grid_edge": bool(result.on_edge),
                 "final_loss": _number(final),
@@ -138,7 +139,7 @@ def plot(results: Sequence[Result]) -> bytes:
 
 
 def _scale(panel, curves: Sequence[np.ndarray]) -> None:
-    """Limits that show where the curves differ: a diverged one may leave the panel; logarithmic where all is positive."""
+    """Limits that show where the curves differ; logarithmic where all is positive. A diverged curve may leave them."""
     finite = [curve[np.isfinite(curve)] for curve in curves]
     finite = [curve for curve in finite if curve.size]
     if not finite:
@@ -166,7 +167,7 @@ def _reference(results: Sequence[Result], task: str) -> Result | None:
 
 def _worst(table: Sequence[dict[str, Any]], task: str) -> float:
     """The largest relative loss of a learned rule on the task: infinite if one diverged."""
-    ours = [row["relative"] for row in table if row["task"] == task and row["contender"] not in _COLOURS]
+    ours = [row["relative"] for row in table if row["task"] == task and not row["baseline"]]
     return max((math.inf if value is None else value for value in ours), default=0.0)
 
 

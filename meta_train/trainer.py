@@ -23,7 +23,7 @@ class TrainState(NamedTuple):
 
     theta: Theta
     outer_state: optax.OptState
-    particles: tuple[Any, ...]  # per learner, the estimators' states, [particles, ...]
+    particles: tuple[Any, ...]  # per estimator, the estimators' states, [particles, ...]
     step: jax.Array  # int32, meta-steps taken
     key: jax.Array  # the run's key; step i uses fold_in(key, i)
 
@@ -32,9 +32,9 @@ class TrainInfo(NamedTuple):
     """What a meta-step says."""
 
     loss: jax.Array  # mean meta-loss
-    losses: jax.Array  # [learners], the mean meta-loss of each
+    losses: jax.Array  # [estimators], the mean meta-loss of each
     gradient_norm: jax.Array  # of the meta-gradient, before the outer optimizer
-    dropped: jax.Array  # fraction of particles whose gradient was not finite, and counted as 0
+    dropped: jax.Array  # fraction of particles whose loss or gradient was not finite: they count as gradient 0
     restarts: jax.Array  # fraction of particles that began an episode
 
 
@@ -75,11 +75,11 @@ def make_trainer(
 ) -> Trainer:
     r"""Builds a meta-training run.
 
-    Each meta-step runs ``particles`` particles of every estimator, averages their gradients and steps theta:
-    :math:`\theta \leftarrow \theta + \mathrm{outer}(\tfrac{1}{EP}\sum_{e,i} g_{e,i})`. Particles are vmapped on a device and
-    split over devices; theta is replicated. A particle's keys derive from its global index, so any number of devices
-    computes the same trajectory, and the devices exchange one vector of theta's size a step, whatever the number of
-    particles and the unroll's length.
+    Each meta-step runs ``particles`` particles of every estimator, averages their gradients and steps theta,
+    :math:`\theta \leftarrow \theta + \mathrm{outer}(\tfrac{1}{EP}\sum_{e,i} g_{e,i})`. Particles are vmapped on a
+    device and split over devices; theta is replicated. A particle's keys derive from its global index, so any number
+    of devices computes the same trajectory, and the devices exchange one vector of theta's size a step, whatever the
+    number of particles and the unroll's length.
 
     Args:
         init_theta: ``key -> theta``, or a constant function to go on from given meta-parameters.
@@ -109,29 +109,28 @@ def make_trainer(
 
     def gradient(theta: Theta, states: tuple, key: jax.Array, data: Data):
         zeros, unravel = ravel_pytree(theta)
-        total, new_states, losses, counts = jnp.zeros_like(zeros), [], [], jnp.zeros(2)
+        total, new_states, figures = jnp.zeros_like(zeros), [], []
         for i, (estimator, state) in enumerate(zip(estimators(data), states, strict=True)):
             grads, state, info = jax.vmap(estimator.estimate, (None, 0, 0))(theta, state, keys_of(key, i))
             flat = jax.vmap(lambda g: ravel_pytree(g)[0])(grads)
-            finite = jnp.all(jnp.isfinite(flat), axis=1)
+            finite = jnp.all(jnp.isfinite(flat), axis=1) & jnp.isfinite(info.loss)
             total += jnp.sum(jnp.where(finite[:, None], flat, 0), axis=0)
             new_states.append(state)
-            losses.append(jnp.sum(info.loss))
-            counts += jnp.stack([jnp.sum(~finite), jnp.sum(info.restarts)])
+            loss = jnp.sum(jnp.where(finite, info.loss, 0))
+            figures.append(jnp.stack([loss, jnp.sum(finite), jnp.sum(info.restarts)]))
         # One vector, one all-reduce: the gradient and, behind it, what the log wants.
-        told = jnp.concatenate([jnp.stack(losses), counts]).astype(total.dtype)
+        told = jnp.concatenate(figures).astype(total.dtype)
         vector = jax.lax.psum(jnp.concatenate([total, told]), AXIS) / particles
-        mean, losses, counts = jnp.split(vector, [total.size, total.size + len(losses)])
-        number = len(new_states)
-        info = (losses, counts / number)
-        return unravel(mean / number), tuple(new_states), info
+        loss, finite, restarts = vector[total.size :].reshape(-1, 3).T
+        info = (loss / jnp.maximum(finite, 1 / particles), 1 - jnp.mean(finite), jnp.mean(restarts))
+        return unravel(vector[: total.size] / len(new_states)), tuple(new_states), info
 
     def on_mesh(function, in_specs, out_specs):
         # The replication of the outputs follows from the psum; the checker would want every constant marked.
         return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
     replicated, sharded = NamedSharding(mesh, _REPLICATED), NamedSharding(mesh, _SHARDED)
-    state_sharding = TrainState(replicated, replicated, sharded, replicated, replicated)
+    state_sharding: Any = TrainState(*(sharded if part == "particles" else replicated for part in TrainState._fields))
 
     def init(key: jax.Array, data: Data) -> TrainState:
         k_theta, k_particles, k_run = jax.random.split(key, 3)
@@ -142,12 +141,12 @@ def make_trainer(
     def meta_step(state: TrainState, data: Data) -> tuple[TrainState, TrainInfo]:
         key = jax.random.fold_in(state.key, state.step)
         in_specs = (_REPLICATED, _SHARDED, _REPLICATED, _REPLICATED)
-        grad, particles, (losses, counts) = on_mesh(gradient, in_specs, (_REPLICATED, _SHARDED, _REPLICATED))(
+        grad, particles, (losses, dropped, restarts) = on_mesh(gradient, in_specs, (_REPLICATED, _SHARDED, _REPLICATED))(
             state.theta, state.particles, key, data
         )
         updates, outer_state = outer.update(grad, state.outer_state, state.theta)
         theta = optax.apply_updates(state.theta, updates)
-        info = TrainInfo(jnp.mean(losses), losses, optax.tree.norm(grad), counts[0], counts[1])
+        info = TrainInfo(jnp.mean(losses), losses, optax.tree.norm(grad), dropped, restarts)
         return TrainState(theta, outer_state, particles, state.step + 1, state.key), info
 
     return Trainer(

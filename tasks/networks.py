@@ -4,7 +4,7 @@ A single choice costs nothing; several are one set of array shapes, the largest,
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import haiku as hk
 import jax
@@ -106,6 +106,12 @@ def sample_mlp(spec: MlpSpec, key: jax.Array) -> Cfg:
     return cfg
 
 
+def transform(net: Callable[[jax.Array], jax.Array]) -> tuple[Callable, Callable]:
+    """Make pure functions ``init: (key, x) -> params`` and ``apply: (params, x) -> outputs`` of a Haiku function."""
+    network: Any = hk.without_apply_rng(hk.transform(net))
+    return network.init, network.apply
+
+
 def activate(spec: MlpSpec, cfg: Cfg, x: jax.Array) -> jax.Array:
     """Apply the activation that ``cfg`` names, or the only one there is."""
     functions = [ACTIVATIONS[name] for name in spec.activation]
@@ -113,7 +119,7 @@ def activate(spec: MlpSpec, cfg: Cfg, x: jax.Array) -> jax.Array:
 
 
 def scaled_normal(scale: jax.Array | float, fan_in: jax.Array | int) -> Callable:
-    """Haiku initialiser: normal, truncated at two standard deviations of ``scale / sqrt(fan_in)``, either may be traced."""
+    """Haiku initialiser: normal times ``scale / sqrt(fan_in)``, truncated at twice that; both may be traced."""
 
     def initialise(shape, dtype):
         deviation = jnp.asarray(scale, dtype) * jax.lax.rsqrt(jnp.asarray(fan_in, dtype))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from .base import Batch, Cfg, Data, Task, TaskFamily
 from .batches import cross_entropy, draw, take
 from .data import VOCABULARY, load
-from .networks import log_uniform
+from .networks import log_uniform, transform
 from .sources import DataError
 
 _CORES: dict[str, Callable] = {"gru": hk.GRU, "lstm": hk.LSTM, "vanilla": hk.VanillaRNN}
@@ -152,14 +152,14 @@ def _language_model(
     if not 0 < low <= high:
         raise ValueError(f"init_scale {init_scale}: one positive number, or (low, high)")
     data = {split: {"text": jnp.asarray(arrays["text"])} for split, arrays in splits.items()}
-    network = hk.without_apply_rng(hk.transform(net))
+    net_init, net_apply = transform(net)
 
     def sample(key: jax.Array) -> Cfg:
         return {"init_scale": log_uniform(key, low, high)} if low < high else {}
 
     def task(data: Data, cfg: Cfg) -> Task:
         def init(key):
-            params = network.init(key, jnp.zeros((1, length), jnp.int32))
+            params = net_init(key, jnp.zeros((1, length), jnp.int32))
             scale = cfg.get("init_scale", low)
             return jax.tree.map(lambda p: p * jnp.asarray(scale, p.dtype), params)
 
@@ -172,7 +172,7 @@ def _language_model(
 
         def loss(params, key, batch):
             del key
-            return cross_entropy(network.apply(params, batch["x"]), batch["y"]), {}
+            return cross_entropy(net_apply(params, batch["x"]), batch["y"]), {}
 
         return Task(init, batch, loss)
 

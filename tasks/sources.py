@@ -6,6 +6,7 @@ wrong is one :class:`DataError` of one line.
 
 import contextlib
 import gzip
+import hashlib
 import json
 import shutil
 import subprocess
@@ -27,6 +28,9 @@ _ARCHIVES = (".tgz", ".tar.gz", ".tar", ".deb")
 class DataError(ValueError):
     """A data set is missing, damaged or unknown; the message is one line that says what to do."""
 
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.split()))  # other libraries' messages may have several lines
+
 
 # -- where the files come from ---------------------------------------------------------------------------------------
 
@@ -43,7 +47,8 @@ def open_source(source: str | Path) -> Iterator[Path]:
         The folder.
 
     Raises:
-        DataError: it does not exist, cannot be unpacked, or the client is missing or fails.
+        DataError: it does not exist, cannot be unpacked, or the client is missing or fails; and any raised inside the
+            ``with``, with the temporary folder's name replaced by the source's.
 
     Example:
         >>> with open_source(".") as folder:
@@ -63,7 +68,10 @@ def open_source(source: str | Path) -> Iterator[Path]:
             folder = Path(scratch) / "unpacked"
             folder.mkdir()
             _unpack(path, folder)
-            yield folder
+            try:
+                yield folder
+            except DataError as error:
+                raise DataError(str(error).replace(str(folder), str(source))) from None
         else:
             yield path.parent
 
@@ -110,6 +118,15 @@ def _find(folder: Path, name: str) -> Path:
         if found:
             return found[0]
     raise DataError(f"{folder}: holds no file {name} (or {name}.gz)")
+
+
+def digest(splits: Splits) -> str:
+    """The SHA-256 of a data set's contents: the bytes of all arrays, by sorted names."""
+    total = hashlib.sha256()
+    for split in sorted(splits):
+        for field in sorted(splits[split]):
+            total.update(np.ascontiguousarray(splits[split][field]).data)
+    return total.hexdigest()
 
 
 # -- file formats ----------------------------------------------------------------------------------------------------
@@ -176,7 +193,9 @@ def _read_json(path: Path):
         raise DataError(f"{path}: damaged ({error}); fetch it again") from None
 
 
-_TO_ASCII = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "—": "--", "–": "-", "‑": "-", "•": "*", "Œ": "OE"})
+_TO_ASCII = str.maketrans(
+    {"’": "'", "‘": "'", "“": '"', "”": '"', "—": "--", "–": "-", "‑": "-", "•": "*", "Œ": "OE", "⁄": "/"}
+)
 
 
 def ascii_text(text: str) -> str:
@@ -187,7 +206,7 @@ def ascii_text(text: str) -> str:
         "OEdipus' cafe"
     """
     plain = unicodedata.normalize("NFKD", text.translate(_TO_ASCII)).encode("ascii", "ignore").decode()
-    return " ".join(plain.split())
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in plain).split())
 
 
 def encode_text(text: str) -> np.ndarray:
@@ -201,10 +220,22 @@ def encode_text(text: str) -> np.ndarray:
     return np.where((codes < 32) | (codes > 126), 0, codes - np.uint8(31)).astype(np.uint8)
 
 
+def decode_text(codes: np.ndarray) -> str:
+    """Turn what :func:`encode_text` gives back into text.
+
+    Example:
+        >>> decode_text(encode_text("Call me Ishmael."))
+        'Call me Ishmael.'
+    """
+    return np.where(codes == 0, 10, codes + np.uint8(31)).astype(np.uint8).tobytes().decode("ascii")
+
+
 # -- the data sets ---------------------------------------------------------------------------------------------------
 
 
-def check_images(name: str, splits: Splits, shape: tuple[int, ...], counts: dict[str, int] | None, classes: int) -> Splits:
+def check_images(
+    name: str, splits: Splits, shape: tuple[int, ...], counts: dict[str, int] | None, classes: int
+) -> Splits:
     """Refuse image splits of other shapes, counts or labels than expected; give them back unchanged."""
     for split, arrays in splits.items():
         image, label = arrays["image"], arrays["label"]

@@ -1,17 +1,18 @@
 """Named suites of families: ``TRAIN`` to meta-train on, ``HELD_OUT`` to judge on.
 
-No data set of a training suite appears in a held-out suite, whole or in part, and no family either, but for those that
-``SAME_FAMILY_NEW_DATA`` names; these have other sizes there.
+No data set of a training suite appears in a held-out suite, whole or in part, nor one range of a synthetic generator in
+another. No kind of family does either, but for those of ``SAME_FAMILY_NEW_DATA``: these are judged on new data *and* at
+other sizes. A test holds the suites to it.
 """
 
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
-import numpy as np
-
-from .base import TaskFamily
+from .base import TaskFamily, num_params
+from .sequence import char_rnn, char_transformer
+from .synthetic import quadratic, reparametrise, rosenbrock
+from .tabular import logistic_regression, tabular_mlp
 from .vision import image_autoencoder, image_conv, image_mlp
 
 
@@ -20,8 +21,8 @@ class Entry(NamedTuple):
 
     Attributes:
         name: what tables call it, unique in its suite.
-        family: the kind of network or function, for the rule that keeps suites apart.
-        dataset: the data set, or a synthetic family's generator and range.
+        family: the factory's name, the kind of network or function.
+        dataset: the data set; for a synthetic family, its generator and range.
         make: makes the family; data are read only then.
     """
 
@@ -31,34 +32,135 @@ class Entry(NamedTuple):
     make: Callable[[], TaskFamily]
 
 
-def _entry(name: str, factory: Callable[..., TaskFamily], dataset: str, **options: Any) -> Entry:
-    return Entry(name, factory.__name__, dataset, functools.partial(factory, dataset, **options))
+class Description(NamedTuple):
+    """What a table says about an entry; ``num_params`` counts masked parameters too."""
+
+    name: str
+    family: str
+    dataset: str
+    num_params: int
 
 
-_FASHION = "fashion_mnist_small"
+def _on(dataset: str, name: str, factory: Callable[..., TaskFamily], **options: Any) -> Entry:
+    return Entry(f"{dataset}/{name}", factory.__name__, dataset, functools.partial(factory, dataset, **options))
+
+
+def _synthetic(factory: Callable[..., TaskFamily], dim: int, **options: Any) -> Entry:
+    """``options`` holds one range, the parameter that tells the tasks of the generator apart."""
+    (parameter, (low, high)), *rest = options.items()
+    dataset = f"{factory.__name__}({parameter} {low:g} to {high:g})"
+    make = functools.partial(factory, dim=dim, **{parameter: (low, high)}, **dict(rest))
+    return Entry(f"{dataset}/{dim}", factory.__name__, dataset, make)
+
+
+def _rescaled(entry: Entry, low: float = 1e-3, high: float = 1e3) -> Entry:
+    """The entry with the scale of its parameters drawn anew for every task."""
+    return entry._replace(name=f"{entry.name}-rescaled", make=functools.partial(_make_rescaled, entry, low, high))
+
+
+def _make_rescaled(entry: Entry, low: float, high: float) -> TaskFamily:
+    return reparametrise(entry.make(), low, high)
+
+
+_FASHION, _SOTU, _MOBY_DICK = "fashion_mnist_small", "sotu_small", "moby_dick_small"
+
+_MLP = _on(_FASHION, "mlp-64-32-10-relu", image_mlp, side=8, width=32)
+_TABULAR = _on("breast_cancer", "mlp-30-24-24-2-tanh", tabular_mlp, width=24, depth=2, activation="tanh", batch_size=32)
 
 TRAIN: dict[str, tuple[Entry, ...]] = {
-    "quick": (
-        _entry("mlp-64-32-10-relu", image_mlp, _FASHION, batch_size=64),
-        _entry("mlp-64-16-10-tanh", image_mlp, _FASHION, width=16, activation="tanh", batch_size=64),
+    # two shapes, quick to compile, with different activations and widths
+    "quick": (_MLP, _on(_FASHION, "mlp-64-16-10-tanh", image_mlp, side=8, width=16, activation="tanh")),
+    # the reference task of the literature
+    "small": (_MLP,),
+    "broad": (
+        _MLP,
+        _on(
+            _FASHION,
+            "mlp-8x8-drawn",
+            image_mlp,
+            side=8,
+            width=(16, 24, 32),
+            depth=(1, 2),
+            activation=("relu", "tanh", "gelu"),
+            init_scale=(0.5, 2.0),
+        ),
+        _on(_FASHION, "mlp-64-16-16-16-10-swish", image_mlp, side=8, width=16, depth=3, activation="swish"),
+        _on(_FASHION, "mlp-196-32-10-relu", image_mlp, side=14, width=32),
+        _rescaled(_MLP),
+        _TABULAR,
+        _rescaled(_TABULAR),
+        _on(_SOTU, "gru-16", char_rnn, core="gru", width=16, embedding=8, length=8, batch_size=16),
+        _synthetic(quadratic, 32, condition=(1.0, 100.0), noise=0.01),
     ),
-    "small": (_entry("mlp-64-32-10-relu", image_mlp, _FASHION, batch_size=128),),
 }
+
+_QUICK = (
+    _on("digits", "mlp-64-48-48-10-relu", image_mlp, side=8, width=48, depth=2),
+    _on("digits", "conv-8-16-relu", image_conv, side=8, channels=(8, 16)),
+    _on("digits", "autoencoder-64-32-8", image_autoencoder, side=8, width=32, code=8),
+    _on("digits", "logistic", logistic_regression),
+    _on("wine", "mlp-13-32-3-gelu", tabular_mlp, width=32, activation="gelu", batch_size=32),
+)
 
 HELD_OUT: dict[str, tuple[Entry, ...]] = {
-    "quick": (
-        _entry("digits-mlp-64-48-48-10", image_mlp, "digits", width=48, depth=2),
-        _entry("digits-conv", image_conv, "digits", side=8),
-        _entry("digits-autoencoder", image_autoencoder, "digits"),
+    "quick": _QUICK,
+    "held_out": (
+        *_QUICK,
+        _rescaled(_QUICK[0]),
+        _on("digits", "conv-8-16-32-gelu", image_conv, side=8, channels=(8, 16, 32), activation="gelu"),
+        _on("diabetes", "mlp-10-32-32-1-relu", tabular_mlp, width=32, depth=2, batch_size=32),
+        _on("wine", "logistic", logistic_regression, batch_size=32),
+        _on(_MOBY_DICK, "lstm-24", char_rnn, core="lstm", width=24, embedding=8, length=8, batch_size=16),
+        _on(_MOBY_DICK, "transformer-1x16", char_transformer, layers=1, width=16, length=8, batch_size=16),
+        _synthetic(quadratic, 64, condition=(1e3, 1e4)),
+        _synthetic(rosenbrock, 8, steepness=(1.0, 100.0)),
+    ),
+    # whole sets, after `learned-opt data fetch mnist` and `learned-opt data fetch cifar10`
+    "fetched": (
+        _on("mnist", "mlp-784-128-128-10-relu", image_mlp, side=28, width=128, depth=2, batch_size=128),
+        _on("mnist", "conv-16-32-relu", image_conv, side=28, channels=(16, 32), batch_size=128),
+        _on("mnist", "autoencoder-196-64-16", image_autoencoder, side=14, width=64, code=16, batch_size=128),
+        _on("mnist", "logistic", logistic_regression, batch_size=128),
+        _on("cifar10", "mlp-768-128-10-relu", image_mlp, side=16, width=128, batch_size=128),
+        _on("cifar10", "conv-16-32-64-relu", image_conv, side=32, channels=(16, 32, 64), batch_size=128),
     ),
 }
 
-SAME_FAMILY_NEW_DATA = ("image_mlp",)
+SAME_FAMILY_NEW_DATA = ("char_rnn", "image_mlp", "quadratic", "tabular_mlp")
 
 
 def suite(name: str, held_out: bool = False) -> tuple[Entry, ...]:
-    """Find a suite by name."""
+    """Find a suite by name.
+
+    Args:
+        name: a key of :data:`TRAIN`, or of :data:`HELD_OUT`.
+        held_out: which of the two to look in.
+
+    Returns:
+        Its entries.
+
+    Raises:
+        ValueError: no suite of that kind has the name.
+
+    Example:
+        >>> [entry.name for entry in suite("small")]
+        ['fashion_mnist_small/mlp-64-32-10-relu']
+    """
     suites = HELD_OUT if held_out else TRAIN
     if name not in suites:
-        raise ValueError(f"unknown suite {name!r}; known: {', '.join(suites)}")
+        kind = "held-out" if held_out else "training"
+        raise ValueError(f"unknown {kind} suite {name!r}; known: {', '.join(suites)}")
     return suites[name]
+
+
+def describe(entry: Entry) -> Description:
+    """Make an entry's family and count its parameters.
+
+    Raises:
+        DataError: its data set is not here yet.
+
+    Example:
+        >>> describe(suite("small")[0]).num_params
+        2410
+    """
+    return Description(entry.name, entry.family, entry.dataset, num_params(entry.make()))

@@ -1,7 +1,8 @@
-"""Families that need no data: quadratics and Rosenbrock functions; and the change of scale of any family's parameters."""
+"""Families that need no data, quadratics and Rosenbrock functions; and the change of scale of any parameters."""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .base import Cfg, Data, Task, TaskFamily
 from .networks import log_uniform
@@ -13,10 +14,11 @@ def quadratic(
     condition: tuple[float, float] = (1.0, 100.0),
     noise: float = 0.0,
 ) -> TaskFamily:
-    """Minimise random quadratics, ``f(x) = 1/2 (x - m)' A (x - m)``, ``A`` symmetric of a random orientation.
+    """Minimise random quadratics, ``f(x) = 1/2 (x - m)' Q' diag(e) Q (x - m)``, ``Q`` a random rotation.
 
-    The spectrum of ``A``: the largest eigenvalue 1, the smallest ``1 / c``, the others log-uniform in between, the
-    condition number ``c`` log-uniform; ``m`` is standard normal, and ``x`` starts standard normal.
+    The largest eigenvalue is 1, the smallest ``1 / c``, the others log-uniform in between; the condition number ``c``
+    is log-uniform; ``m`` and the start are standard normal. ``Q`` is two rounds of random signs and a cosine transform:
+    orthogonal, it mixes all the coordinates, and unlike a QR decomposition it is cheap to draw inside a compiled loop.
 
     Args:
         dim: number of parameters.
@@ -40,14 +42,13 @@ def quadratic(
         raise ValueError(f"dim {dim} (from 2), condition {condition} (1 <= low <= high), noise {noise} (from 0)")
 
     def sample(key: jax.Array) -> Cfg:
-        number_key, spectrum_key, basis_key, centre_key = jax.random.split(key, 4)
+        number_key, spectrum_key, signs_key, centre_key = jax.random.split(key, 4)
         log_condition = jnp.log(log_uniform(number_key, low, high))
         inner = jax.random.uniform(spectrum_key, (dim - 2,))
         position = jnp.concatenate([jnp.zeros((1,), inner.dtype), inner, jnp.ones((1,), inner.dtype)])
-        basis, _ = jnp.linalg.qr(jax.random.normal(basis_key, (dim, dim)))
         return {
             "eigenvalues": jnp.exp(-log_condition * position),
-            "basis": basis,
+            "signs": jax.random.rademacher(signs_key, (2, dim), inner.dtype),
             "centre": jax.random.normal(centre_key, (dim,)),
         }
 
@@ -59,13 +60,23 @@ def quadratic(
 
         def loss(params, key, batch):
             del key
-            offset = (params["x"] - cfg["centre"]) @ cfg["basis"]
-            excess = 0.5 * jnp.sum(cfg["eigenvalues"] * jnp.square(offset))
+            rotated = params["x"] - cfg["centre"]
+            for signs in cfg["signs"]:
+                rotated = _cosines(dim) @ (signs * rotated)
+            excess = 0.5 * jnp.sum(cfg["eigenvalues"] * jnp.square(rotated))
             return excess + _slope(batch, params), {"excess": excess}
 
         return Task(init, _noise_batch(dim, noise), loss)
 
     return TaskFamily({}, sample, task)
+
+
+def _cosines(dim: int) -> jax.Array:
+    """The orthogonal matrix of the discrete cosine transform (DCT-II), ``[dim, dim]``."""
+    row, column = np.arange(dim)[:, None], np.arange(dim)[None, :]
+    matrix = np.sqrt(2 / dim) * np.cos(np.pi / dim * (column + 0.5) * row)
+    matrix[0] /= np.sqrt(2)
+    return jnp.asarray(matrix, jnp.result_type(float))
 
 
 def rosenbrock(
@@ -143,9 +154,9 @@ def reparametrise(
     What the network computes stays the same while its parameters and gradients change by ``s``, in opposite
     directions: a rule meta-trained so must take its step sizes from the parameters' own scale.
 
-    One ``s`` for the whole task is the published form. One for each tensor is the stronger augmentation: the tensors of
-    one task then differ in scale by up to ``high / low``, which no single step size serves, not even a tuned one. A rule
-    of updates with unit RMS cannot follow that, unless it looks at each parameter's scale.
+    One ``s`` for the whole task is the published form, and a rule whose one step size is tuned afterwards can live with
+    it. One for each tensor is the stronger augmentation: the tensors of one task then differ in scale by up to
+    ``high / low``, so that no single step size serves them all and the rule must look at each tensor's own scale.
 
     Args:
         family: any family.
@@ -179,7 +190,7 @@ def reparametrise(
         shapes = jax.eval_shape(lambda data, cfg: family.task(data, cfg).init(jax.random.key(0)), family.data, cfg)
         leaves, structure = jax.tree.flatten(shapes)
         keys = jax.random.split(scale_key, len(leaves))
-        return {"family": cfg, "scale": structure.unflatten([log_uniform(k, low, high) for k in keys])}
+        return {"family": cfg, "scale": jax.tree.unflatten(structure, [log_uniform(k, low, high) for k in keys])}
 
     def task(data: Data, cfg: Cfg) -> Task:
         original = family.task(data, cfg["family"])

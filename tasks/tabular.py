@@ -1,12 +1,11 @@
 """Families on tables of numbers, and linear models of any labelled data set."""
 
-import haiku as hk
 import jax
 
 from .base import Cfg, TaskFamily
 from .batches import num_outputs, on_device, supervised
 from .data import load
-from .networks import MlpSpec, mlp, mlp_spec, sample_mlp
+from .networks import MlpSpec, mlp, mlp_spec, sample_mlp, transform
 from .sources import DataError, Splits
 
 
@@ -83,7 +82,7 @@ def _family(splits: Splits, dataset: str, field: str, spec: MlpSpec, batch_size:
     classes = num_outputs(splits, dataset)
 
     def network(cfg: Cfg):
-        return hk.without_apply_rng(hk.transform(lambda x: mlp(spec, cfg, classes or 1, x)))
+        return transform(lambda x: mlp(spec, cfg, classes or 1, x))
 
     def sample(key: jax.Array) -> Cfg:
         return sample_mlp(spec, key)

@@ -14,7 +14,7 @@ import numpy as np
 from .base import Cfg, Data, Task, TaskFamily
 from .batches import mean_squared_error, num_outputs, on_device, supervised, supervised_batch
 from .data import load
-from .networks import activate, mlp, mlp_spec, sample_mlp, scaled_normal
+from .networks import activate, mlp, mlp_spec, sample_mlp, scaled_normal, transform
 from .sources import DataError, Splits
 
 
@@ -96,7 +96,7 @@ def image_mlp(
     classes = num_outputs(images, dataset)
 
     def network(cfg: Cfg):
-        return hk.without_apply_rng(hk.transform(lambda x: mlp(spec, cfg, classes, x)))
+        return transform(lambda x: mlp(spec, cfg, classes, x))
 
     return supervised(on_device(images, "image"), lambda key: sample_mlp(spec, key), network, batch_size, classes)
 
@@ -131,7 +131,7 @@ def image_conv(
     init_scale: float | tuple[float, float] = 1.0,
     batch_size: int = 64,
 ) -> TaskFamily:
-    """Classify images with a small convolutional net: 3x3 convolutions of stride 2, the mean over places, a linear layer.
+    """Classify images with a small net: 3x3 convolutions of stride 2, the mean over places, a linear layer.
 
     Args:
         dataset: a data set of images, see :mod:`tasks.data`.
@@ -170,7 +170,7 @@ def image_conv(
             x = x.mean(axis=(1, 2))
             return hk.Linear(classes, w_init=scaled_normal(scale, x.shape[-1]), name="output")(x)
 
-        return hk.without_apply_rng(hk.transform(net))
+        return transform(net)
 
     def sample(key):
         return sample_mlp(spec._replace(width=channels[:1], depth=(1,)), key)
@@ -225,17 +225,17 @@ def image_autoencoder(
             with hk.experimental.name_scope("decoder"):
                 return mlp(spec, cfg, pixels, middle)
 
-        network = hk.without_apply_rng(hk.transform(net))
+        net_init, net_apply = transform(net)
 
         def init(key):
-            return network.init(key, jnp.zeros((1, pixels), jnp.result_type(float)))
+            return net_init(key, jnp.zeros((1, pixels), jnp.result_type(float)))
 
         def batch(key, split):
             return {"x": supervised_batch(data, key, split, batch_size)["x"]}
 
         def loss(params, key, batch):
             del key
-            return mean_squared_error(network.apply(params, batch["x"]), batch["x"]), {}
+            return mean_squared_error(net_apply(params, batch["x"]), batch["x"]), {}
 
         return Task(init, batch, loss)
 

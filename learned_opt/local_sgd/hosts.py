@@ -96,8 +96,8 @@ def save_anchor(path: str | os.PathLike[str], state: LocalSGDState, metadata: Ma
         metadata: a dict that JSON can hold, given back by :func:`load_anchor`.
     """
     shared = {name: getattr(state, name) for name in REPLICATED}
-    shared["step"] = state.step - state.since_sync
-    shared["since_sync"] = jnp.zeros_like(state.since_sync)
+    since = np.asarray(state.since_sync)  # on the host: with several processes the others do not compute along
+    shared["step"], shared["since_sync"] = np.asarray(state.step) - since, np.zeros_like(since)
     save_tree(path, shared, metadata)
 
 
@@ -128,7 +128,7 @@ def save_tree(path: str | os.PathLike[str], tree: Any, metadata: Mapping[str, An
         tree: arrays, numbers and PRNG keys at the leaves.
         metadata: a dict that JSON can hold.
     """
-    arrays = {name: np.ascontiguousarray(_as_numpy(leaf)) for name, leaf in _named(tree)}
+    arrays = {name: np.asarray(_as_numpy(leaf), order="C") for name, leaf in _named(tree)}
     header = {"format": FORMAT, "metadata": json.dumps(dict(metadata or {}))}
     data = safetensors.numpy.save(arrays, header)
     path = Path(path)

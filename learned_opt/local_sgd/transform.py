@@ -85,7 +85,8 @@ def local_sgd(
             synchronising step, arrays of floats (such as ``value=``) averaged over the workers, the rest as they are.
         sync_every: steps a round, H >= 1: an int (or int32 scalar), or a schedule of (round, step, statistics), see
             :mod:`learned_opt.schedules`. It is read when a round starts and must be equal on all workers.
-        axis_name: the mapped axis of the workers, or a tuple of axes.
+        axis_name: the mapped axis of the workers, or a tuple of axes: a mesh axis and that of a ``vmap`` inside it make
+            several workers a device (JAX 0.10 sums over both under ``shard_map(check_vma=False)`` only).
         inner_state: what becomes of the inner state at a synchronisation. ``"keep"``: nothing. ``"average"``: floating
             leaves are averaged, counters, keys and flags kept. ``"reset"``: ``inner.init`` at the new anchor, counters
             too. Or a function ``(inner_state, mean, anchor) -> inner_state``, ``mean(tree)`` averaging as above.
@@ -141,7 +142,9 @@ def local_sgd(
     if not callable(inner_state) and inner_state not in policies:
         raise ValueError(f"inner_state must be one of {sorted(policies)} or a function, got {inner_state!r}")
     if inner_state in ("average", "reset") and fragments != 1:
-        raise ValueError(f"inner_state={inner_state!r} concerns all parameters at once: with fragments use 'keep' or a function")
+        raise ValueError(
+            f"inner_state={inner_state!r} concerns all parameters at once: with fragments use 'keep' or a function"
+        )
     policy = inner_state if callable(inner_state) else policies[inner_state]
     if isinstance(fragments, int) and fragments < 1:
         raise ValueError(f"fragments must be at least 1, got {fragments}")
@@ -329,7 +332,12 @@ class _Sum(NamedTuple):
             return summed / self._divisor(total, delta.dtype), unsent
 
         leaves, treedef = jax.tree.flatten(deltas)
-        pairs = [one(*pair) for pair in zip(leaves, treedef.flatten_up_to(error) if error is not None else [None] * len(leaves), strict=True)]
+        pairs = [
+            one(*pair)
+            for pair in zip(
+                leaves, treedef.flatten_up_to(error) if error is not None else [None] * len(leaves), strict=True
+            )
+        ]
         return treedef.unflatten([mean for mean, _ in pairs]), treedef.unflatten([left for _, left in pairs])
 
     def _weigh(self, x: jax.Array) -> jax.Array:
@@ -361,7 +369,11 @@ def _schedule(sync_every: Any) -> tuple[schedules.SyncSchedule, bool]:
 
 
 def _is_float(x: Any) -> bool:
-    return isinstance(x, (jax.Array, float)) and not isinstance(x, bool) and jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+    return (
+        isinstance(x, (jax.Array, float))
+        and not isinstance(x, bool)
+        and jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+    )
 
 
 def _wide(x: jax.Array) -> Any:
@@ -420,7 +432,9 @@ def _fragment_labels(fragments: int | Any, params: Params) -> tuple[list[int] | 
         if fragments == 1:
             return None, 1
         if fragments > len(leaves):
-            raise ValueError(f"fragments={fragments}, but the parameters have {len(leaves)} leaves; a leaf is not split")
+            raise ValueError(
+                f"fragments={fragments}, but the parameters have {len(leaves)} leaves; a leaf is not split"
+            )
         labels, filled = [0] * len(leaves), [0] * fragments
         for i in sorted(range(len(leaves)), key=lambda i: -leaves[i].size):
             labels[i] = filled.index(min(filled))
@@ -429,7 +443,9 @@ def _fragment_labels(fragments: int | Any, params: Params) -> tuple[list[int] | 
     labels, given = jax.tree.flatten(fragments)
     count = max(labels, default=0) + 1
     if given != treedef or sorted(set(labels)) != list(range(count)):
-        raise ValueError(f"fragments must be an int, or one int 0..n-1 a leaf of the parameters, all used; got {fragments}")
+        raise ValueError(
+            f"fragments must be an int, or one int 0..n-1 a leaf of the parameters, all used; got {fragments}"
+        )
     return (labels, count) if count > 1 else (None, 1)
 
 
@@ -438,7 +454,9 @@ def _pick(tree: Any, labels: list[int] | None, part: int) -> Any:
     if labels is None:
         return tree
     leaves, treedef = jax.tree.flatten(tree)
-    return treedef.unflatten([x if label == part else optax.MaskedNode() for x, label in zip(leaves, labels, strict=True)])
+    return treedef.unflatten(
+        [x if label == part else optax.MaskedNode() for x, label in zip(leaves, labels, strict=True)]
+    )
 
 
 def _merge(tree: Any, part: Any) -> Any:

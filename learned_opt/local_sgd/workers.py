@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .transform import REPLICATED, LocalSGDState
@@ -27,9 +28,13 @@ def worker_axes(state: Any) -> Any:
     """
     if isinstance(state, LocalSGDState):
         return LocalSGDState(**{name: None if name in REPLICATED else 0 for name in LocalSGDState._fields})  # type: ignore[arg-type]
-    found = [isinstance(s, LocalSGDState) for s in jax.tree.leaves(state, is_leaf=lambda s: isinstance(s, LocalSGDState))]
+    found = [
+        isinstance(s, LocalSGDState) for s in jax.tree.leaves(state, is_leaf=lambda s: isinstance(s, LocalSGDState))
+    ]
     if not any(found):
-        raise ValueError("worker_axes: no local_sgd state in here; build it with learned_opt.local_sgd(...).init(params)")
+        raise ValueError(
+            "worker_axes: no local_sgd state in here; build it with learned_opt.local_sgd(...).init(params)"
+        )
     if type(state) is tuple and isinstance(state[-1], LocalSGDState) and sum(found) == 1:
         return (*(0 for _ in state[:-1]), worker_axes(state[-1]))
     raise ValueError(
@@ -59,14 +64,14 @@ def spread_workers(
     Returns:
         The tree, leaves ``[...]`` become ``[K, ...]`` where the axis is 0.
     """
-    tree = _map_own(lambda x: jnp.broadcast_to(x, (num_workers, *jnp.shape(x))), axes, tree)
     if mesh is None:
-        return tree
+        return _map_own(lambda x: jnp.broadcast_to(x, (num_workers, *jnp.shape(x))), axes, tree)
 
-    def place(spec: PartitionSpec, part: Any) -> Any:
-        return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, spec)), part)
+    def place(axis: int | None, part: Any) -> Any:
+        sharding = NamedSharding(mesh, PartitionSpec() if axis is None else PartitionSpec(axis_name))
+        return jax.tree.map(lambda x: _place(x, sharding, None if axis is None else num_workers), part)
 
-    return jax.tree.map(place, _specs(axes, axis_name), tree, is_leaf=lambda x: isinstance(x, PartitionSpec))
+    return jax.tree.map(place, axes, tree, is_leaf=lambda axis: axis is None)
 
 
 def map_workers(
@@ -105,6 +110,15 @@ def map_workers(
     return jax.shard_map(
         block, mesh=mesh, in_specs=_specs(tuple(in_axes), axis_name), out_specs=_specs(out_axes, axis_name)
     )
+
+
+def _place(x: jax.Array, sharding: NamedSharding, copies: int | None) -> jax.Array:
+    # not device_put: with several processes it compares their values, and takes NaN for a difference
+    if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(_place(jax.random.key_data(x), sharding, copies), impl=jax.random.key_impl(x))
+    data = np.asarray(x)
+    data = data if copies is None else np.broadcast_to(data, (copies, *data.shape))
+    return jax.make_array_from_callback(data.shape, sharding, lambda index: data[index])
 
 
 def _specs(axes: Any, axis_name: str) -> Any:

@@ -1,0 +1,87 @@
+"""The suites: training and held-out kept apart, every entry made."""
+
+import jax
+import pytest
+
+from tasks import data, suites
+from tasks.suites import HELD_OUT, SAME_FAMILY_NEW_DATA, TRAIN, Entry
+
+TRAINED = {entry.name: entry for entries in TRAIN.values() for entry in entries}
+HELD = {entry.name: entry for entries in HELD_OUT.values() for entry in entries}
+HERE = [entry for entry in (*TRAINED.values(), *HELD.values()) if entry.dataset not in ("mnist", "cifar10")]
+
+
+def origin(entry: Entry) -> str:
+    """The whole data set of which an entry's is a part."""
+    return entry.dataset.removesuffix("_small")
+
+
+def shapes(entry: Entry) -> tuple:
+    family = entry.make()
+    key = jax.random.key(0)
+    params = jax.eval_shape(lambda d: family.task(d, family.sample(key)).init(key), family.data)
+    return tuple(sorted(leaf.shape for leaf in jax.tree.leaves(params)))
+
+
+def test_no_data_set_is_both_trained_on_and_held_out():
+    assert not {origin(entry) for entry in TRAINED.values()} & {origin(entry) for entry in HELD.values()}
+    for entry in (*TRAINED.values(), *HELD.values()):
+        assert entry.dataset in data.SETS or entry.dataset.startswith(f"{entry.family}(")
+
+
+def test_no_family_is_both_but_for_those_named():
+    both = {entry.family for entry in TRAINED.values()} & {entry.family for entry in HELD.values()}
+    assert both == set(SAME_FAMILY_NEW_DATA)
+    assert list(SAME_FAMILY_NEW_DATA) == sorted(SAME_FAMILY_NEW_DATA)
+
+
+def test_families_in_both_have_other_sizes():
+    def sizes(entries):
+        return {(e.family, shapes(e)) for e in entries if e.family in SAME_FAMILY_NEW_DATA and e in HERE}
+
+    assert not sizes(TRAINED.values()) & sizes(HELD.values())
+
+
+def test_ranges_of_quadratics_do_not_overlap():
+    trained = [e.make.keywords["condition"] for e in TRAINED.values() if e.family == "quadratic"]
+    held = [e.make.keywords["condition"] for e in HELD.values() if e.family == "quadratic"]
+    assert trained
+    assert held
+    assert max(high for _, high in trained) < min(low for low, _ in held)
+
+
+def test_names_are_unique_and_shared_entries_the_same():
+    for suite in (*TRAIN.values(), *HELD_OUT.values()):
+        assert len({entry.name for entry in suite}) == len(suite)
+        for entry in suite:
+            assert (TRAINED | HELD)[entry.name] is entry or entry in suites.HELD_OUT["quick"]
+
+
+def test_sizes_of_the_suites():
+    assert {name: len(suite) for name, suite in TRAIN.items()} == {"quick": 2, "small": 1, "broad": 9}
+    assert {name: len(suite) for name, suite in HELD_OUT.items()} == {"quick": 5, "held_out": 13, "fetched": 6}
+
+
+@pytest.mark.parametrize("entry", HERE, ids=lambda entry: entry.name)
+def test_entries_describe_themselves(entry):
+    described = suites.describe(entry)
+    assert described[:3] == entry[:3]
+    assert 0 < described.num_params < 20_000
+
+
+def test_the_reference_task_has_its_published_size():
+    assert suites.describe(suites.suite("small")[0]).num_params == 2410
+
+
+def test_fetched_entries_name_the_command(tmp_path, monkeypatch):
+    monkeypatch.setenv("LEARNED_OPT_DATA", str(tmp_path))
+    for entry in suites.suite("fetched", held_out=True):
+        with pytest.raises(data.DataError, match=f"learned-opt data fetch {entry.dataset}"):
+            entry.make()
+
+
+def test_unknown_suites():
+    with pytest.raises(ValueError, match="known: quick, small, broad"):
+        suites.suite("nonsense")
+    with pytest.raises(ValueError, match="known: quick, held_out, fetched"):
+        suites.suite("small", held_out=True)
