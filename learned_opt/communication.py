@@ -203,7 +203,8 @@ def wall_clock(
         A :class:`WallClock`.
 
     Example:
-        >>> wall_clock(steps=100, rounds=10, sent_bytes=1e9, workers=2, seconds_per_step=0.01, latency=0.0, bandwidth=1e9)
+        >>> network = {"workers": 2, "latency": 0.0, "bandwidth": 1e9}
+        >>> wall_clock(steps=100, rounds=10, sent_bytes=1e9, seconds_per_step=0.01, **network)
         WallClock(compute=1.0, communication=1.0, total=2.0)
     """
     each = collective_seconds(

@@ -176,8 +176,8 @@ def patel_dieuleveut(
 ) -> SyncSchedule:
     """Step alone for as long as averaging would not notice near the optimum: N_t = max(1, floor(c / (eta_t mu P))).
 
-    Constants: near the optimum the variance that P workers leave after averaging, about eta sigma^2 / (mu P), dominates the
-    bias of the third derivative up to a delay of order 1 / (eta mu P); c = 1 puts N at the knee, measured for
+    Constants: near the optimum the variance that P workers leave after averaging, about eta sigma^2 / (mu P), dominates
+    the bias of the third derivative up to a delay of order 1 / (eta mu P); c = 1 puts N at the knee, measured for
     logistic regression (P=16, eta mu P = 1/8.6: N=4 costs 1.15 times the error of N=1, N=8 1.5 times, N=16 2.4 times).
     Take c = 1/2 to stay before it.
 
@@ -281,8 +281,8 @@ def adacomm(initial: int, *, maximum: int | None = None) -> SyncSchedule:
         8
 
     Reference:
-        Wang, Joshi, "Adaptive communication strategies to achieve the best error-runtime trade-off in local-update SGD",
-        2019.
+        Wang, Joshi, "Adaptive communication strategies to achieve the best error-runtime trade-off in local-update
+        SGD", 2019.
     """
     _at_least_one("adacomm: initial", initial)
     most = initial if maximum is None else maximum
@@ -373,7 +373,7 @@ def noise_scale_batch(
     Args:
         minimum: b_min, also while the noise scale is unknown.
         maximum: b_max.
-        scale: c; 1 is the knee between few steps and few samples (divide by the number of workers for a worker's share).
+        scale: c; 1 is the knee between few steps and few samples (1 / P for a worker's share of it).
         noise_scale: statistics -> B_noise, as from :func:`gradient_noise`, smoothed over rounds.
 
     Returns:
@@ -406,9 +406,9 @@ def gradient_noise(small_sq: Scalar, big_sq: Scalar, small_batch: float, big_bat
 
     |G|^2 = (B |g_B|^2 - b |g_b|^2) / (B - b),    tr Sigma = (|g_b|^2 - |g_B|^2) / (1/b - 1/B).
 
-    With P workers, the mean over workers of |g_i|^2 and the |.|^2 of the mean gradient serve (``Statistics.worker_sq`` and
-    ``delta_sq`` after a round of one plain SGD step, divided by eta^2). Average both over time before dividing: the ratio
-    of single estimates is heavy-tailed.
+    With P workers, the mean over workers of |g_i|^2 and the |.|^2 of the mean gradient serve (``Statistics.worker_sq``
+    and ``delta_sq`` after a round of one plain SGD step, divided by eta^2). Average both over time before dividing: the
+    ratio of single estimates is heavy-tailed.
 
     Args:
         small_sq: |g_b|^2.
@@ -497,7 +497,7 @@ def make_plan(total_samples: int, sync_every: SyncSchedule | int, batch_size: Ba
         batch_size: a batch size or a batch schedule that needs no statistics.
 
     Returns:
-        A :class:`Plan`; feed ``plan_delays(plan)`` to :func:`learned_opt.local_sgd` and ``plan.batches`` to the pipeline.
+        A :class:`Plan`; feed ``plan_delays(plan)`` to :func:`learned_opt.local_sgd`, the plan to :func:`plan_batches`.
 
     Raises:
         ValueError: if a schedule answers below 1.
@@ -573,8 +573,7 @@ def plan_batches(
         raise ValueError(f"plan_batches: {num_examples} examples cannot be dealt to {workers} workers")
     sizes = [int(plan.batches.max())] if buckets is None else list(buckets)
     share = num_examples // workers
-    epoch, order = -1, np.zeros(0, np.int32)
-    start = 0
+    epoch, order, start = -1, np.zeros(0, int), 0
     for size in plan.batches.tolist():
         indices = np.zeros((workers, bucket(size, sizes)), np.int32)
         places = np.arange(start, start + size)

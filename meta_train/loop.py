@@ -142,11 +142,12 @@ def run(config: Config, workdir: Path, *, resume: bool = False, console: Console
     checkpoints = checkpoint.manager(workdir, config.keep_checkpoints)
     try:
         state = _start(checkpoints, trainer, config, setup.data, resume=resume)
-        metrics = progress.Metrics(workdir, int(state.step) + 1) if leader else None
-        with _stop_signals() as stop:
+        with contextlib.ExitStack() as stack:
+            metrics = progress.Metrics(workdir, int(state.step) + 1) if leader else None
+            if metrics:
+                stack.callback(metrics.close)
+            stop = stack.enter_context(_stop_signals())
             state, finished = _steps(state, setup, config, workdir, checkpoints, metrics, stop, console)
-        if metrics:
-            metrics.close()
     finally:
         checkpoint.finish(checkpoints)
     return Outcome(jax.tree.map(np.asarray, state.theta), int(state.step), finished)

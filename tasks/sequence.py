@@ -106,7 +106,8 @@ def char_transformer(
         return hk.LayerNorm(axis=-1, create_scale=True, create_offset=True, name=name)(x)
 
     def net(codes: jax.Array) -> jax.Array:
-        positions = hk.get_parameter("positions", (length, width), init=hk.initializers.TruncatedNormal(0.02))
+        small = hk.initializers.TruncatedNormal(0.02)
+        positions = hk.get_parameter("positions", (length, width), jnp.result_type(float), small)
         x = _embed(codes, width, "embed")
         x = x + jnp.broadcast_to(positions, x.shape)
         causal = jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (1, 1, length, length))
@@ -131,7 +132,8 @@ def _check_sizes(**sizes: int) -> None:
 
 def _embed(codes: jax.Array, size: int, name: str) -> jax.Array:
     """Embed characters by a matrix product: the gradient of a look-up would be a scatter, slow on CPUs."""
-    return hk.Embed(VOCABULARY, size, lookup_style="ONE_HOT", name=name)(codes)
+    table = hk.get_parameter(name, (VOCABULARY, size), jnp.result_type(float), hk.initializers.TruncatedNormal())
+    return jax.nn.one_hot(codes, VOCABULARY, dtype=table.dtype) @ table
 
 
 def _language_model(

@@ -92,7 +92,7 @@ def test_alpha_beta_model():
     none = communication.wall_clock(steps=3, rounds=0, sent_bytes=0, workers=4, seconds_per_step=2.0, **link)
     assert none == (6.0, 0.0, 6.0)
     for bad in ({"workers": 0}, {"workers": 2, "collective": "gossip"}):
-        with pytest.raises(ValueError, match="workers >= 1|must be 'all-reduce'"):
+        with pytest.raises(ValueError, match=r"workers >= 1|must be 'all-reduce'"):
             communication.collective_seconds(1.0, **({"latency": 0.0, "bandwidth": 1.0} | bad))
 
 

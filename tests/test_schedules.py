@@ -189,7 +189,7 @@ def test_plans_refuse_bad_schedules():
         lambda: schedules.noise_scale_batch(8, 4),
         lambda: schedules.power_growth(1, power=1.0, rounds=0.0),
     ):
-        with pytest.raises(ValueError, match="must be|is below"):
+        with pytest.raises(ValueError, match=r"must be|is below"):
             call()
 
 

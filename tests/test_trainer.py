@@ -111,7 +111,7 @@ def test_a_particle_whose_gradient_is_not_finite_counts_as_zero():
     # The odd draws give a NaN loss, the others the slope 1.
     learner = Learner(
         init=lambda theta, key: jax.random.bernoulli(key),
-        step=lambda theta, bad, key: (bad, jnp.where(bad, jnp.nan * theta, theta)),
+        step=lambda theta, bad, key: (bad, theta * jnp.where(bad, jnp.nan, 1.0)),
     )
     trainer = make_trainer(
         lambda key: jnp.zeros(()),

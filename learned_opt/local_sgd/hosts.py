@@ -25,8 +25,8 @@ STUCK_EXIT_CODE = 75  # EX_TEMPFAIL: trying again may help
 class Watchdog:
     """End this process, with a message, when a round takes too long: a stuck peer blocks a collective for ever.
 
-    A collective cannot be cancelled from Python, so the process exits (code 75, no cleanup) and is to be started again from
-    the last anchor.
+    A collective cannot be cancelled from Python, so the process exits (code 75, no cleanup) and is to be started again
+    from the last anchor.
 
     Args:
         timeout: seconds that a round may take.
@@ -73,8 +73,8 @@ class Watchdog:
             left = self._last + self._allowed - time.monotonic()
             if left <= 0:
                 message = (
-                    f"local SGD watchdog: no round finished within {self._allowed:g} s (rounds so far: {self._beats}); a "
-                    "peer is stuck or gone. Start again from the last anchor, on any number of workers."
+                    f"local SGD watchdog: no round finished within {self._allowed:g} s (rounds so far: {self._beats}); "
+                    "a peer is stuck or gone. Start again from the last anchor, on any number of workers."
                 )
                 if self._on_stuck is not None:
                     self._on_stuck(message)
@@ -171,9 +171,10 @@ def load_tree(path: str | os.PathLike[str], like: Any) -> tuple[Any, dict[str, A
     if missing := sorted(wanted.keys() ^ arrays.keys()):
         raise ValueError(f"{path} is of another tree (parameters or transform): it differs at {missing[0]}")
     for name, leaf in wanted.items():
-        if (leaf.shape, leaf.dtype) != (arrays[name].shape, arrays[name].dtype):
+        found = arrays[name]
+        if (leaf.shape, leaf.dtype) != (found.shape, found.dtype):
             raise ValueError(
-                f"{path}: {name} is {arrays[name].dtype}{list(arrays[name].shape)}, wanted {leaf.dtype}{list(leaf.shape)}"
+                f"{path}: {name} is {found.dtype}{list(found.shape)}, wanted {leaf.dtype}{list(leaf.shape)}"
             )
     leaves = [_from_numpy(arrays[name], leaf) for name, leaf in named]
     return jax.tree.unflatten(jax.tree.structure(like), leaves), json.loads(header["metadata"])
@@ -192,4 +193,5 @@ def _as_numpy(leaf: Any) -> np.ndarray:
 
 
 def _from_numpy(array: np.ndarray, leaf: Any) -> jax.Array:
-    return jax.random.wrap_key_data(array, impl=jax.random.key_impl(leaf)) if _is_key(leaf) else jnp.asarray(array)
+    value = jnp.asarray(array)
+    return jax.random.wrap_key_data(value, impl=jax.random.key_impl(leaf)) if _is_key(leaf) else value

@@ -1,5 +1,6 @@
 """Local SGD as an Optax transform: workers step alone, and meet every ``sync_every`` steps."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -108,8 +109,8 @@ def local_sgd(
     Raises:
         ValueError: at construction if ``sync_every < 1`` or an option is unknown; while tracing, before any step runs,
             if the axis does not exist, ``params`` are missing, or a replicated part of the state or the schedule
-            differs across devices (as far as ``shard_map`` with ``check_vma=True`` tells; without it, devices agree on the
-            longest period).
+            differs across devices (as far as ``shard_map`` with ``check_vma=True`` tells; without it, devices agree on
+            the longest period).
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -331,13 +332,10 @@ class _Sum(NamedTuple):
                 unsent = jnp.where(weight > 0, wanted - mine / jnp.where(weight > 0, weight, 1), left)
             return summed / self._divisor(total, delta.dtype), unsent
 
-        leaves, treedef = jax.tree.flatten(deltas)
-        pairs = [
-            one(*pair)
-            for pair in zip(
-                leaves, treedef.flatten_up_to(error) if error is not None else [None] * len(leaves), strict=True
-            )
-        ]
+        treedef: Any = jax.tree.structure(deltas)
+        leaves = jax.tree.leaves(deltas)
+        lefts = [None] * len(leaves) if error is None else jax.tree.leaves(error)
+        pairs = [one(delta, left) for delta, left in zip(leaves, lefts, strict=True)]
         return treedef.unflatten([mean for mean, _ in pairs]), treedef.unflatten([left for _, left in pairs])
 
     def _weigh(self, x: jax.Array) -> jax.Array:
@@ -356,9 +354,13 @@ class _Sum(NamedTuple):
         self.sent.append(communication.payload_bytes(message))
         for name in self.axes:
             kind = "invarying" if _tracked_axes((name,)) else "varying"
-            message = jax.tree.map(lambda x, name=name, kind=kind: jax.lax.all_gather(x, name, to=kind), message)
-            decode = lambda many, decode=decode: jnp.sum(jax.vmap(decode)(many), axis=0)  # noqa: E731
+            message = jax.tree.map(functools.partial(jax.lax.all_gather, axis_name=name, to=kind), message)
+            decode = functools.partial(_decode_and_add, decode)
         return decode(message)
+
+
+def _decode_and_add(decode: Callable[[Any], jax.Array], messages: Any) -> jax.Array:
+    return jnp.sum(jax.vmap(decode)(messages), axis=0)
 
 
 def _schedule(sync_every: Any) -> tuple[schedules.SyncSchedule, bool]:
@@ -427,7 +429,7 @@ def _vary_workers(state: LocalSGDState, tracked: frozenset[str]) -> LocalSGDStat
 
 def _fragment_labels(fragments: int | Any, params: Params) -> tuple[list[int] | None, int]:
     """Return each leaf's fragment (None where there is one) and the number of fragments."""
-    leaves, treedef = jax.tree.flatten(params)
+    leaves = jax.tree.leaves(params)
     if isinstance(fragments, int):
         if fragments == 1:
             return None, 1
@@ -440,9 +442,10 @@ def _fragment_labels(fragments: int | Any, params: Params) -> tuple[list[int] | 
             labels[i] = filled.index(min(filled))
             filled[labels[i]] += max(leaves[i].size, 1)
         return labels, fragments
-    labels, given = jax.tree.flatten(fragments)
+    labels = jax.tree.leaves(fragments)
     count = max(labels, default=0) + 1
-    if given != treedef or sorted(set(labels)) != list(range(count)):
+    trees: tuple[Any, Any] = (jax.tree.structure(fragments), jax.tree.structure(params))
+    if trees[0] != trees[1] or sorted(set(labels)) != list(range(count)):
         raise ValueError(
             f"fragments must be an int, or one int 0..n-1 a leaf of the parameters, all used; got {fragments}"
         )
@@ -453,10 +456,11 @@ def _pick(tree: Any, labels: list[int] | None, part: int) -> Any:
     """Return the tree with the other fragments' leaves masked, as ``optax.masked`` does."""
     if labels is None:
         return tree
-    leaves, treedef = jax.tree.flatten(tree)
-    return treedef.unflatten(
-        [x if label == part else optax.MaskedNode() for x, label in zip(leaves, labels, strict=True)]
-    )
+    treedef: Any = jax.tree.structure(tree)
+    chosen = [
+        x if label == part else optax.MaskedNode() for x, label in zip(jax.tree.leaves(tree), labels, strict=True)
+    ]
+    return treedef.unflatten(chosen)
 
 
 def _merge(tree: Any, part: Any) -> Any:

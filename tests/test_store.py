@@ -1,0 +1,309 @@
+"""Saved rules: exact round trips, and one documented error for everything that can be wrong with them."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import learned_opt
+from learned_opt import StoreError, store
+
+KWARGS = {"hidden_size": 4}
+PARAMS = {"w": jnp.linspace(-1.0, 1.0, 6).reshape(3, 2), "b": jnp.ones(2)}
+GRADS = jax.tree.map(lambda x: 0.1 * x + 0.01, PARAMS)
+
+
+@pytest.fixture(scope="module")
+def theta():
+    return learned_opt.RULES["celo2"](**KWARGS).init(jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, theta):
+    return learned_opt.save(tmp_path_factory.mktemp("saved") / "mine", "celo2", theta, kwargs=KWARGS)
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "mine")
+
+
+def _update(transform, params=PARAMS):
+    return transform.update(GRADS, transform.init(params), params)[0]
+
+
+def test_round_trip(saved, theta):
+    rule, again = learned_opt.load_rule(saved)
+    jax.tree.map(np.testing.assert_array_equal, again, theta)
+    assert jax.tree.structure(again) == jax.tree.structure(theta)
+    expected = _update(rule.build(theta))
+    loaded = _update(learned_opt.load(saved, learning_rate=0.5))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, 0.5 * b, rtol=1e-6), loaded, expected)
+
+
+def test_the_default_learning_rate_is_recorded(tmp_path, theta):
+    folder = learned_opt.save(tmp_path / "a", "celo2", theta, kwargs=KWARGS, card={"learning_rate": 0.02})
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6),
+        _update(learned_opt.load(folder)),
+        _update(learned_opt.load(folder, learning_rate=0.02)),
+    )
+
+
+def test_learning_rate_may_be_a_schedule_and_weight_decay_is_decoupled(saved):
+    schedule = optax.linear_schedule(0.1, 0.0, 10)
+    plain, decayed = learned_opt.load(saved, learning_rate=schedule), None
+    decayed = learned_opt.load(saved, learning_rate=schedule, weight_decay=0.3)
+    states = [t.init(PARAMS) for t in (plain, decayed)]
+    for step in range(3):
+        updates = []
+        for i, transform in enumerate((plain, decayed)):
+            update, states[i] = transform.update(GRADS, states[i], PARAMS)
+            updates.append(update)
+        rate = float(schedule(step))
+        jax.tree.map(
+            lambda u, d, p, rate=rate: np.testing.assert_allclose(d - u, -rate * 0.3 * p, rtol=1e-4, atol=1e-7),
+            *updates,
+            PARAMS,
+        )
+
+
+def test_a_rule_that_sets_its_own_step_takes_a_factor(tmp_path):
+    theta = learned_opt.RULES["adam"]().init(jax.random.key(0))
+    folder = learned_opt.save(tmp_path / "adam", "adam", theta)
+    one, half = (_update(learned_opt.load(folder, learning_rate=rate)) for rate in (None, 0.5))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(0.5 * a, b, rtol=1e-6), one, half)
+
+
+def test_record_and_card(tmp_path, theta):
+    card = {"seed": 3, "config": {"a": 1}, "held_out": {"x": 0.5}, "readme": "# Hello\n", "learning_rate": 0.1}
+    folder = learned_opt.save(tmp_path / "r", "celo2", theta, kwargs=KWARGS, card=card)
+    record = store.read_record(folder)
+    assert (record["seed"], record["config"], record["held_out"]) == (3, {"a": 1}, {"x": 0.5})
+    assert record["theta"]["w1"] == {"shape": [4, 4], "dtype": "float32"}
+    assert (folder / "README.md").read_text() == "# Hello\n"
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "rule.json", "weights.safetensors"]
+    assert [path.name for path in tmp_path.iterdir()] == ["r"]  # nothing left beside it
+
+
+def test_saving_again_replaces_and_saving_over_something_else_does_not(copy, theta, tmp_path):
+    learned_opt.save(copy, "celo2", jax.tree.map(lambda x: x + 1, theta), kwargs=KWARGS)
+    np.testing.assert_array_equal(learned_opt.load_rule(copy)[1]["b0"], theta["b0"] + 1)
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "dear").write_text("x")
+    with pytest.raises(StoreError, match="holds something that is no saved rule"):
+        learned_opt.save(tmp_path / "letters", "celo2", theta, kwargs=KWARGS)
+    assert (tmp_path / "letters" / "dear").read_text() == "x"
+
+
+@pytest.mark.parametrize(
+    ("rule", "kwargs", "change", "message"),
+    [
+        ("nonesuch", KWARGS, lambda t: t, "unknown rule 'nonesuch'"),
+        ("celo2", {"hidden": 4}, lambda t: t, "cannot be made"),
+        ("celo2", {"hidden_size": 8}, lambda t: t, "has shape"),
+        ("celo2", KWARGS, lambda t: t | {"extra": jnp.ones(1)}, "'extra' is in only one"),
+        ("celo2", KWARGS, lambda t: t | {"b0": jnp.ones(4, jnp.int32)}, "not floating point"),
+    ],
+)
+def test_saving_what_does_not_fit(tmp_path, theta, rule, kwargs, change, message):
+    with pytest.raises(StoreError, match=message):
+        learned_opt.save(tmp_path / "x", rule, change(theta), kwargs=kwargs)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_leaves_the_earlier_rule(copy, theta, monkeypatch):
+    before = {path.name: path.read_bytes() for path in copy.iterdir()}
+
+    def full(self, contents):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    with pytest.raises(StoreError, match="No space left on device; nothing was changed"):
+        learned_opt.save(copy, "celo2", theta, kwargs=KWARGS)
+    assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
+    assert [path.name for path in copy.parent.iterdir()] == ["mine"]
+
+
+def _edit(folder, **changes):
+    record = json.loads((folder / "rule.json").read_text()) | changes
+    (folder / "rule.json").write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format_version": 2}, "format_version 2, and this release reads 1"),
+        ({"features_version": 9}, "features_version 9"),
+        ({"format_version": True}, "format_version True"),
+        ({"rule": "nonesuch"}, "unknown rule"),
+        ({"rule": 3}, "'rule' is missing"),
+        ({"kwargs": {"hidden_size": 8}}, "has shape"),
+        ({"kwargs": {"size": 8}}, "cannot be made"),
+        ({"theta": {}}, "describes another theta"),
+        ({"sha256": "0" * 64}, "sha256"),
+        ({"learning_rate": -1}, "learning_rate -1"),
+    ],
+)
+def test_a_wrong_record(copy, changes, message):
+    _edit(copy, **changes)
+    with pytest.raises(StoreError, match=message) as raised:
+        learned_opt.load(copy)
+    assert "\n" not in str(raised.value)
+
+
+def test_missing_files_and_names(copy):
+    with pytest.raises(StoreError, match="no pretrained rule or folder named 'nonesuch'"):
+        learned_opt.load("nonesuch")
+    (copy / "weights.safetensors").unlink()
+    with pytest.raises(StoreError, match="cannot read"):
+        learned_opt.load(copy)
+    (copy / "rule.json").unlink()
+    with pytest.raises(StoreError, match="cannot read"):
+        learned_opt.load(copy)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), name=st.sampled_from(["rule.json", "weights.safetensors"]))
+def test_mutated_files_raise_only_the_documented_error(saved, tmp_path, data, name):
+    folder = tmp_path / "mutated"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(saved, folder)
+    contents = bytearray((folder / name).read_bytes())
+    kind = data.draw(st.sampled_from(["flip", "truncate", "insert", "replace"]))
+    place = data.draw(st.integers(0, len(contents) - 1))
+    if kind == "flip":
+        contents[place] ^= 1 << data.draw(st.integers(0, 7))
+    elif kind == "truncate":
+        del contents[place:]
+    elif kind == "insert":
+        contents[place:place] = data.draw(st.binary(min_size=1, max_size=20))
+    else:
+        contents[place : place + 4] = data.draw(st.binary(min_size=1, max_size=8))
+    changed = bytes(contents) != (saved / name).read_bytes()
+    (folder / name).write_bytes(contents)
+    try:
+        learned_opt.load(folder)
+    except StoreError as error:
+        assert changed and "\n" not in str(error)  # noqa: PT017, PT018
+    else:  # only text that does not bear on the weights may change unseen
+        assert name == "rule.json" or not changed
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    field=st.sampled_from(["format_version", "rule", "kwargs", "theta", "sha256", "learning_rate", "needs"]),
+    value=st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+        max_leaves=5,
+    ),
+)
+def test_any_json_in_a_field_raises_only_the_documented_error(saved, tmp_path, field, value):
+    folder = tmp_path / "edited"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(saved, folder)
+    _edit(folder, **{field: value})
+    try:
+        learned_opt.load(folder)
+    except StoreError as error:
+        assert "\n" not in str(error)  # noqa: PT017
+
+
+# --- inside Optax
+
+
+def _descend(transform, steps=3):
+    params, state = PARAMS, transform.init(PARAMS)
+    for _ in range(steps):
+        updates, state = jax.jit(transform.update)(GRADS, state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+@pytest.fixture(scope="module")
+def plain(saved):
+    return _descend(learned_opt.load(saved, learning_rate=0.01))
+
+
+def _close(a, b):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7), a, b)
+
+
+def test_in_chain(saved, plain):
+    _close(_descend(optax.chain(learned_opt.load(saved, learning_rate=0.02), optax.scale(0.5))), plain)
+
+
+def test_in_multi_steps(saved):
+    every = optax.MultiSteps(learned_opt.load(saved, learning_rate=0.01), 3)
+    _close(_descend(every, 9), _descend(learned_opt.load(saved, learning_rate=0.01), 3))
+
+
+def test_in_masked_and_multi_transform(saved):
+    rule = learned_opt.load(saved, learning_rate=0.01)
+    masked = _descend(optax.masked(rule, {"w": True, "b": False}))
+    alone = _descend_only_w(rule)
+    np.testing.assert_allclose(masked["w"], alone, rtol=1e-5)
+    several = _descend(optax.multi_transform({"ours": rule, "sgd": optax.sgd(0.1)}, {"w": "ours", "b": "sgd"}))
+    np.testing.assert_allclose(several["w"], alone, rtol=1e-5)
+    np.testing.assert_allclose(several["b"], PARAMS["b"] - 3 * 0.1 * GRADS["b"], rtol=1e-5)
+
+
+def _descend_only_w(rule):
+    params, grads = {"w": PARAMS["w"]}, {"w": GRADS["w"]}
+    state = rule.init(params)
+    for _ in range(3):
+        updates, state = rule.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    return params["w"]
+
+
+def test_in_apply_if_finite(saved, plain):
+    _close(_descend(optax.apply_if_finite(learned_opt.load(saved, learning_rate=0.01), 3)), plain)
+
+
+def test_in_inject_hyperparams(saved, plain):
+    make = optax.inject_hyperparams(
+        lambda learning_rate, weight_decay: learned_opt.load(
+            saved, learning_rate=learning_rate, weight_decay=weight_decay
+        )
+    )
+    transform = make(learning_rate=0.01, weight_decay=0.0)
+    _close(_descend(transform), plain)
+    state = transform.init(PARAMS)
+    state.hyperparams["learning_rate"] = jnp.asarray(0.03)
+    tripled, _ = transform.update(GRADS, state, PARAMS)
+    _close(tripled, _update(learned_opt.load(saved, learning_rate=0.03)))
+
+
+def test_in_vmap_and_scan(saved, plain):
+    transform = learned_opt.load(saved, learning_rate=0.01)
+
+    def run(params):
+        def step(carry, _):
+            params, state = carry
+            updates, state = transform.update(GRADS, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(step, (params, transform.init(params)), None, length=3)[0][0]
+
+    stacked = jax.jit(jax.vmap(run))(jax.tree.map(lambda x: jnp.stack([x, x]), PARAMS))
+    _close(jax.tree.map(lambda x: x[1], stacked), plain)
+
+
+def test_with_sharded_params(saved):
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+    params = {"w": jnp.arange(24.0).reshape(8, 3) / 10}
+    grads = {"w": jnp.cos(params["w"])}
+    transform = learned_opt.load(saved, learning_rate=0.01)
+    whole, _ = jax.jit(transform.update)(grads, transform.init(params), params)
+    placed = jax.device_put(params, sharding)
+    split, _ = jax.jit(transform.update)(jax.device_put(grads, sharding), jax.jit(transform.init)(placed), placed)
+    _close(split, whole)
