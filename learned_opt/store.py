@@ -190,8 +190,9 @@ def read_record(name_or_path: str | os.PathLike[str]) -> dict[str, Any]:
         StoreError: as for :func:`load`.
     """
     folder = Path(_resolve(name_or_path))
+    contents = _read_bytes(folder / _RULE)
     try:
-        record = json.loads(_read_bytes(folder / _RULE))
+        record = json.loads(contents)
     except (ValueError, RecursionError):
         raise StoreError(f"{folder / _RULE} is damaged: not JSON; export the rule again") from None
     expected = {"rule": str, "kwargs": dict, "theta": dict, "sha256": str}

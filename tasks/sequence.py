@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from .base import Batch, Cfg, Data, Task, TaskFamily
 from .batches import cross_entropy, draw, take
 from .data import VOCABULARY, load
-from .networks import log_uniform, transform
+from .networks import log_uniform, scaled_normal, transform
 from .sources import DataError
 
-_CORES: dict[str, Callable] = {"gru": hk.GRU, "lstm": hk.LSTM, "vanilla": hk.VanillaRNN}
+_CORES = ("gru", "lstm", "vanilla")
 
 
 def char_rnn(
@@ -54,7 +54,7 @@ def char_rnn(
     _check_sizes(width=width, embedding=embedding, length=length)
 
     def net(codes: jax.Array) -> jax.Array:
-        layer = _CORES[core](width)
+        layer = _core(core, width, embedding)
         inputs = _embed(codes, embedding, "embed").swapaxes(0, 1)  # time first
         states, _ = hk.dynamic_unroll(layer, inputs, layer.initial_state(codes.shape[0]))
         return hk.Linear(VOCABULARY, name="output")(states).swapaxes(0, 1)
@@ -114,7 +114,7 @@ def char_transformer(
         for block in range(layers):
             y = normalise(x, f"norm_attention_{block}")
             attention = hk.MultiHeadAttention(
-                heads, width // heads, w_init=hk.initializers.VarianceScaling(1.0), name=f"attention_{block}"
+                heads, width // heads, w_init=scaled_normal(1.0, width), name=f"attention_{block}"
             )
             x = x + attention(y, y, y, causal)
             y = hk.Linear(4 * width, name=f"expand_{block}")(normalise(x, f"norm_mlp_{block}"))
@@ -128,6 +128,12 @@ def _check_sizes(**sizes: int) -> None:
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"{name} {size}: at least 1")
+
+
+def _core(core: str, width: int, inputs: int) -> hk.RNNCore:
+    if core == "gru":
+        return hk.GRU(width, w_i_init=scaled_normal(1.0, inputs), w_h_init=scaled_normal(1.0, width))
+    return hk.LSTM(width) if core == "lstm" else hk.VanillaRNN(width)
 
 
 def _embed(codes: jax.Array, size: int, name: str) -> jax.Array:

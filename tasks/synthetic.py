@@ -48,7 +48,7 @@ def quadratic(
         position = jnp.concatenate([jnp.zeros((1,), inner.dtype), inner, jnp.ones((1,), inner.dtype)])
         return {
             "eigenvalues": jnp.exp(-log_condition * position),
-            "signs": jax.random.rademacher(signs_key, (2, dim), inner.dtype),
+            "signs": jax.random.rademacher(signs_key, (2 * dim,), inner.dtype).reshape(2, dim),
             "centre": jax.random.normal(centre_key, (dim,)),
         }
 

@@ -1,7 +1,5 @@
 """Local SGD as an Optax transform: workers step alone, and meet every ``sync_every`` steps."""
 
-import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,6 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from .. import communication, schedules
+from .fragments import fragment_labels, merge, pick
+from .mean import WorkerMean, tracked_axes, vary, varying, wide
 
 Params = Any
 Mean = Callable[[Any], Any]
@@ -164,8 +164,8 @@ def local_sgd(
 
     def init(params: Params) -> LocalSGDState:
         zero, nan = jnp.zeros((), jnp.int32), jnp.full((), jnp.nan, jnp.result_type(float))
-        labels, count = _fragment_labels(fragments, params)
-        parts = [_pick(params, labels, part) for part in range(count)]
+        labels, count = fragment_labels(fragments, params)
+        parts = [pick(params, labels, part) for part in range(count)]
         statistics = schedules.Statistics(nan, nan, nan, nan, statistic(params) if statistic else ())
         return LocalSGDState(
             step=zero,
@@ -177,7 +177,7 @@ def local_sgd(
             anchor=jax.tree.map(jnp.array, params),
             outer=step_outer.init(params) if count == 1 else tuple(step_outer.init(part) for part in parts),
             inner=inner.init(params),
-            error=jax.tree.map(lambda p: jnp.zeros(p.shape, _wide(p)), params) if code and error_feedback else (),
+            error=jax.tree.map(lambda p: jnp.zeros(p.shape, wide(p)), params) if code and error_feedback else (),
             value_sum=jnp.zeros(()),
         )
 
@@ -186,27 +186,27 @@ def local_sgd(
     ) -> tuple[Any, LocalSGDState]:
         if params is None:
             raise ValueError("local_sgd: update needs params: opt.update(grads, state, params)")
-        tracked = _tracked_axes(axes)
+        tracked = tracked_axes(axes)
         _check_replicated(state, tracked)
         local, inner_new = inner.update(grads, state.inner, params, **extra)
-        local = jax.tree.map(lambda u, p: u.astype(_wide(p)), local, params)
+        local = jax.tree.map(lambda u, p: u.astype(wide(p)), local, params)
         value_sum = state.value_sum + jnp.asarray(extra.get("value", 0.0), state.value_sum.dtype)
         state = state._replace(
             step=state.step + 1, since_sync=state.since_sync + 1, inner=inner_new, value_sum=value_sum
         )
-        labels, count = _fragment_labels(fragments, params)
+        labels, count = fragment_labels(fragments, params)
 
         def carry_on() -> tuple[Any, LocalSGDState]:
-            return _vary(local, tracked), _vary_workers(state, tracked)
+            return vary(local, tracked), _vary_workers(state, tracked)
 
         def synchronise(part: int) -> tuple[Any, LocalSGDState]:
             sent: list[int] = []
             weight = None if worker_weight is None else jnp.asarray(worker_weight, state.value_sum.dtype)
-            send = _Sum(axes, weight, sent)
-            anchor = _pick(state.anchor, labels, part)
+            send = WorkerMean(axes, weight, sent)
+            anchor = pick(state.anchor, labels, part)
             deltas = jax.tree.map(
-                lambda a, p, u: a.astype(_wide(p)) - (p.astype(_wide(p)) + u),
-                *(anchor, _pick(params, labels, part), _pick(local, labels, part)),
+                lambda a, p, u: a.astype(wide(p)) - (p.astype(wide(p)) + u),
+                *(anchor, pick(params, labels, part), pick(local, labels, part)),
             )
 
             value = state.value_sum / state.since_sync if "value" in extra else jnp.full_like(state.value_sum, jnp.nan)
@@ -217,9 +217,9 @@ def local_sgd(
                 mean, error = send.mean(deltas, total), state.error
             else:
                 mean, left = send.compressed_mean(
-                    deltas, _pick(state.error, labels, part) if error_feedback else None, code, total
+                    deltas, pick(state.error, labels, part) if error_feedback else None, code, total
                 )
-                error = _merge(state.error, left) if error_feedback else ()
+                error = merge(state.error, left) if error_feedback else ()
 
             outer_extra = send.mean(extra, total) if outer_wants_args else {}
             outer_old = state.outer if count == 1 else state.outer[part]
@@ -231,9 +231,9 @@ def local_sgd(
                     lambda new, old: jnp.where(total > 0, new, old), (anchor_new, outer_new), (anchor, outer_old)
                 )
 
-            whole = _merge(state.anchor, anchor_new)
+            whole = merge(state.anchor, anchor_new)
             landing = jax.tree.map(
-                lambda a, p: a.astype(_wide(p)) - p.astype(_wide(p)), anchor_new, _pick(params, labels, part)
+                lambda a, p: a.astype(wide(p)) - p.astype(wide(p)), anchor_new, pick(params, labels, part)
             )
             first = jnp.where(jnp.isnan(state.statistics.first_value), scalars[0], state.statistics.first_value)
             statistics = schedules.Statistics(
@@ -245,7 +245,7 @@ def local_sgd(
             )
             inner_next = policy(state.inner, lambda tree: send.mean(tree, total), whole)
             period = next_period(state.round + 1, state.step, statistics)
-            if tracked & _varying(period):
+            if tracked & varying(period):
                 raise ValueError(
                     "sync_every: the schedule's answer differs across workers; let it read its arguments (round, step, "
                     "statistics) and replicated values alone"
@@ -253,7 +253,7 @@ def local_sgd(
             if not constant and not tracked:  # nothing proves them equal: a worker that disagreed would hang the rest
                 period = jax.lax.pmax(period, axes)
                 sent.append(period.dtype.itemsize)
-            return _vary(_merge(local, landing), tracked), _vary_workers(
+            return vary(merge(local, landing), tracked), _vary_workers(
                 state._replace(
                     round=state.round + 1,
                     since_sync=jnp.zeros_like(state.since_sync),
@@ -280,89 +280,6 @@ def local_sgd(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-class _Sum(NamedTuple):
-    """Weighted means over the workers; what each one contributes is noted in ``sent``."""
-
-    axes: tuple[str, ...]
-    weight: jax.Array | None
-    sent: list[int]
-
-    def scalars(self, values: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Return the total weight and the weighted means of a vector, in one small all-reduce."""
-        if self.weight is None:
-            total = jnp.asarray(_axis_size(self.axes), values.dtype)
-            return total, self._psum(values) / total
-        alive = jnp.where(self.weight > 0, self.weight * values, 0)
-        summed = self._psum(jnp.concatenate([self.weight[None], alive]))
-        return summed[0], summed[1:] / jnp.where(summed[0] > 0, summed[0], 1)
-
-    def mean(self, tree: Any, total: jax.Array) -> Any:
-        """Average floating arrays over the workers; anything else is returned as it is."""
-
-        def one(x: Any) -> Any:
-            if not _is_float(x):
-                return x
-            x = jnp.asarray(x)
-            return (self._psum(self._weigh(x.astype(_wide(x)))) / self._divisor(total, _wide(x))).astype(x.dtype)
-
-        return jax.tree.map(one, tree)
-
-    def compressed_mean(
-        self, deltas: Any, error: Any, code: communication.Compression, total: jax.Array
-    ) -> tuple[Any, Any]:
-        """Return the mean of the deltas (and of what was left unsent before) as decoded, and what is now left."""
-
-        def one(delta: jax.Array, left: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-            wanted = delta if left is None else delta + left
-            if self.weight is not None:
-                wanted = jnp.where(self.weight > 0, wanted, 0)
-            like = jax.ShapeDtypeStruct(delta.shape, delta.dtype)
-            message = code.encode(self._weigh(wanted))
-            mine = code.decode(message, like)
-            if code.gather:
-                summed = self._gather_sum(message, lambda m: code.decode(m, like))
-            else:
-                summed = code.decode(jax.tree.map(self._psum, message), like)
-            if left is None:
-                unsent = delta
-            elif self.weight is None:
-                unsent = wanted - mine
-            else:
-                weight = self.weight.astype(delta.dtype)
-                unsent = jnp.where(weight > 0, wanted - mine / jnp.where(weight > 0, weight, 1), left)
-            return summed / self._divisor(total, delta.dtype), unsent
-
-        treedef: Any = jax.tree.structure(deltas)
-        leaves = jax.tree.leaves(deltas)
-        lefts = [None] * len(leaves) if error is None else jax.tree.leaves(error)
-        pairs = [one(delta, left) for delta, left in zip(leaves, lefts, strict=True)]
-        return treedef.unflatten([mean for mean, _ in pairs]), treedef.unflatten([left for _, left in pairs])
-
-    def _weigh(self, x: jax.Array) -> jax.Array:
-        if self.weight is None:
-            return x
-        return jnp.where(self.weight > 0, self.weight.astype(x.dtype) * x, 0)  # a dead worker's NaN stays its own
-
-    def _divisor(self, total: jax.Array, dtype: Any) -> jax.Array:
-        return jnp.where(total > 0, total, 1).astype(dtype)
-
-    def _psum(self, x: jax.Array) -> jax.Array:
-        self.sent.append(communication.payload_bytes(x))
-        return jax.lax.psum(x, self.axes)
-
-    def _gather_sum(self, message: Any, decode: Callable[[Any], jax.Array]) -> jax.Array:
-        self.sent.append(communication.payload_bytes(message))
-        for name in self.axes:
-            kind = "invarying" if _tracked_axes((name,)) else "varying"
-            message = jax.tree.map(functools.partial(jax.lax.all_gather, axis_name=name, to=kind), message)
-            decode = functools.partial(_decode_and_add, decode)
-        return decode(message)
-
-
-def _decode_and_add(decode: Callable[[Any], jax.Array], messages: Any) -> jax.Array:
-    return jnp.sum(jax.vmap(decode)(messages), axis=0)
-
-
 def _schedule(sync_every: Any) -> tuple[schedules.SyncSchedule, bool]:
     """Return the schedule that ``sync_every`` stands for, and whether it is a constant."""
     if callable(sync_every):
@@ -370,100 +287,15 @@ def _schedule(sync_every: Any) -> tuple[schedules.SyncSchedule, bool]:
     return schedules.constant(sync_every), True
 
 
-def _is_float(x: Any) -> bool:
-    return (
-        isinstance(x, (jax.Array, float))
-        and not isinstance(x, bool)
-        and jnp.issubdtype(jnp.result_type(x), jnp.inexact)
-    )
-
-
-def _wide(x: jax.Array) -> Any:
-    """Return the dtype in which x is summed: float32 or wider."""
-    return jnp.promote_types(x.dtype, jnp.float32)
-
-
-def _axis_size(axes: tuple[str, ...]) -> int:
-    return math.prod(jax.lax.axis_size(name) for name in axes)
-
-
-def _varying(x: Any) -> frozenset[str]:
-    """Return the manual mesh axes along which shard_map takes x to differ."""
-    return jax.typeof(x).manual_axis_type.varying
-
-
-def _tracked_axes(axes: tuple[str, ...]) -> frozenset[str]:
-    """Return the axes on which shard_map tracks what differs; under vmap or without check_vma, none."""
-    try:
-        return frozenset(name for name in axes if name in _varying(jax.lax.axis_index(name)))
-    except NameError:
-        raise ValueError(
-            f"local_sgd: no axis {' × '.join(axes)!r} here; call update inside jax.vmap(..., axis_name=...) or "
-            "jax.shard_map over a mesh with that axis (map_workers does either), or pass the axis_name you use"
-        ) from None
-
-
 def _check_replicated(state: LocalSGDState, tracked: frozenset[str]) -> None:
     for name in REPLICATED:
-        if any(tracked & _varying(leaf) for leaf in jax.tree.leaves(getattr(state, name))):
+        if any(tracked & varying(leaf) for leaf in jax.tree.leaves(getattr(state, name))):
             raise ValueError(
                 f"local_sgd: state.{name} differs across workers, so they would not meet; pass the state with the "
                 "specs of worker_specs(state), from one init before the map"
             )
 
 
-def _vary(tree: Any, tracked: frozenset[str]) -> Any:
-    """Mark every leaf as differing across the workers, so that both branches of a cond agree."""
-
-    def one(x: jax.Array) -> jax.Array:
-        missing = tuple(name for name in tracked if name not in _varying(x))
-        return jax.lax.pcast(x, missing, to="varying") if missing else x
-
-    return jax.tree.map(one, tree)
-
-
 def _vary_workers(state: LocalSGDState, tracked: frozenset[str]) -> LocalSGDState:
-    own = {name: _vary(getattr(state, name), tracked) for name in LocalSGDState._fields if name not in REPLICATED}
+    own = {name: vary(getattr(state, name), tracked) for name in LocalSGDState._fields if name not in REPLICATED}
     return state._replace(**own)
-
-
-def _fragment_labels(fragments: int | Any, params: Params) -> tuple[list[int] | None, int]:
-    """Return each leaf's fragment (None where there is one) and the number of fragments."""
-    leaves = jax.tree.leaves(params)
-    if isinstance(fragments, int):
-        if fragments == 1:
-            return None, 1
-        if fragments > len(leaves):
-            raise ValueError(
-                f"fragments={fragments}, but the parameters have {len(leaves)} leaves; a leaf is not split"
-            )
-        labels, filled = [0] * len(leaves), [0] * fragments
-        for i in sorted(range(len(leaves)), key=lambda i: -leaves[i].size):
-            labels[i] = filled.index(min(filled))
-            filled[labels[i]] += max(leaves[i].size, 1)
-        return labels, fragments
-    labels = jax.tree.leaves(fragments)
-    count = max(labels, default=0) + 1
-    trees: tuple[Any, Any] = (jax.tree.structure(fragments), jax.tree.structure(params))
-    if trees[0] != trees[1] or sorted(set(labels)) != list(range(count)):
-        raise ValueError(
-            f"fragments must be an int, or one int 0..n-1 a leaf of the parameters, all used; got {fragments}"
-        )
-    return (labels, count) if count > 1 else (None, 1)
-
-
-def _pick(tree: Any, labels: list[int] | None, part: int) -> Any:
-    """Return the tree with the other fragments' leaves masked, as ``optax.masked`` does."""
-    if labels is None:
-        return tree
-    treedef: Any = jax.tree.structure(tree)
-    chosen = [
-        x if label == part else optax.MaskedNode() for x, label in zip(jax.tree.leaves(tree), labels, strict=True)
-    ]
-    return treedef.unflatten(chosen)
-
-
-def _merge(tree: Any, part: Any) -> Any:
-    """Return the tree with the leaves that ``part`` has."""
-    masked = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
-    return jax.tree.map(lambda new, old: old if masked(new) else new, part, tree, is_leaf=masked)

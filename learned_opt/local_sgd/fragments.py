@@ -1,0 +1,48 @@
+"""Part of the parameters at a time: which leaf is in which fragment, and trees with the others masked."""
+
+from typing import Any
+
+import jax
+import optax
+
+
+def fragment_labels(fragments: int | Any, params: Any) -> tuple[list[int] | None, int]:
+    """Return each leaf's fragment (None where there is one) and the number of fragments."""
+    leaves = jax.tree.leaves(params)
+    if isinstance(fragments, int):
+        if fragments == 1:
+            return None, 1
+        if fragments > len(leaves):
+            raise ValueError(
+                f"fragments={fragments}, but the parameters have {len(leaves)} leaves; a leaf is not split"
+            )
+        labels, filled = [0] * len(leaves), [0] * fragments
+        for i in sorted(range(len(leaves)), key=lambda i: -leaves[i].size):
+            labels[i] = filled.index(min(filled))
+            filled[labels[i]] += max(leaves[i].size, 1)
+        return labels, fragments
+    labels = jax.tree.leaves(fragments)
+    count = max(labels, default=0) + 1
+    trees: tuple[Any, Any] = (jax.tree.structure(fragments), jax.tree.structure(params))
+    if trees[0] != trees[1] or sorted(set(labels)) != list(range(count)):
+        raise ValueError(
+            f"fragments must be an int, or one int 0..n-1 a leaf of the parameters, all used; got {fragments}"
+        )
+    return (labels, count) if count > 1 else (None, 1)
+
+
+def pick(tree: Any, labels: list[int] | None, part: int) -> Any:
+    """Return the tree with the other fragments' leaves masked, as ``optax.masked`` does."""
+    if labels is None:
+        return tree
+    treedef: Any = jax.tree.structure(tree)
+    chosen = [
+        x if label == part else optax.MaskedNode() for x, label in zip(jax.tree.leaves(tree), labels, strict=True)
+    ]
+    return treedef.unflatten(chosen)
+
+
+def merge(tree: Any, part: Any) -> Any:
+    """Return the tree with the leaves that ``part`` has."""
+    masked = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
+    return jax.tree.map(lambda new, old: old if masked(new) else new, part, tree, is_leaf=masked)
