@@ -1,8 +1,8 @@
 """Kill and stop real processes of the multi-process example at random, and compare with an undisturbed run.
 
 For each number of processes: an undisturbed run; then a run in which a process drawn at random is sent SIGKILL (one in
-five times SIGSTOP) a random while after a restart has got going, 20 times in a row; then one that shrinks on two kills. What
-is counted: rounds that had to be done again, failures to come back, and the difference of the final loss.
+five times SIGSTOP) a random while after it has got going, 20 times in a row; then one that shrinks on two of them.
+What is counted: rounds that had to be done again, failures to come back, and the difference of the final loss.
 
     python benchmarks/local_sgd_faults.py        # some ten minutes; writes reports/local_sgd/faults.json
 """
@@ -93,10 +93,14 @@ def main():
         }
         print(json.dumps(report[f"{processes} processes"]), flush=True)
     shrunk = run(3, 30, 2, seed=7, shrink=True)
+    end = shrunk["done"] or {}
     report["shrinking from 3 processes"] = {
-        "rounds": 30, "signals": [s["signal"] for s in shrunk["sent"]], "rounds_lost": shrunk["rounds_lost"],
-        "workers_at_the_end": shrunk["done"] and shrunk["done"]["workers"], "loss": shrunk["done"] and shrunk["done"]["loss"],
-    }  # fmt: skip
+        "rounds": 30,
+        "signals": [s["signal"] for s in shrunk["sent"]],
+        "rounds_lost": shrunk["rounds_lost"],
+        "workers_at_the_end": end.get("workers"),
+        "loss": end.get("loss"),
+    }
     print(json.dumps(report), flush=True)
     path = ROOT / "reports" / "local_sgd" / "faults.json"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -6,12 +6,14 @@ that mu, the smallest eigenvalue of the Hessian at w*, is 1/13.75; least squares
 stationary: from w*, constant step eta, T = 8192: E|w - w*|^2 relative to a delay of N = 1, for the mean over workers
 and steps (Polyak-Ruppert, the paper's) and for the last mean of the workers. The knee is predicted at 1/(eta mu P).
 
-far: from |w - w*| = 10, T = 2048: the error against rounds for constant delays, and for the adaptive rules at several
-scales c; constant and decaying steps. The distance that the distance-aware rule reads is the true one (an oracle).
+far: from |w - w*| = 10, T = 512: the error of the last mean against rounds for constant delays, and for the adaptive
+rules at several scales c; constant and decaying steps. The distance that the distance-aware rule reads is the true one
+(an oracle). It is shown with and without a cap of 1/(eta mu), the time in which the distance shrinks e-fold.
 
     python benchmarks/local_sgd_patel_dieuleveut.py     # writes reports/local_sgd/patel_dieuleveut_*.csv and .png
 """
 
+import argparse
 import csv
 import functools
 import time
@@ -34,8 +36,8 @@ REPORT = Path(__file__).parents[1] / "reports" / "local_sgd"
 P, D, MU = 16, 5, 1 / 13.75
 STATIONARY_STEPS, STATIONARY_DELAYS = 8192, (1, 2, 4, 8, 16, 32, 64, 256, 1024, 8192)
 RATES = (0.5, 0.1, 0.02)
-FAR_STEPS, FAR_DELAYS, DISTANCE = 2048, (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048), 10.0
-SCALES = tuple(4.0**i for i in range(-4, 5))
+FAR_STEPS, FAR_DELAYS, DISTANCE = 512, (1, 2, 4, 8, 16, 32, 64, 128, 256, 512), 10.0
+SCALES = tuple(2.0**i for i in range(-3, 8))
 REPEATS = 96
 
 
@@ -105,6 +107,12 @@ def distance_aware(setting, problem, rate):
     return schedules.distance_aware(rate, MU, P, NOISE[problem], scale=setting)
 
 
+def capped(setting, problem, rate):
+    rule = distance_aware(setting, problem, rate)
+    eta = rate if callable(rate) else lambda step: rate
+    return lambda round_, step, s: jnp.clip(rule(round_, step, s), 1, jnp.ceil(1 / (MU * eta(step))).astype(jnp.int32))
+
+
 def near_rule(setting, problem, rate):
     return schedules.patel_dieuleveut(rate, MU, P, scale=setting)
 
@@ -145,32 +153,37 @@ def far():
         for steps_name, rate in (("constant", 0.5), ("decaying", decaying)):
             rules = [("constant", constant, jnp.asarray(FAR_DELAYS, jnp.int32))]
             rules.append(("distance-aware", distance_aware, jnp.asarray(SCALES, jnp.float32)))
+            rules.append(("distance-aware, capped", capped, jnp.asarray(SCALES, jnp.float32)))
             if steps_name == "decaying":  # with a constant step it is a constant delay
                 rules.append(("1 / (eta mu P)", near_rule, jnp.asarray(SCALES, jnp.float32)))
+            fixed, begin = [], len(rows)
             for name, rule, settings in rules:
                 found = errors(problem, rule, settings, rate, start, FAR_STEPS, jax.random.key(1))
-                average, last, rounds = map(np.asarray, found)
+                _, last, rounds = map(np.asarray, found)
                 for i, setting in enumerate(np.asarray(settings)):
+                    if rule is constant:
+                        fixed.append((float(rounds[i].mean()), int(setting), last[i]))
                     rows.append(
                         {
                             "problem": problem, "steps": steps_name, "rule": name, "setting": float(setting),
-                            "rounds": float(rounds[i].mean()), "last": float(last[i].mean()),
-                            "last_se": float(last[i].std() / np.sqrt(REPEATS)), "average": float(average[i].mean()),
-                            "average_se": float(average[i].std() / np.sqrt(REPEATS)),
+                            "rounds": float(rounds[i].mean()), "error": float(last[i].mean()),
                         }
+                        | against_constant(float(rounds[i].mean()), last[i], fixed)
                     )  # fmt: skip
-            against_constant([r for r in rows if r["problem"] == problem and r["steps"] == steps_name])
+            for row in rows[begin:]:
+                print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
     return rows
 
 
-def against_constant(rows):
-    """Add to the adaptive rows the error of the best constant delay that has no more rounds, and the ratio to it."""
-    fixed = [r for r in rows if r["rule"] == "constant"]
-    for row in rows:
-        rivals = [r for r in fixed if r["rounds"] <= row["rounds"] + 0.5]
-        best = min(rivals, key=lambda r: r["last"])
-        row["best_constant_N"], row["ratio_to_it"] = best["setting"], row["last"] / best["last"]
-        print({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+def against_constant(rounds, values, fixed):
+    """Compare with N = 1 and with the best constant delay that has no more rounds; errors of paired repeats."""
+    _, delay, best = min((f for f in fixed if f[0] <= rounds + 0.5), key=lambda f: f[2].mean())
+    to_one, one_se = ratio(values, fixed[0][2])
+    to_best, best_se = ratio(values, best)
+    return {
+        "relative_to_N_1": to_one, "relative_to_N_1_se": one_se,
+        "best_constant_N": delay, "relative_to_it": to_best, "relative_to_it_se": best_se,
+    }  # fmt: skip
 
 
 def write(name, rows):
@@ -192,7 +205,7 @@ def plot_stationary(rows):
         ax.axhline(1, color="k", lw=0.5)
         ax.set(xscale="log", yscale="log", xlabel="delay N", title=f"{problem}")
     axes[0].set_ylabel("E|w - w*|² relative to N = 1")
-    axes[0].legend(fontsize=8)
+    axes[1].legend(fontsize=8)
     fig.suptitle(f"From the optimum, P = {P}, T = {STATIONARY_STEPS}; dashed: 1/(eta mu P)")
     fig.savefig(REPORT / "patel_dieuleveut_stationary.png", dpi=110)
     plt.close(fig)
@@ -200,36 +213,46 @@ def plot_stationary(rows):
 
 def plot_far(rows):
     fig, grid = plt.subplots(2, 2, figsize=(10.5, 8), layout="constrained", sharex=True)
-    styles = {"constant": "ko-", "distance-aware": "C1s--", "1 / (eta mu P)": "C0^--"}
+    styles = {"constant": "ko-", "distance-aware": "C1s", "distance-aware, capped": "C3D", "1 / (eta mu P)": "C0^"}
     for line, problem in zip(grid, NOISE, strict=True):
         for ax, steps in zip(line, ("constant", "decaying"), strict=True):
             for rule, style in styles.items():
                 mine = [r for r in rows if (r["problem"], r["steps"], r["rule"]) == (problem, steps, rule)]
                 if mine:
-                    x, y, se = (np.array([r[k] for r in mine]) for k in ("rounds", "last", "last_se"))
+                    x, y, se = (
+                        np.array([r[k] for r in mine]) for k in ("rounds", "relative_to_N_1", "relative_to_N_1_se")
+                    )
                     ax.errorbar(
                         x, y, 2 * se, fmt=style, ms=4, lw=1, label=f"{rule} delay" if rule == "constant" else rule
                     )
-            ax.set(xscale="log", yscale="log", title=f"{problem}, {steps} step")
+            ax.axhline(1, color="k", lw=0.5)
+            ax.set(xscale="log", title=f"{problem}, {steps} step")
             ax.legend(fontsize=8)
     for ax in grid[1]:
         ax.set_xlabel("rounds of communication")
     for line in grid:
-        line[0].set_ylabel("E|w - w*|² at the last mean")
-    fig.suptitle(f"From |w - w*| = {DISTANCE:g}, P = {P}, T = {FAR_STEPS} steps: error against rounds")
+        line[0].set_ylabel("E|w - w*|² of the last mean, relative to N = 1")
+    fig.suptitle(
+        f"From |w - w*| = {DISTANCE:g}, P = {P}, T = {FAR_STEPS} steps: error against rounds, bars of 2 standard errors"
+    )
     fig.savefig(REPORT / "patel_dieuleveut_far.png", dpi=110)
     plt.close(fig)
 
 
 def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=["stationary", "far"])
+    only = parser.parse_args().only
     REPORT.mkdir(parents=True, exist_ok=True)
     print(f"|w*| = {SIZE:.3f}, mu = {MU:.4f}, noise {NOISE}")
-    rows = stationary()
-    write("stationary", rows)
-    plot_stationary(rows)
-    rows = far()
-    write("far", rows)
-    plot_far(rows)
+    if only != "far":
+        rows = stationary()
+        write("stationary", rows)
+        plot_stationary(rows)
+    if only != "stationary":
+        rows = far()
+        write("far", rows)
+        plot_far(rows)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ L2-regularised logistic regression, lambda = 1/n, on breast cancer (569 rows) an
 
     f(w) = 1/n sum_i log(1 + exp(-y_i x_i w)) + |w|^2 / (2n),    reached when f(mean of the workers) - f* <= eps
 
-Every (workers, delay, batch) has its learning rate tuned on one grid, eta_t = eta_0 a / (a + t), as Stich's 4 / (mu (a+t)).
+Every (workers, delay, batch) has its learning rate tuned on one grid: eta_t = eta_0 a / (a + t), as Stich's.
 
     python benchmarks/local_sgd_stich.py          # writes reports/local_sgd/stich.csv and stich_*.png
 """

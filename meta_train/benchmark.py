@@ -1,4 +1,4 @@
-"""The benchmark: optimizers on held-out tasks, each tuned one on a grid, tuning seeds apart from reporting seeds."""
+"""The benchmark: optimizers on held-out tasks, tuned on a grid of learning rates by seeds apart from the reported ones."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from .trainer import AXIS, make_mesh, place
 
 # Half-decades around each optimizer's usual learning rate.
 GRID = tuple(float(f"{10 ** (k / 2):.3g}") for k in range(-9, -2))  # 3.16e-05 ... 3.16e-02
-REFERENCE = "adam"  # what final losses and speed-ups are relative to: constant rate, tuned
+REFERENCE = "adam-tuned"  # what final losses and speed-ups are relative to: at a constant rate
 _VALID_BATCHES = 16
 _TUNING, _REPORTING = 1_000_000, 2_000_000  # seeds of the two start here
 
@@ -27,14 +27,17 @@ class Contender(NamedTuple):
     """An optimizer in the benchmark.
 
     Attributes:
-        name: its label.
-        make: ``(learning_rate, num_steps) -> optax transform``; both may be traced.
-        learning_rates: the grid; one value means that it is not tuned.
+        name: its label; reported as ``NAME-tuned``, and as ``NAME@RATE`` at its default.
+        make: ``(learning_rate, num_steps) -> optax transform``; the rate is traced.
+        grid: the learning rates to choose from; empty for an optimizer that has none, reported as ``NAME``.
+        default: the learning rate that its users start with, one of the grid, or ``None``.
+        baseline: whether it is no learned rule.
     """
 
     name: str
     make: Callable[..., optax.GradientTransformation]
-    learning_rates: tuple[float, ...]
+    grid: tuple[float, ...]
+    default: float | None = None
     baseline: bool = False
 
 
@@ -53,19 +56,18 @@ class Result(NamedTuple):
 
 
 def baselines(weight_decay: float = 1e-4) -> list[Contender]:
-    """Adam and AdamW with a cosine schedule on the grid, and Adam as people first try it."""
+    """Adam, tuned and as people first try it, and tuned AdamW with a cosine schedule."""
 
     def adamw_cosine(rate, num_steps):
         return optax.adamw(_cosine(rate, num_steps), weight_decay=weight_decay)
 
     return [
-        Contender(REFERENCE, lambda rate, num_steps: optax.adam(rate), GRID, baseline=True),
+        Contender("adam", lambda rate, num_steps: optax.adam(rate), GRID, default=1e-3, baseline=True),
         Contender("adamw-cosine", adamw_cosine, GRID, baseline=True),
-        Contender("adam-1e-3", lambda rate, num_steps: optax.adam(rate), (1e-3,), baseline=True),
     ]
 
 
-def learned(name: str, rule: LearnedOptimizer, theta: Theta, learning_rate: float | None) -> list[Contender]:
+def learned(name: str, rule: LearnedOptimizer, theta: Theta, learning_rate: float | None) -> Contender:
     """A learned rule: as it comes, and on the grid too if it has a free step size.
 
     Args:
@@ -75,21 +77,20 @@ def learned(name: str, rule: LearnedOptimizer, theta: Theta, learning_rate: floa
         learning_rate: the default that its ``rule.json`` records, or ``None``.
 
     Returns:
-        One contender, or two: a rule with a free step size runs under a cosine schedule from its default rate, and
-        on the grid.
+        A contender. A rule with a free step size runs under a cosine schedule from its rate.
     """
     if learning_rate is None:
-        return [Contender(name, lambda rate, num_steps: rule.build(theta, num_steps=num_steps), (1.0,))]
+        return Contender(name, lambda rate, num_steps: rule.build(theta, num_steps=num_steps), ())
 
     def make(rate, num_steps):
         step_size = optax.scale_by_learning_rate(_cosine(rate, num_steps), flip_sign=False)
         return optax.chain(rule.build(theta, num_steps=num_steps), step_size)
 
-    return [Contender(name, make, (learning_rate,)), Contender(f"{name}-tuned", make, GRID)]
+    return Contender(name, make, tuple(sorted({*GRID, learning_rate})), default=learning_rate)
 
 
-def pretrained(name_or_path: str) -> list[Contender]:
-    """The contenders of a saved rule.
+def pretrained(name_or_path: str) -> Contender:
+    """The contender of a saved rule.
 
     Raises:
         StoreError: as ``learned_opt.load``.
@@ -99,7 +100,9 @@ def pretrained(name_or_path: str) -> list[Contender]:
     return learned(str(name_or_path).rstrip("/").rsplit("/", 1)[-1], rule, theta, record.get("learning_rate"))
 
 
-def run_task(entry: Entry, contender: Contender, *, steps: int, seeds: int, tuning_seeds: int, mesh: Mesh) -> Result:
+def run_task(
+    entry: Entry, contender: Contender, *, steps: int, seeds: int, tuning_seeds: int, mesh: Mesh
+) -> list[Result]:
     """Tunes a contender on one task and reports it on other seeds.
 
     A seed is one task of the family, one initialisation and one stream of batches: the same for all contenders. All
@@ -114,35 +117,30 @@ def run_task(entry: Entry, contender: Contender, *, steps: int, seeds: int, tuni
         mesh: the devices.
 
     Returns:
-        A :class:`Result`.
+        The result at the chosen learning rate, and the one at the default, as far as the contender has them.
     """
-    rates = contender.learning_rates
-    tuned = len(rates) > 1
-    lanes = [(rate, _TUNING + s) for rate in rates for s in range(tuning_seeds)] if tuned else []
+    rates = contender.grid or (1.0,)
+    lanes = [(rate, _TUNING + s) for rate in rates for s in range(tuning_seeds)] if contender.grid else []
+    split = len(lanes)
     lanes += [(rate, _REPORTING + s) for rate in rates for s in range(seeds)]
-    family = entry.make()
-    losses, valid = _run(family, contender, lanes, steps, mesh)
-    best = 0
-    if tuned:
-        split = len(rates) * tuning_seeds
-        score = np.nan_to_num(valid[:split].reshape(len(rates), tuning_seeds), nan=np.inf).mean(axis=1)
-        best = int(np.argmin(score))
-        losses, valid = losses[split:], valid[split:]
-    losses, valid = losses[best * seeds : (best + 1) * seeds], valid[best * seeds : (best + 1) * seeds]
-    final = losses[:, -max(steps // 20, 1) :].mean(axis=1)
-    diverged = int(np.sum(~np.isfinite(final) | ~(final <= losses[:, 0] * 1.05)))
-    on_edge = tuned and best in (0, len(rates) - 1)
-    return Result(
-        task=entry.name,
-        contender=contender.name,
-        baseline=contender.baseline,
-        learning_rate=rates[best],
-        on_edge=on_edge,
-        curve=smooth(losses.mean(axis=0)),
-        final=final,
-        valid=valid,
-        diverged=diverged,
-    )
+    losses, valid = _run(entry.make(), contender, lanes, steps, mesh)
+
+    def result(label: str, index: int, on_edge: bool = False) -> Result:
+        mine = slice(split + index * seeds, split + (index + 1) * seeds)
+        final = losses[mine, -max(steps // 20, 1) :].mean(axis=1)
+        above = ~(final <= losses[mine, 0] * 1.05)  # not finite either
+        curve = smooth(losses[mine].mean(axis=0))
+        diverged = int(np.sum(above))
+        return Result(entry.name, label, contender.baseline, rates[index], on_edge, curve, final, valid[mine], diverged)
+
+    if not contender.grid:
+        return [result(contender.name, 0)]
+    score = np.nan_to_num(valid[:split].reshape(len(rates), tuning_seeds), nan=np.inf).mean(axis=1)
+    best = int(np.argmin(score))
+    results = [result(f"{contender.name}-tuned", best, on_edge=best in (0, len(rates) - 1))]
+    if contender.default is not None:
+        results.append(result(f"{contender.name}@{contender.default:g}", rates.index(contender.default)))
+    return results
 
 
 def run_suite(
@@ -152,8 +150,8 @@ def run_suite(
     steps: int,
     seeds: int,
     tuning_seeds: int = 2,
-    show=None,
-):
+    show: Callable[..., None] | None = None,
+) -> list[Result]:
     """Runs every contender on every task.
 
     Args:
@@ -162,20 +160,20 @@ def run_suite(
         steps: optimization steps.
         seeds: reporting seeds.
         tuning_seeds: seeds for the learning-rate grids.
-        show: called with (runs done, text) after each.
+        show: called with ``(runs done, text)`` before each, and at the end.
 
     Returns:
-        A list of :class:`Result`, tasks outermost.
+        The results, tasks outermost.
     """
     mesh = make_mesh(jax.local_devices())
     results: list[Result] = []
-    for entry in entries:
-        for contender in contenders:
-            if show:
-                show(len(results), f"{entry.name}: {contender.name}")
-            results.append(run_task(entry, contender, steps=steps, seeds=seeds, tuning_seeds=tuning_seeds, mesh=mesh))
+    runs = [(entry, contender) for entry in entries for contender in contenders]
+    for done, (entry, contender) in enumerate(runs):
+        if show:
+            show(done, f"{entry.name}: {contender.name}")
+        results += run_task(entry, contender, steps=steps, seeds=seeds, tuning_seeds=tuning_seeds, mesh=mesh)
     if show:
-        show(len(results))
+        show(len(runs))
     return results
 
 

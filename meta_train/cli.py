@@ -145,6 +145,8 @@ def _devices(parser: argparse.ArgumentParser) -> None:
 def _train(arguments: argparse.Namespace) -> int:
     loop = _pipeline("loop")
     config = _config(arguments)
+    if config.bench_suite:
+        _suite(config.bench_suite)  # a mistake there must not wait for the end of the run
     workdir = arguments.workdir or Path("runs") / f"{arguments.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     _use_cores(arguments.devices, config.particles)
     if arguments.distributed:
@@ -237,9 +239,7 @@ def _run_bench(rules: Sequence[str], suite: str, steps: int, seeds: int, out: Pa
     """Benchmarks saved rules beside the baselines; shows the table unless ``console`` is ``None``."""
     benchmark, report, progress = (_pipeline(name) for name in ("benchmark", "report", "progress"))
     entries = _suite(suite)
-    contenders = benchmark.baselines()
-    for rule in rules:
-        contenders += benchmark.pretrained(rule)
+    contenders = benchmark.baselines() + [benchmark.pretrained(rule) for rule in rules]
     total = len(entries) * len(contenders)
     with progress.progress(console or _console(), f"bench {suite}", total) as show:
         results = benchmark.run_suite(entries, contenders, steps=steps, seeds=seeds, show=show)

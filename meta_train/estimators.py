@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
 
 from learned_opt.base import Theta
 
@@ -72,10 +73,8 @@ def _unroll(learner: Learner, steps: int, theta: Theta, state: LearnerState, key
 
 
 def _normal_like(key: jax.Array, tree: Theta) -> Theta:
-    leaves, treedef = jax.tree.flatten(tree)
-    keys = jax.random.split(key, max(len(leaves), 1))
-    draws = [jax.random.normal(k, jnp.shape(x), jnp.result_type(x)) for k, x in zip(keys, leaves, strict=False)]
-    return jax.tree.unflatten(treedef, draws)
+    flat, unravel = ravel_pytree(tree)
+    return unravel(jax.random.normal(key, flat.shape, flat.dtype))  # one draw: one a leaf compiles far slower
 
 
 def _pair(theta: Theta, noise: Theta, sigma: float) -> Theta:

@@ -135,9 +135,10 @@ def run(config: Config, workdir: Path, *, resume: bool = False, console: Console
     """
     console = console or Console(stderr=True)
     leader = jax.process_index() == 0
-    _claim(workdir, config, resume=resume, leader=leader)
-    mesh = make_mesh()
-    setup = set_up(config, mesh)
+    _check_folder(workdir, config, resume=resume)
+    setup = set_up(config, make_mesh())
+    if leader:
+        _claim(workdir, config)
     trainer = setup.trainer
     checkpoints = checkpoint.manager(workdir, config.keep_checkpoints)
     try:
@@ -241,8 +242,8 @@ def _rule(config: Config):
     return rule, rule.init
 
 
-def _claim(workdir: Path, config: Config, *, resume: bool, leader: bool) -> None:
-    """Makes the folder this run's, or says whose it is."""
+def _check_folder(workdir: Path, config: Config, *, resume: bool) -> None:
+    """Says what is wrong with the run's folder, if anything."""
     path = workdir / "config.json"
     if path.exists():
         if not resume:
@@ -257,14 +258,18 @@ def _claim(workdir: Path, config: Config, *, resume: bool, leader: bool) -> None
         raise ConfigError(f"{workdir} holds no run to resume")
     elif workdir.is_dir() and any(workdir.iterdir()):
         raise ConfigError(f"{workdir} holds something that is no run: name another --workdir")
-    if leader:
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-            beside = path.with_suffix(".tmp")
-            beside.write_text(configs.to_json(config))
-            os.replace(beside, path)
-        except OSError as error:
-            raise ConfigError(f"cannot write {workdir}: {error.strerror}") from None
+
+
+def _claim(workdir: Path, config: Config) -> None:
+    """Makes the folder this run's."""
+    path = workdir / "config.json"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        beside = path.with_suffix(".tmp")
+        beside.write_text(configs.to_json(config))
+        os.replace(beside, path)
+    except OSError as error:
+        raise ConfigError(f"cannot write {workdir}: {error.strerror}") from None
 
 
 @contextlib.contextmanager

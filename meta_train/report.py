@@ -16,7 +16,7 @@ from rich.table import Table
 
 from .benchmark import REFERENCE, Result, speed_up
 
-_COLOURS = {"adam": "#3b6fb6", "adam-1e-3": "#9bb8dd", "adamw-cosine": "#e08e2b"}
+_COLOURS = {"adam-tuned": "#3b6fb6", "adam@0.001": "#9bb8dd", "adamw-cosine-tuned": "#e08e2b"}
 _LEARNED_COLOURS = ("#b5202e", "#2e8b57", "#7b4fa3", "#8c6d46", "#d46a9f")
 
 

@@ -371,6 +371,12 @@ def test_bfloat16_parameters_land_on_the_anchor():
     assert not np.array_equal(np.float32(state.anchor["w"]), np.float32(params["w"]))
 
 
+def test_no_parameters_at_all():
+    w, state = run(local_sgd(optax.adam(0.1), sync_every=2), lambda w, c: w, {}, np.zeros((2, K, 1), np.float32), 2)
+    assert w == {}
+    assert int(state.round) == 1
+
+
 def test_last_in_a_chain():
     clipped = optax.chain(optax.clip(0.5), local_sgd(optax.sgd(1.0), sync_every=1))
     w, state = run(clipped, lambda w, g: g, jnp.zeros(2), np.float32([[[9.0, 0.1]] * K]), 1)

@@ -92,8 +92,8 @@ def test_all_reduces_executed_are_synchronisations(tmp_path):
 
 def test_several_workers_a_device():
     """Eight workers as 4 devices of 2 lanes, over a tuple of axes, against 8 lanes."""
-    lanes, _ = run(local_sgd(optax.sgd(0.05), sync_every=3, compression="int8"), 8, None)
-    opt = local_sgd(optax.sgd(0.05), sync_every=3, compression="int8", axis_name=("workers", "lanes"))
+    lanes, _ = run(local_sgd(optax.sgd(0.05), sync_every=3), 8, None)
+    opt = local_sgd(optax.sgd(0.05), sync_every=3, axis_name=("workers", "lanes"))
     state = opt.init(PARAMS)
     axes, specs, split = worker_axes(state), worker_specs(state), PartitionSpec("workers")
     block = jax.vmap(

@@ -210,7 +210,7 @@ def local_sgd(
             )
 
             value = state.value_sum / state.since_sync if "value" in extra else jnp.full_like(state.value_sum, jnp.nan)
-            size = optax.tree.norm(deltas, squared=True).astype(state.value_sum.dtype)
+            size = jnp.asarray(optax.tree.norm(deltas, squared=True), state.value_sum.dtype)
             total, scalars = send.scalars(jnp.stack([value, size]))
 
             if code is None:
@@ -239,7 +239,7 @@ def local_sgd(
             statistics = schedules.Statistics(
                 value=scalars[0],
                 first_value=first,
-                delta_sq=optax.tree.norm(mean, squared=True).astype(size.dtype),
+                delta_sq=jnp.asarray(optax.tree.norm(mean, squared=True), size.dtype),
                 worker_sq=scalars[1],
                 custom=statistic(whole) if statistic else (),
             )

@@ -39,6 +39,7 @@ def make_plan(total_samples: int, sync_every: SyncSchedule | int, batch_size: Ba
         ValueError: if a schedule answers below 1.
 
     Example:
+        >>> from learned_opt.schedules import geometric_batch, make_plan
         >>> plan = make_plan(20, 2, geometric_batch(2, factor=2.0, every=2, maximum=8))
         >>> plan.delays.tolist(), plan.batches.tolist()
         ([2, 2, 1], [2, 2, 4, 4, 8])

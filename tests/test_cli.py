@@ -1,0 +1,176 @@
+"""The command line: the whole path on a small suite, and every mistake one line on stderr with exit code 2."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tensorboardX  # noqa: F401  (imported here: its deprecation warnings are not the command line's)
+
+import learned_opt
+from meta_train import cli
+from tasks import suites
+from tasks.synthetic import quadratic, rosenbrock
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch, tmp_path):
+    """Suites of one tiny task, the devices that the tests have already, and a folder to work in."""
+    train = suites.Entry("quadratic", "quadratic", "quadratic 1-10", lambda: quadratic(dim=3, condition=(1.0, 10.0)))
+    held_out = (
+        suites.Entry("steeper", "quadratic", "quadratic 20-30", lambda: quadratic(dim=3, condition=(20.0, 30.0))),
+        suites.Entry("rosenbrock", "rosenbrock", "rosenbrock", lambda: rosenbrock(dim=2)),
+    )
+    monkeypatch.setitem(suites.TRAIN, "small", (train,))
+    monkeypatch.setitem(suites.HELD_OUT, "small", held_out)
+    monkeypatch.setattr(cli, "_use_cores", lambda *_: None)
+    monkeypatch.chdir(tmp_path)
+
+
+RUN = ["train", "--rule", "adam", "--suite", "small", "--particles", "8", "--unroll", "5", "--meta-steps", "4"]
+for setting in ("bench_suite=small", "bench_steps=20", "bench_seeds=2", "min_length=10", "log_every=2"):
+    RUN += ["--set", setting]
+
+
+def test_train_export_info_bench(capsys):
+    assert cli.main([*RUN, "--workdir", "run"]) == 0
+    shown = capsys.readouterr().out
+    assert "steeper" in shown
+    assert "geometric mean" in shown
+    for name in ("results.csv", "results.json", "curves.png"):
+        assert (Path("run/bench") / name).stat().st_size > 100
+
+    assert cli.main(["export", "run", "mine", "--to", "kept"]) == 0
+    record = learned_opt.store.read_record("kept/mine")
+    assert record["config"]["meta_steps"] == 4
+    assert {row["task"] for row in record["held_out"]["figures"]} == {"steeper", "rosenbrock"}
+    card = Path("kept/mine/README.md").read_text()
+    assert "# mine" in card
+    assert "| steeper |" in card
+    trained, exported = (learned_opt.load_rule(path)[1] for path in ("run/rule", "kept/mine"))
+    jax.tree.map(np.testing.assert_array_equal, trained, exported)
+
+    capsys.readouterr()
+    assert cli.main(["info", "kept/mine", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["config"]["rule"] == "adam"
+    assert cli.main(["info", "celo2"]) == 0
+    assert "347" in capsys.readouterr().out
+
+    command = ["bench", "kept/mine", "--suite", "small", "--steps", "20", "--seeds", "2", "--out", "b", "--json"]
+    assert cli.main(command) == 0
+    result = json.loads(capsys.readouterr().out)
+    by_name = {(row["task"], row["contender"]): row for row in result["figures"]}
+    assert by_name["steeper", "adam-tuned"]["relative"] == 1.0
+    assert by_name["steeper", "adam-tuned"]["speed_up"] == 1.0
+    assert by_name["steeper", "mine"]["baseline"] is False
+    assert (Path("b") / "results.csv").read_text().count("\n") == len(result["figures"]) + 1
+
+
+def test_list(capsys):
+    assert cli.main(["list", "--json"]) == 0
+    everything = json.loads(capsys.readouterr().out)
+    assert set(everything["rules"]) == set(learned_opt.RULES)
+    assert "pes" in everything["estimators"]
+    assert "small" in everything["suites"]["train"]
+    assert cli.main(["list", "presets"]) == 0
+    assert capsys.readouterr().out == "presets: quick, cpu, accelerator\n"
+
+
+def test_data(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("LEARNED_OPT_DATA", str(tmp_path / "data"))
+    assert cli.main(["data", "list"]) == 0
+    assert "fashion_mnist_small" in capsys.readouterr().out
+    assert cli.main(["data", "path"]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "data")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([*RUN, "--rule", "nonesuch"], "unknown rule 'nonesuch'"),
+        ([*RUN, "--suite", "nonesuch"], "unknown training suite 'nonesuch'"),
+        ([*RUN, "--estimator", "nonesuch"], "unknown estimator 'nonesuch'"),
+        ([*RUN, "--particles", "0"], "particles must be positive"),
+        ([*RUN, "--particles", "3"], "multiple of the number of devices"),
+        ([*RUN, "--set", "nonesuch=1"], "unknown field 'nonesuch'"),
+        ([*RUN, "--set", "sigma=much"], "sigma must be float or int"),
+        ([*RUN, "--set", "sigma"], "KEY=VALUE"),
+        ([*RUN, "--set", "bench_suite=nonesuch"], "unknown held-out suite"),
+        (["train", "--preset", "nonesuch"], "unknown preset 'nonesuch'"),
+        (["train", "--resume"], "--resume needs --workdir"),
+        (["train", "--resume", "--workdir", "nothing"], "cannot read nothing/config.json"),
+        (["export", "nothing", "x"], "holds no rule"),
+        (["info", "nonesuch"], "nonesuch"),
+        (["bench", "nonesuch"], "no pretrained rule or folder named 'nonesuch'"),
+        (["bench", "--suite", "nonesuch"], "unknown held-out suite 'nonesuch'"),
+        (["bench", "--steps", "0"], "--steps must be at least 1"),
+        (["data", "fetch"], "name the data set"),
+        (["data", "fetch", "nonesuch"], "nonesuch"),
+        (["data", "fetch", "mnist", "--from", "nowhere"], "nowhere"),
+    ],
+)
+def test_mistakes(arguments, message, capsys):
+    assert cli.main(arguments) == 2
+    shown = capsys.readouterr()
+    assert message in shown.err
+    line = shown.err.strip().splitlines()[-1]
+    assert line.startswith("learned-opt: ")
+    assert "Traceback" not in shown.err
+    assert not Path("runs").exists() or not any(Path("runs").iterdir())
+
+
+def test_another_runs_folder(capsys):
+    assert cli.main([*RUN, "--set", "bench_suite=", "--workdir", "run"]) == 0
+    before = sorted(str(path) for path in Path("run").rglob("*"))
+    assert cli.main([*RUN, "--workdir", "run"]) == 2
+    assert "holds a run already" in capsys.readouterr().err
+    assert sorted(str(path) for path in Path("run").rglob("*")) == before
+
+
+def run(*arguments, cwd, **more):
+    environment = {**os.environ, **more, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def test_somebody_elses_tasks_package(tmp_path):
+    (tmp_path / "tasks.py").write_text("chores = ['dishes']\n")
+    found = run("-c", "import learned_opt; learned_opt.available(); print('fine')", cwd=tmp_path)
+    assert found.stdout == "fine\n", found.stderr
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copy(tmp_path / "tasks.py", tmp_path / "elsewhere")
+    found = run("-m", "meta_train.cli", "list", cwd=tmp_path / "elsewhere")
+    assert found.returncode == 2
+    assert "`tasks` that Python finds is not learned-opt's" in found.stderr
+    assert found.stderr.count("\n") == 1
+
+
+def test_without_the_extra_train(tmp_path):
+    """The core's dependencies alone: list and info work, the others name the extra."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "for name in ('rich', 'matplotlib', 'orbax', 'sklearn', 'tensorboardX', 'tensorflow_datasets', 'chex'):\n"
+        "    sys.modules[name] = None\n"
+    )
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    call = lambda *more: subprocess.run(  # noqa: E731
+        [sys.executable, "-m", "meta_train.cli", *more],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    for command in (["list"], ["info", "celo2"]):
+        found = call(*command)
+        assert found.returncode == 0, found.stderr
+    for command in (["train"], ["bench"]):
+        found = call(*command)
+        assert found.returncode == 2, found.stderr
+        assert "of the extra `train`: pip install 'learned-opt[train]'" in found.stderr
+        assert found.stderr.count("\n") == 1
