@@ -1,4 +1,4 @@
-"""The benchmark: optimizers on held-out tasks, tuned on a grid of learning rates by seeds apart from the reported ones."""
+"""The benchmark: optimizers on held-out tasks, tuned on a grid by other seeds than those that are reported."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple

@@ -83,7 +83,7 @@ def _pair(theta: Theta, noise: Theta, sigma: float) -> Theta:
 
 
 def _score(losses: jax.Array, noise: Theta, sigma: float) -> Theta:
-    """The antithetic estimate ``(L+ - L-) noise / (2 sigma)``, with ``noise`` of unit variance, ``losses [2, steps]``."""
+    """The antithetic estimate ``(L+ - L-) noise / (2 sigma)``: ``losses [2, steps]``, ``noise`` of unit variance."""
     difference = jnp.mean(losses[0] - losses[1]) / (2 * sigma)  # step by step: the means would round it away
     return jax.tree.map(lambda e: difference.astype(e.dtype) * e, noise)
 

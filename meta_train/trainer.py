@@ -140,10 +140,10 @@ def make_trainer(
 
     def meta_step(state: TrainState, data: Data) -> tuple[TrainState, TrainInfo]:
         key = jax.random.fold_in(state.key, state.step)
-        in_specs = (_REPLICATED, _SHARDED, _REPLICATED, _REPLICATED)
-        grad, particles, (losses, dropped, restarts) = on_mesh(
-            gradient, in_specs, (_REPLICATED, _SHARDED, _REPLICATED)
-        )(state.theta, state.particles, key, data)
+        everywhere = on_mesh(
+            gradient, (_REPLICATED, _SHARDED, _REPLICATED, _REPLICATED), (_REPLICATED, _SHARDED, _REPLICATED)
+        )
+        grad, particles, (losses, dropped, restarts) = everywhere(state.theta, state.particles, key, data)
         updates, outer_state = outer.update(grad, state.outer_state, state.theta)
         theta = optax.apply_updates(state.theta, updates)
         info = TrainInfo(jnp.mean(losses), losses, optax.tree.norm(grad), dropped, restarts)
