@@ -36,7 +36,30 @@ REPORT = Path(__file__).parents[1] / "reports" / "local_sgd"
 P, D, MU = 16, 5, 1 / 13.75
 STATIONARY_STEPS, STATIONARY_DELAYS = 8192, (1, 2, 4, 8, 16, 32, 64, 256, 1024, 8192)
 RATES = (0.5, 0.1, 0.02)
-FAR_STEPS, FAR_DELAYS, DISTANCE = 512, (1, 2, 4, 8, 16, 32, 64, 128, 256, 512), 10.0
+FAR_STEPS, DISTANCE = 512, 10.0
+FAR_DELAYS = (
+    1,
+    2,
+    3,
+    4,
+    5,
+    6,
+    8,
+    10,
+    13,
+    17,
+    20,
+    24,
+    27,
+    32,
+    40,
+    52,
+    64,
+    86,
+    128,
+    256,
+    512,
+)  # fine: rivals of equal rounds
 SCALES = tuple(2.0**i for i in range(-3, 8))
 REPEATS = 96
 

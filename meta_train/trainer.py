@@ -122,15 +122,16 @@ def make_trainer(
         told = jnp.concatenate(figures).astype(total.dtype)
         vector = jax.lax.psum(jnp.concatenate([total, told]), AXIS) / particles
         loss, finite, restarts = vector[total.size :].reshape(-1, 3).T
-        info = (loss / jnp.maximum(finite, 1 / particles), 1 - jnp.mean(finite), jnp.mean(restarts))
-        return unravel(vector[: total.size] / len(new_states)), tuple(new_states), info
+        shown = (loss / jnp.maximum(finite, 1 / particles), 1 - jnp.mean(finite), jnp.mean(restarts))
+        return unravel(vector[: total.size] / len(new_states)), tuple(new_states), shown
 
     def on_mesh(function, in_specs, out_specs):
         # The replication of the outputs follows from the psum; the checker would want every constant marked.
         return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
     replicated, sharded = NamedSharding(mesh, _REPLICATED), NamedSharding(mesh, _SHARDED)
-    state_sharding: Any = TrainState(*(sharded if part == "particles" else replicated for part in TrainState._fields))
+    shardings: dict[str, Any] = dict.fromkeys(TrainState._fields, replicated) | {"particles": sharded}
+    state_sharding = TrainState(**shardings)
 
     def init(key: jax.Array, data: Data) -> TrainState:
         k_theta, k_particles, k_run = jax.random.split(key, 3)
