@@ -15,9 +15,6 @@ import time
 from pathlib import Path
 
 import jax
-
-jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
-
 import numpy as np
 import optax
 from jax.sharding import PartitionSpec
@@ -105,6 +102,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", type=Path, default=Path("reports/meta_training.json"))
     arguments = parser.parse_args()
+    jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
     rows = []
     for batch in (64, 128):
         for particles in (16, 128):
