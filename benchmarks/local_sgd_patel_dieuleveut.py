@@ -127,13 +127,11 @@ def constant(setting, problem, rate):
 
 
 def distance_aware(setting, problem, rate):
-    return schedules.distance_aware(rate, MU, P, NOISE[problem], scale=setting)
+    return schedules.distance_aware(rate, MU, P, NOISE[problem], scale=setting, maximum=2**20)
 
 
 def capped(setting, problem, rate):
-    rule = distance_aware(setting, problem, rate)
-    eta = rate if callable(rate) else lambda step: rate
-    return lambda round_, step, s: jnp.clip(rule(round_, step, s), 1, jnp.ceil(1 / (MU * eta(step))).astype(jnp.int32))
+    return schedules.distance_aware(rate, MU, P, NOISE[problem], scale=setting)
 
 
 def near_rule(setting, problem, rate):

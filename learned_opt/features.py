@@ -117,13 +117,29 @@ def factored_update(row: jax.Array, col: jax.Array, g: jax.Array, decays) -> tup
 def factored_scales(row: jax.Array, col: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
     """``(R, C)`` such that ``g R_k C_k`` is the gradient preconditioned by the k-th factored second moment.
 
-    ``R = rsqrt(max(vrow / (mean_d1(vrow) + 1e-9), 1e-9))``, ``C = rsqrt(max(vcol, 1e-9))``; for rank >= 2 only.
+    ``R = rsqrt(max(vrow / (mean_d1(vrow) + 1e-9), 1e-9))``, ``C = rsqrt(max(vcol, 1e-9))``. Below rank 2
+    ``R = rsqrt(max(v + 1e-9, 1e-9))`` alone, and ``C`` is meaningless.
     """
     axes = factored_axes(shape)
-    assert axes is not None
+    if axes is None:
+        return jax.lax.rsqrt(jnp.maximum(row + 1e-9, 1e-9)), col
     mean = jnp.mean(row, axes[0] + 1, keepdims=True)
     R = jax.lax.rsqrt(jnp.maximum(row / (mean + 1e-9), 1e-9))
     return R, jax.lax.rsqrt(jnp.maximum(col, 1e-9))
+
+
+def as_matrix(x: jax.Array) -> jax.Array:
+    """A scalar or vector viewed as a matrix, in a shape that is fast to sum over."""
+    for rows in (x.size // 1024 if x.size % 1024 == 0 else 0, 4 if x.size % 4 == 0 else 0, 1):
+        if rows:
+            return x.reshape(rows, x.size // rows)
+    return x.reshape(1, 0)
+
+
+def stack_of_matrices(x: jax.Array, shape: tuple[int, ...] | None) -> jax.Array:
+    """``[..., A, B]`` as ``[L, A, B]``, broadcast to ``shape`` first if one is given."""
+    x = x if shape is None else jnp.broadcast_to(x, shape)
+    return x.reshape(-1, *x.shape[-2:])
 
 
 def unit_rms(x: jax.Array, eps: float, axes: tuple[int, ...]) -> jax.Array:

@@ -81,8 +81,9 @@ def _size(shape: Sequence[int]) -> int:
 def _table(about: Mapping[str, Any], figures: Sequence[Mapping[str, Any]]) -> str:
     contenders = list(dict.fromkeys(row["contender"] for row in figures))
     lines = [
-        f"Held-out suite `{about['suite']}`, {about['steps']} steps, {about['seeds']} seeds: final training loss over "
-        "tuned Adam's (in brackets, how many times fewer steps to tuned Adam's best loss). The worst tasks come first.",
+        f"Held-out suite `{about['suite']}`, {about['steps']} steps, {about['seeds']} seeds: how far the training loss "
+        "came down, tuned Adam's way being 1 (in brackets, how many times fewer steps tuned Adam's best loss took). "
+        "Tuned on a grid of learning rates, or @ the one given. The worst tasks come first.",
         "",
         "| task | " + " | ".join(contenders) + " |",
         "|---|" + "---|" * len(contenders),
@@ -94,20 +95,20 @@ def _table(about: Mapping[str, Any], figures: Sequence[Mapping[str, Any]]) -> st
 
 
 def _cell(row: Mapping[str, Any] | None) -> str:
-    if row is None or row["relative"] is None:
+    if row is None or row["progress"] is None:
         return "–" if row is None else "diverged"
-    return f"{row['relative']:.3f}" + (f" ({row['speed_up']:.2f}x)" if row["speed_up"] else " (–)")
+    return f"{row['progress']:.3f}" + (f" ({row['speed_up']:.2f}x)" if row["speed_up"] else " (–)")
 
 
 def _failures(figures: Sequence[Mapping[str, Any]]) -> str:
     ours = [row for row in figures if not row["baseline"]]
-    lost = [row for row in ours if row["relative"] is None or row["relative"] > 1 or row["diverged"]]
+    lost = [row for row in ours if row["progress"] is None or row["progress"] < 1 or row["diverged"]]
     if not ours:
         return "Unknown: no benchmark was run."
     if not lost:
-        return "On none of the benchmark's tasks did it end above tuned Adam."
+        return "On none of the benchmark's tasks did it end behind tuned Adam."
     lines = [
         f"- {row['task']}, as {row['contender']}: {_cell(row)}, {row['diverged']} of {row['seeds']} seeds diverged"
         for row in lost
     ]
-    return "It ended above tuned Adam, or diverged, on:\n\n" + "\n".join(lines) + "\n"
+    return "It ended behind tuned Adam, or diverged, on:\n\n" + "\n".join(lines) + "\n"

@@ -72,7 +72,7 @@ class Config:
     keep_checkpoints: int = 3
     log_every: int = 10
     bench_suite: str = "quick"
-    bench_steps: int = 1000
+    bench_steps: int = 500
     bench_seeds: int = 3
 
     def __post_init__(self):
@@ -210,7 +210,7 @@ def _parse(name: str, text: str) -> Any:
 
 PRESETS: dict[str, Config] = {
     "quick": Config(),
-    "cpu": Config(suite="broad", meta_steps=10_000, max_length=2000, bench_suite="held_out", bench_seeds=5),
+    "cpu": Config(suite="broad", meta_steps=10_000, max_length=2000, bench_suite="held_out", bench_steps=1000),
     "accelerator": Config(
         suite="broad",
         meta_steps=100_000,
@@ -219,7 +219,7 @@ PRESETS: dict[str, Config] = {
         checkpoint_every=1000,
         log_every=100,
         bench_suite="held_out",
-        bench_seeds=5,
+        bench_steps=1000,
     ),
 }
 

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from .benchmark import REFERENCE, Result, speed_up
 
-_COLOURS = {"adam-tuned": "#3b6fb6", "adam@0.001": "#9bb8dd", "adamw-cosine-tuned": "#e08e2b"}
+_COLOURS = {"adam": "#3b6fb6", "adam@0.001": "#9bb8dd", "adamw-cosine": "#e08e2b"}
 _LEARNED_COLOURS = ("#b5202e", "#2e8b57", "#7b4fa3", "#8c6d46", "#d46a9f")
 
 
@@ -27,13 +27,13 @@ def rows(results: Sequence[Result]) -> list[dict[str, Any]]:
         results: from :func:`meta_train.benchmark.run_suite`.
 
     Returns:
-        Dicts of JSON values. ``relative`` is the final training loss over tuned Adam's, ``speed_up`` how many times
-        fewer steps than tuned Adam the best loss of tuned Adam takes; 0 where it is not reached.
+        Dicts of JSON values. ``progress`` is how far the training loss came down, tuned Adam's way being 1:
+        ``(initial - final) / (initial - Adam's final)``. ``speed_up`` is how many times fewer steps than tuned Adam the
+        best loss of tuned Adam takes; 0 where it is not reached.
     """
     table = []
     for result in results:
         reference = _reference(results, result.task)
-        final = float(np.mean(result.final))
         table.append(
             {
                 "task": result.task,
@@ -41,11 +41,12 @@ def rows(results: Sequence[Result]) -> list[dict[str, Any]]:
                 "baseline": result.baseline,
                 "learning_rate": result.learning_rate,
                 "on_grid_edge": bool(result.on_edge),
-                "final_loss": _number(final),
+                "final_loss": _number(float(np.mean(result.final))),
                 "final_loss_stderr": _number(_stderr(result.final)),
                 "valid_loss": _number(float(np.mean(result.valid))),
                 "valid_loss_stderr": _number(_stderr(result.valid)),
-                "relative": None if reference is None else _number(final / float(np.mean(reference.final))),
+                "initial_loss": _number(result.initial),
+                "progress": None if reference is None else _number(_progress(result, reference)),
                 "speed_up": None if reference is None else _number(speed_up(result.curve, reference.curve)),
                 "diverged": result.diverged,
                 "seeds": len(result.final),
@@ -55,7 +56,7 @@ def rows(results: Sequence[Result]) -> list[dict[str, Any]]:
 
 
 def table(figures: Sequence[dict[str, Any]], title: str) -> Table:
-    """The figures as a table for the terminal: a task a row, final loss relative to tuned Adam and the speed-up.
+    """The figures as a table for the terminal: a task a row, progress and speed-up.
 
     Args:
         figures: from :func:`rows`.
@@ -65,16 +66,16 @@ def table(figures: Sequence[dict[str, Any]], title: str) -> Table:
         A Rich table.
     """
     contenders = list(dict.fromkeys(row["contender"] for row in figures))
-    shown = Table(title=title, caption="final training loss over tuned Adam's (speed-up in steps to Adam's best loss)")
-    shown.add_column("task")
+    caption = "progress of the training loss, tuned Adam's = 1 (steps that Adam takes to its best loss, over its own)"
+    shown = Table(title=title, caption=f"{caption}; tuned on a grid of learning rates, or @ the one given")
+    shown.add_column("task", overflow="fold")
     for name in contenders:
-        shown.add_column(name, justify="right")
+        shown.add_column(name, justify="right", overflow="fold")
     for task in dict.fromkeys(row["task"] for row in figures):
         by_name = {row["contender"]: row for row in figures if row["task"] == task}
         shown.add_row(task, *(_cell(by_name.get(name)) for name in contenders))
-    means = [_geometric_mean([row["relative"] for row in figures if row["contender"] == name]) for name in contenders]
     shown.add_section()
-    shown.add_row("geometric mean", *("–" if mean is None else f"{mean:.3f}" for mean in means))
+    shown.add_row("median", *(_median(figures, name) for name in contenders))
     return shown
 
 
@@ -156,24 +157,29 @@ def _scale(panel, curves: Sequence[np.ndarray]) -> None:
 def _cell(row: dict[str, Any] | None) -> str:
     if row is None:
         return "–"
-    relative = "diverged" if row["relative"] is None else f"{row['relative']:.3f}"
-    speed = "–" if not row["speed_up"] else f"{row['speed_up']:.2f}x"
-    return f"{relative} ({speed})"
+    progress = "diverged" if row["progress"] is None else f"{row['progress']:.3f}"
+    return f"{progress} ({row['speed_up']:.2f}x)" if row["speed_up"] else f"{progress} (–)"
 
 
 def _reference(results: Sequence[Result], task: str) -> Result | None:
     return next((r for r in results if r.task == task and r.contender == REFERENCE), None)
 
 
+def _progress(result: Result, reference: Result) -> float:
+    way = reference.initial - float(np.mean(reference.final))
+    return (result.initial - float(np.mean(result.final))) / way if way > 0 else math.nan
+
+
 def _worst(table: Sequence[dict[str, Any]], task: str) -> float:
-    """The largest relative loss of a learned rule on the task: infinite if one diverged."""
-    ours = [row["relative"] for row in table if row["task"] == task and not row["baseline"]]
-    return max((math.inf if value is None else value for value in ours), default=0.0)
+    """How little progress the worst learned rule made on the task; the less, the larger."""
+    ours = [row["progress"] for row in table if row["task"] == task and not row["baseline"]]
+    return max((math.inf if value is None else -value for value in ours), default=0.0)
 
 
-def _geometric_mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None and value > 0]
-    return math.exp(float(np.mean(np.log(known)))) if known and len(known) == len(values) else None
+def _median(figures: Sequence[dict[str, Any]], name: str) -> str:
+    mine = [row for row in figures if row["contender"] == name]
+    progress = [-math.inf if row["progress"] is None else row["progress"] for row in mine]
+    return f"{np.median(progress):.3f} ({np.median([row['speed_up'] or 0 for row in mine]):.2f}x)"
 
 
 def _stderr(values: np.ndarray) -> float:

@@ -68,13 +68,15 @@ def test_patel_dieuleveut():
 
 def test_distance_aware():
     eta, mu, workers, noise = 0.1, 0.5, 4, 2.0
-    rule = schedules.distance_aware(eta, mu, workers, noise, scale=0.5)
+    rule = schedules.distance_aware(eta, mu, workers, noise, scale=0.5, maximum=500)
     near = eta * noise / (mu * workers)
     for squared in (0.0, near / 3, near):  # close in, it is patel_dieuleveut's rule
         assert table(rule, [(0, 0)], Statistics(custom=jnp.float32(squared))) == [2]
-    assert table(rule, [(0, 0)], Statistics(custom=jnp.float32(3.0))) == [75]  # 0.5 · 3 / (0.01 · 2)
-    other = schedules.distance_aware(eta, mu, workers, noise, distance=lambda s: s.value)
-    assert table(other, [(0, 0)], Statistics(value=jnp.float32(8.0))) == [400]
+    for squared, delay in ((3.0, 75), (1000.0, 500)):  # 0.5 · 3 / (0.01 · 2)
+        assert table(rule, [(0, 0)], Statistics(custom=jnp.float32(squared))) == [delay]
+    other = schedules.distance_aware(lambda t: eta / (1 + t), mu, workers, noise, distance=lambda s: s.value)
+    for step, most in ((0, 20), (3, 80)):  # 1 / (eta mu)
+        assert table(other, [(0, step)], Statistics(value=jnp.float32(8.0))) == [most]
 
 
 def test_quadratic():

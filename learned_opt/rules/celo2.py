@@ -8,13 +8,15 @@ import optax
 
 from .. import features as ft
 from ..base import LearnedOptimizer, Theta
+from .column_mlp import Layers, column_mlp
 
 PAPER = "Celo2, 2026, after Moudgil et al. 2025 (Celo), arXiv:2501.12670"
 
 MOMENTUM = (0.9, 0.99, 0.999)
 RMS = (0.95,)
 FACTORED = (0.9, 0.99, 0.999)
-INPUTS = 30  # columns of the first layer; below rank 2 only the first 15 are used
+INPUTS = 30  # columns of the first layer
+VECTOR_INPUTS = 15  # of which tensors below rank 2 have the first
 OUTPUTS = 3  # only the first moves the parameters
 _CLIP = 1000.0
 _EPS = 1e-9
@@ -35,27 +37,47 @@ class Celo2State(NamedTuple):
     col: optax.Updates
 
 
-def columns(g, p, m, r, row, col) -> list[jax.Array]:
-    """The MLP's input columns in order, each of the tensor's shape or with size-one axes where it is constant."""
+def features(g, p, m, r, R, C, row, col) -> list[jax.Array]:
+    """The MLP's input columns in the order of its first weights; ``C, row, col`` are empty below rank 2."""
     s = jax.lax.rsqrt(r + 1e-8)
-    cols = [g, jnp.clip(g, -0.1, 0.1), p, *m, r, *(x * s for x in m), s]
-    if g.ndim < 2:
-        return [*cols, *(g * jax.lax.rsqrt(jnp.maximum(v + 1e-9, 1e-9)) for v in row), g * s]
-    R, C = ft.factored_scales(row, col, g.shape)
-    cols += [*(g * a * b for a, b in zip(R, C, strict=True)), g * s, *row, *col]
-    cols += [*jax.lax.rsqrt(row + 1e-8), *jax.lax.rsqrt(col + 1e-8)]
-    return [*cols, *(x * a * b for x, a, b in zip(m, R, C, strict=True))]
+    scales = [a * b for a, b in zip(R, C, strict=True)] if C else R
+    columns = [g, jnp.clip(g, -0.1, 0.1), p, *m, r, *(x * s for x in m), s, *(g * x for x in scales), g * s]
+    if row:
+        columns += [*row, *col, *(jax.lax.rsqrt(x + 1e-8) for x in (*row, *col))]
+        columns += [x * y for x, y in zip(m, scales, strict=True)]
+    return columns
 
 
-def direction(theta: Theta, cols: list[jax.Array], shape: tuple[int, ...], axes: tuple[int, ...]) -> jax.Array:
-    """The MLP's first output, every column at unit RMS over ``axes``."""
-    dtype = cols[0].dtype
-    x = jnp.stack([jnp.broadcast_to(ft.unit_rms(c, _EPS, axes), shape) for c in cols])
-    w0, b0, w1, b1, w2, b2 = (theta[k].astype(dtype) for k in ("w0", "b0", "w1", "b1", "w2", "b2"))
-    column = (-1, *(1,) * len(shape))
-    h = jax.nn.relu(jnp.tensordot(w0[: len(cols)], x, (0, 0)) + b0.reshape(column))
-    h = jax.nn.relu(jnp.tensordot(w1, h, (0, 0)) + b1.reshape(column))
-    return jnp.tensordot(w2[:, 0], h, (0, 0)) + b2[0]
+def direction(theta: Theta, g, p, m, r, row, col) -> jax.Array:
+    """``d``, the MLP's first output; columns at unit RMS over the last two axes.
+
+    Args:
+        theta: the rule's weights.
+        g, p, r: ``[*shape]``; the clean gradient, the parameters, the second moment.
+        m: the momenta, a list of ``[*shape]``.
+        row, col: factored second moments.
+
+    Returns:
+        ``[*shape]``.
+    """
+    shape, matrix = g.shape, g.ndim >= 2
+    w0 = theta["w0"] if matrix else theta["w0"][:VECTOR_INPUTS]
+    layers = Layers((w0, theta["b0"]), ((theta["w1"], theta["b1"]),), (theta["w2"], theta["b2"]))
+    R, C = ft.factored_scales(row, col, shape)
+    inputs = (g, p, m, r, list(R), list(C), list(row), list(col)) if matrix else (g, p, m, r, list(R), [], [], [])
+
+    def run(*inputs):
+        return column_mlp(features, inputs, layers, eps=_EPS)[0]
+
+    if g.ndim == 2:
+        return run(*inputs)
+    if not matrix:
+        return run(*jax.tree.map(ft.as_matrix, inputs)).reshape(shape)
+    # a matrix for each index of the leading axes; statistics that do not factor over the last two axes are spelt out
+    last = {g.ndim - 2, g.ndim - 1}
+    flat = shape if set(ft.factored_axes(shape)) != last else None
+    inputs = jax.tree.map(lambda x: ft.stack_of_matrices(x, flat), inputs)
+    return jax.vmap(run)(*inputs).reshape(shape)
 
 
 def newton_schulz(x: jax.Array) -> jax.Array:
@@ -114,21 +136,18 @@ def celo2(*, hidden_size: int = 8, orthogonalize: bool = False) -> LearnedOptimi
         zeros = jnp.zeros((hidden_size,))
         return {"w0": w0, "b0": zeros, "w1": w1, "b1": zeros, "w2": w2, "b2": jnp.zeros((OUTPUTS,))}
 
-    def update_tensor(theta, g, p, m, r, row, col):
+    @jax.jit  # traced once for all tensors of a shape
+    def update_tensor(theta, gradient, p, m, r, row, col):
         dtype = ft.compute_dtype(p.dtype)
-        shape, out = p.shape, g.dtype
-        g, p = ft.clean(g, _CLIP, dtype), p.astype(dtype)
+        g, p = ft.clean(gradient, _CLIP, dtype), p.astype(dtype)
         m = [ft.ema(x, g, b) for x, b in zip(m, MOMENTUM, strict=True)]
-        r = [ft.ema(r[0], g * g, RMS[0])]
+        r = [ft.ema(x, g * g, b) for x, b in zip(r, RMS, strict=True)]
         row, col = ft.factored_update(row, col, g, FACTORED)
-        axes = tuple(range(max(g.ndim, 1))[-2:])
-        vector = [jnp.atleast_1d(x) for x in (g, p, *m, *r)]
-        v = row.reshape(len(FACTORED), 1) if not shape else row
-        d = direction(theta, columns(*vector[:2], vector[2:5], vector[5], v, col), vector[0].shape, axes)
-        if orthogonalize and len(shape) >= 2:
+        d = direction(theta, g, p, m, r[0], row, col)
+        if orthogonalize and d.ndim >= 2:
             d = newton_schulz(d)
-        u = ft.unit_rms(d, _EPS, axes).reshape(shape)
-        return -u.astype(out), m, r, row, col
+        u = ft.unit_rms(d, _EPS, tuple(range(d.ndim)[-2:]))
+        return -u.astype(gradient.dtype), m, r, row, col
 
     def build(theta, num_steps=None):
         del num_steps

@@ -206,22 +206,26 @@ def distance_aware(
     *,
     scale: float = 1.0,
     distance: Callable[[Statistics], Scalar] = lambda statistics: statistics.custom,
-    maximum: int = 2**20,
+    maximum: int | None = None,
 ) -> SyncSchedule:
     """Step alone for longer while far away: N = floor(c max(|w - w*|^2, eta sigma^2 / (mu P)) / (eta^2 sigma^2)).
 
     Constants: a round's noise eta^2 sigma^2 N is kept below a share c of the squared distance to the optimum; at the
-    stationary distance eta sigma^2 / (mu P) this is :func:`patel_dieuleveut`'s c / (eta mu P).
+    stationary distance eta sigma^2 / (mu P) this is :func:`patel_dieuleveut`'s c / (eta mu P). N is at most
+    ceil(1 / (eta mu)), the time in which the distance shrinks e-fold: without that, a round planned from afar goes on
+    long after it has arrived. Measured from |w - w*| = 10 (P=16, logistic regression, 512 steps, the true distance),
+    against the best constant delay of as many rounds: 0.81 to 0.89 of its error with a constant step (19 to 126
+    rounds), 0.92 to 1.11 with a decaying one (10 to 77); nothing for least squares, where delays cost little anyway.
 
     Args:
         learning_rate: eta, a number or a schedule of the step.
         mu: strong convexity.
         workers: P.
         noise: sigma^2, the trace of the covariance of one worker's gradient.
-        scale: c.
+        scale: c; 2 to 8 in those runs.
         distance: statistics -> |w - w*|^2 or an estimate of it; by default what ``local_sgd(statistic=...)`` returned.
             It must come from replicated numbers: workers that disagree wait for one another for ever.
-        maximum: largest N.
+        maximum: largest N, in place of ceil(1 / (eta mu)).
 
     Returns:
         A delay schedule.
@@ -236,7 +240,9 @@ def distance_aware(
     def schedule(round_: Scalar, step: Scalar, statistics: Statistics) -> Scalar:
         eta = _rate(learning_rate, step)
         near = eta * noise / (mu * workers)
-        return floor(scale * jnp.maximum(distance(statistics), near) / (eta**2 * noise), maximum)
+        delay = floor(scale * jnp.maximum(distance(statistics), near) / (eta**2 * noise))
+        most = jnp.ceil(1 / (eta * mu) - 1e-6) if maximum is None else maximum
+        return jnp.clip(delay, 1, jnp.asarray(most, jnp.int32))
 
     return schedule
 

@@ -1,0 +1,195 @@
+"""The one piece of arithmetic that every per-parameter MLP rule shares.
+
+Each parameter's feature columns, normalised by their RMS over the tensor, go through a small ReLU network. No
+``[parameters, features]`` array is ever built: a column is an array of the tensor's shape, a hidden unit is a sum of
+scalar x array, and the RMS is folded into the first layer's weights. Columns that are constant along an axis (row and
+column statistics) keep that axis at size one and enter as a bias per row or column.
+
+Written so that XLA's CPU compiler emits one fused loop for the whole network and few for all the statistics:
+
+- several sums in one :func:`jax.lax.reduce` share their inputs, where separate sums would each read them again; reducing
+  an axis of four lets the compiler unroll it and use vector instructions across the others;
+- :func:`_once` ends what must be computed once and stored.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_UNROLL = 4  # length of the axis that a fused sum reduces
+_SUMS = 9  # sums in one fused reduction: with more, the unrolled body grows past what the compiler takes
+_BLOCK = 16384  # elements of one block of rows: its arrays stay in the second-level cache
+_WIDE = 12  # hidden units from which on a matrix product is the better code
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+Features = Callable[..., list[jax.Array]]
+
+
+class Layers(NamedTuple):
+    """A ReLU network.
+
+    Attributes:
+        first: ``(w [columns, h], b [h])``.
+        hidden: pairs ``(w [h, h'], b [h'])``.
+        last: ``(w [h', outputs], b [outputs])``.
+    """
+
+    first: tuple[jax.Array, jax.Array]
+    hidden: tuple[tuple[jax.Array, jax.Array], ...]
+    last: tuple[jax.Array, jax.Array]
+
+
+def _once(x: jax.Array, zero: jax.Array) -> jax.Array:
+    """``x``, computed once and stored; ``zero`` is a 0 that only the run knows.
+
+    The compiler repeats cheap producers (the whole network) in every consumer, but never a division. And weights that
+    depend on data in this way are not hoisted out of an enclosing loop as hundreds of scalars.
+    """
+    return x / (1 + zero * x)
+
+
+@jax.custom_jvp
+def _fused_sums(xs: list[jax.Array]) -> list[jax.Array]:
+    """Sums over the first axis of arrays of one shape, in one pass over whatever they are computed from."""
+    zeros = [np.zeros((), x.dtype) for x in xs]
+    return list(jax.lax.reduce(xs, zeros, lambda a, b: [x + y for x, y in zip(a, b, strict=True)], (0,)))
+
+
+@_fused_sums.defjvp
+def _fused_sums_jvp(primals, tangents):
+    return _fused_sums(*primals), [jnp.sum(t, 0) for t in tangents[0]]
+
+
+def _sums(xs: list[jax.Array]) -> jax.Array:
+    """``[k]`` sums of ``k`` arrays of one shape."""
+    while xs[0].ndim >= 2 and xs[0].shape[-2] % _UNROLL == 0 and xs[0].size >= 128:
+        *lead, rows, cols = xs[0].shape
+        xs = [jnp.moveaxis(x.reshape(*lead, _UNROLL, rows // _UNROLL, cols), len(lead), 0) for x in xs]
+        xs = [y for i in range(0, len(xs), _SUMS) for y in _fused_sums(xs[i : i + _SUMS])]
+    stack = jnp.stack(xs)
+    return jnp.sum(stack.reshape(len(xs), -1), 1)
+
+
+def _rows(x: jax.Array, start, count: int) -> jax.Array:
+    """``count`` rows of a matrix, or the one row that it has."""
+    return x if x.shape[-2] == 1 else jax.lax.dynamic_slice_in_dim(x, start, count, x.ndim - 2)
+
+
+def _block_rows(shape: tuple[int, ...]) -> int:
+    """Rows of a block, or 0 for a tensor that is taken whole."""
+    if len(shape) != 2:
+        return 0
+    rows = max(_UNROLL, _BLOCK // shape[1] // _UNROLL * _UNROLL)
+    return rows if shape[0] >= 16 * rows else 0
+
+
+def _mean_squares(features: Features, inputs: tuple, full: list[int], shape: tuple[int, ...], dtype) -> jax.Array:
+    """``[k]`` mean squares of the ``k`` columns of full shape; large matrices by blocks of rows."""
+
+    def sums(*block):
+        columns = features(*block)
+        return _sums([columns[i] * columns[i] for i in full])
+
+    rows = _block_rows(shape)
+    if not rows:
+        return sums(*inputs) / math.prod(shape)
+
+    def add(total, start):
+        return total + sums(*jax.tree.map(lambda x: _rows(x, start, rows), inputs)), None
+
+    count = shape[0] // rows
+    total, _ = jax.lax.scan(add, jnp.zeros(len(full), dtype), rows * jnp.arange(count))
+    if shape[0] % rows:
+        total += sums(*jax.tree.map(lambda x: _rows(x, count * rows, shape[0] % rows), inputs))
+    return total / math.prod(shape)
+
+
+def _scalars(w: jax.Array) -> list:
+    """The entries of ``w`` as nested lists of scalars."""
+    return [_scalars(w[i]) for i in range(w.shape[0])] if w.ndim else w
+
+
+def _layer(w: jax.Array, xs: list[jax.Array], biases: list) -> list[jax.Array]:
+    """``x W + b`` as sums of scalar x array."""
+    units = list(biases)
+    for weights, x in zip(_scalars(w), xs, strict=True):
+        units = [unit + weight * x for unit, weight in zip(units, weights, strict=True)]
+    return units
+
+
+def _network_of_products(columns: list[jax.Array], extra: list[jax.Array], layers: Layers) -> list[jax.Array]:
+    """The network as matrix products over stacked columns."""
+    tail = (1,) * columns[0].ndim
+    w, b = layers.first
+    h = jnp.tensordot(w, jnp.stack(columns), (0, 0), precision=_HIGHEST) + b.reshape(-1, *tail)
+    for bias in extra:
+        h = h + bias
+    for w, b in (*layers.hidden, layers.last):
+        h = jnp.tensordot(w, jax.nn.relu(h), (0, 0), precision=_HIGHEST) + b.reshape(-1, *tail)
+    return list(h)
+
+
+@jax.custom_jvp
+def _network_of_sums(
+    columns: list[jax.Array], extra: list[jax.Array], layers: Layers, zero: jax.Array
+) -> list[jax.Array]:
+    """The network as sums of scalar x array: one fused loop."""
+    extra, layers = jax.tree.map(lambda w: _once(w, zero), (extra, layers))
+    w, b = layers.first
+    biases = _scalars(b)
+    for bias in extra:
+        biases = [x + bias[j] for j, x in enumerate(biases)]
+    h = _layer(w, columns, biases)
+    for w, b in (*layers.hidden, layers.last):
+        h = _layer(w, [jax.nn.relu(x) for x in h], _scalars(b))
+    return [_once(x, zero) for x in h]
+
+
+@_network_of_sums.defjvp
+def _network_of_sums_jvp(primals, tangents):
+    # derivatives of the sums would be a reduction for every single weight
+    return jax.jvp(_network_of_products, primals[:3], tangents[:3])
+
+
+def column_mlp(features: Features, inputs: tuple, layers: Layers, *, eps: float, outputs: int = 1) -> list[jax.Array]:
+    """Apply a ReLU network to every parameter of a tensor.
+
+    ``x_i = c_i rsqrt(eps + mean(c_i^2))`` for each column, the mean over the whole tensor; then the network.
+
+    Args:
+        features: ``(*inputs) -> columns``, element-wise; each column of the tensor's shape, or with axes of size one
+            along which it is constant.
+        inputs: arrays (or lists of arrays) of the tensor's rank >= 2, the first of its full shape.
+        layers: the network, one row of ``first`` per column.
+        eps: see above.
+        outputs: how many of the last layer's outputs to compute.
+
+    Returns:
+        ``outputs`` arrays of the tensor's shape.
+    """
+    shape, dtype = inputs[0].shape, inputs[0].dtype
+    shapes = [c.shape for c in jax.eval_shape(features, *inputs)]
+    full = [i for i, s in enumerate(shapes) if s == shape]
+    squares = _mean_squares(features, inputs, full, shape, dtype)
+    layers = jax.tree.map(lambda w: w.astype(dtype), layers)
+    w, b = layers.first
+    columns = features(*inputs)
+    extra = []
+    for s in sorted({s for s in shapes if s != shape}):
+        where = [i for i, other in enumerate(shapes) if other == s]
+        x = jnp.stack([columns[i].reshape(-1) for i in where])
+        x = x * jax.lax.rsqrt(eps + jnp.mean(x * x, 1, keepdims=True))
+        extra.append(jnp.matmul(w[np.array(where)].T, x, precision=_HIGHEST).reshape(-1, *s))
+    folded = w[np.array(full)] * jax.lax.rsqrt(eps + squares)[:, None]
+    w, c = layers.last
+    layers = Layers((folded, b), layers.hidden, (w[:, :outputs], c[:outputs]))
+    columns = [columns[i] for i in full]
+    if b.size >= _WIDE:
+        return _network_of_products(columns, extra, layers)
+    zero = jax.lax.stop_gradient(0 * jax.lax.rsqrt(eps + squares[0]))
+    return _network_of_sums(columns, extra, layers, zero)
