@@ -108,10 +108,29 @@ def factored_update(row: jax.Array, col: jax.Array, g: jax.Array, decays) -> tup
     b = per_decay(decays, g.ndim, g.dtype)
     if axes is None:
         return b * row.astype(g.dtype) + (1 - b) * square[None], col.astype(g.dtype)
-    d1, d0 = axes
-    row = b * row.astype(g.dtype) + (1 - b) * jnp.mean(square, d0, keepdims=True)[None]
-    col = b * col.astype(g.dtype) + (1 - b) * jnp.mean(square, d1, keepdims=True)[None]
+    mean_d0, mean_d1 = (_means(g, axes) if g.ndim == 2 and g.size >= 1 << 16 else (jnp.mean(square, d, keepdims=True) for d in axes[::-1]))
+    row = b * row.astype(g.dtype) + (1 - b) * mean_d0[None]
+    col = b * col.astype(g.dtype) + (1 - b) * mean_d1[None]
     return row, col
+
+
+def _means(g: jax.Array, axes: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
+    """Means of ``g^2 + 1e-30`` of a large matrix over ``d0`` and over ``d1``, by blocks of rows: no ``g^2`` is stored."""
+    rows = g.shape[0] // max(1, g.size >> 14) or 1
+
+    def add(total, block):
+        square = block * block + jnp.asarray(1e-30, g.dtype)
+        return total + jnp.sum(square, 0, keepdims=True), jnp.mean(square, 1, keepdims=True)
+
+    count = g.shape[0] // rows
+    blocks = g[: count * rows].reshape(count, rows, -1)
+    total, means = jax.lax.scan(add, jnp.zeros_like(g[:1]), blocks)
+    means = means.reshape(-1, 1)
+    if g.shape[0] % rows:
+        total, tail = add(total, g[count * rows :])
+        means = jnp.concatenate([means, tail])
+    along_rows, along_columns = means, total / g.shape[0]
+    return (along_rows, along_columns) if axes == (0, 1) else (along_columns, along_rows)
 
 
 def factored_scales(row: jax.Array, col: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
@@ -126,6 +145,32 @@ def factored_scales(row: jax.Array, col: jax.Array, shape: tuple[int, ...]) -> t
     mean = jnp.mean(row, axes[0] + 1, keepdims=True)
     R = jax.lax.rsqrt(jnp.maximum(row / (mean + 1e-9), 1e-9))
     return R, jax.lax.rsqrt(jnp.maximum(col, 1e-9))
+
+
+# An order of the columns below in which those that need the root of the second moment are next to each other.
+FACTORED_COLUMNS_ORDER = (*range(7), 11, 12, 13, 27, 28, 29, 7, 8, 9, 10, 14, *range(15, 27))
+
+
+def factored_columns(g, p, m, r, R, C, row, col, *, eps: float) -> list[jax.Array]:
+    """Columns of the Celo and VeLO rules, with three momenta, one second moment and three factored ones.
+
+    ``g, clip(g, +-.1), p, m (3), r, m s (3), s, g R C (3), g s`` with ``s = rsqrt(r + eps)``; given rows and columns, then
+    also ``row (3), col (3), rsqrt(row + 1e-8) (3), rsqrt(col + 1e-8) (3), m R C (3)``.
+
+    Args:
+        g, p, r: arrays of the tensor's shape.
+        m: list of such.
+        R, C: lists as :func:`factored_scales` gives them; without ``C``, ``R`` is the product.
+        row, col: lists, the factored second moments; possibly empty.
+        eps: under the root.
+    """
+    s = jax.lax.rsqrt(r + eps)
+    scales = [a * b for a, b in zip(R, C, strict=True)] if C else R
+    columns = [g, jnp.clip(g, -0.1, 0.1), p, *m, r, *(x * s for x in m), s, *(g * x for x in scales), g * s]
+    if row:
+        columns += [*row, *col, *(jax.lax.rsqrt(x + 1e-8) for x in (*row, *col))]
+        columns += [x * y for x, y in zip(m, scales, strict=True)]
+    return columns
 
 
 def as_matrix(x: jax.Array) -> jax.Array:

@@ -1,5 +1,6 @@
 """Celo2: a normalised per-parameter MLP that needs neither loss nor step count."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -8,7 +9,7 @@ import optax
 
 from .. import features as ft
 from ..base import LearnedOptimizer, Theta
-from .column_mlp import Layers, column_mlp
+from .column_mlp import Layers, column_mlp, is_short, once
 
 PAPER = "Celo2, 2026, after Moudgil et al. 2025 (Celo), arXiv:2501.12670"
 
@@ -20,6 +21,7 @@ VECTOR_INPUTS = 15  # of which tensors below rank 2 have the first
 OUTPUTS = 3  # only the first moves the parameters
 _CLIP = 1000.0
 _EPS = 1e-9
+_ROOT_EPS = 1e-8
 
 
 class Celo2State(NamedTuple):
@@ -35,17 +37,6 @@ class Celo2State(NamedTuple):
     r: tuple[optax.Updates, ...]
     row: optax.Updates
     col: optax.Updates
-
-
-def features(g, p, m, r, R, C, row, col) -> list[jax.Array]:
-    """The MLP's input columns in the order of its first weights; ``C, row, col`` are empty below rank 2."""
-    s = jax.lax.rsqrt(r + 1e-8)
-    scales = [a * b for a, b in zip(R, C, strict=True)] if C else R
-    columns = [g, jnp.clip(g, -0.1, 0.1), p, *m, r, *(x * s for x in m), s, *(g * x for x in scales), g * s]
-    if row:
-        columns += [*row, *col, *(jax.lax.rsqrt(x + 1e-8) for x in (*row, *col))]
-        columns += [x * y for x, y in zip(m, scales, strict=True)]
-    return columns
 
 
 def direction(theta: Theta, g, p, m, r, row, col) -> jax.Array:
@@ -64,10 +55,13 @@ def direction(theta: Theta, g, p, m, r, row, col) -> jax.Array:
     w0 = theta["w0"] if matrix else theta["w0"][:VECTOR_INPUTS]
     layers = Layers((w0, theta["b0"]), ((theta["w1"], theta["b1"]),), (theta["w2"], theta["b2"]))
     R, C = ft.factored_scales(row, col, shape)
-    inputs = (g, p, m, r, list(R), list(C), list(row), list(col)) if matrix else (g, p, m, r, list(R), [], [], [])
+    if matrix and is_short(shape):  # the products spelt out
+        R, C = once(R * C, 0 * jax.lax.stop_gradient(C[0].reshape(-1)[0])), ()
+    inputs = (g, p, m, r, list(R), list(C) if matrix else [], list(row) if matrix else [], list(col) if matrix else [])
 
     def run(*inputs):
-        return column_mlp(features, inputs, layers, eps=_EPS)[0]
+        features = functools.partial(ft.factored_columns, eps=_ROOT_EPS)
+        return column_mlp(features, inputs, layers, eps=_EPS, order=ft.FACTORED_COLUMNS_ORDER)[0]
 
     if g.ndim == 2:
         return run(*inputs)

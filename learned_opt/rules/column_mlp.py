@@ -9,11 +9,12 @@ Written so that XLA's CPU compiler emits one fused loop for the whole network an
 
 - several sums in one :func:`jax.lax.reduce` share their inputs, where separate sums would each read them again; reducing
   an axis of four lets the compiler unroll it and use vector instructions across the others;
-- :func:`_once` ends what must be computed once and stored.
+- :func:`once` ends what must be computed once and stored.
 """
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -24,6 +25,7 @@ _UNROLL = 4  # length of the axis that a fused sum reduces
 _SUMS = 9  # sums in one fused reduction: with more, the unrolled body grows past what the compiler takes
 _BLOCK = 16384  # elements of one block of rows: its arrays stay in the second-level cache
 _WIDE = 12  # hidden units from which on a matrix product is the better code
+_SHORT = 256  # rows shorter than this are too short a loop: such matrices are taken as one vector
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -44,7 +46,7 @@ class Layers(NamedTuple):
     last: tuple[jax.Array, jax.Array]
 
 
-def _once(x: jax.Array, zero: jax.Array) -> jax.Array:
+def once(x: jax.Array, zero: jax.Array) -> jax.Array:
     """``x``, computed once and stored; ``zero`` is a 0 that only the run knows.
 
     The compiler repeats cheap producers (the whole network) in every consumer, but never a division. And weights that
@@ -84,8 +86,13 @@ def _block_rows(shape: tuple[int, ...]) -> int:
     """Rows of a block, or 0 for a tensor that is taken whole."""
     if len(shape) != 2:
         return 0
-    rows = max(_UNROLL, _BLOCK // shape[1] // _UNROLL * _UNROLL)
+    rows = max(_UNROLL, _BLOCK // max(shape[1], 1) // _UNROLL * _UNROLL)
     return rows if shape[0] >= 16 * rows else 0
+
+
+def is_short(shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is taken as one vector: what is constant along an axis is then better spelt out beforehand."""
+    return shape[-1] < _SHORT and not _block_rows(shape)
 
 
 def _mean_squares(features: Features, inputs: tuple, full: list[int], shape: tuple[int, ...], dtype) -> jax.Array:
@@ -139,7 +146,7 @@ def _network_of_sums(
     columns: list[jax.Array], extra: list[jax.Array], layers: Layers, zero: jax.Array
 ) -> list[jax.Array]:
     """The network as sums of scalar x array: one fused loop."""
-    extra, layers = jax.tree.map(lambda w: _once(w, zero), (extra, layers))
+    extra, layers = jax.tree.map(lambda w: once(w, zero), (extra, layers))
     w, b = layers.first
     biases = _scalars(b)
     for bias in extra:
@@ -147,7 +154,7 @@ def _network_of_sums(
     h = _layer(w, columns, biases)
     for w, b in (*layers.hidden, layers.last):
         h = _layer(w, [jax.nn.relu(x) for x in h], _scalars(b))
-    return [_once(x, zero) for x in h]
+    return [once(x, zero) for x in h]
 
 
 @_network_of_sums.defjvp
@@ -156,7 +163,15 @@ def _network_of_sums_jvp(primals, tangents):
     return jax.jvp(_network_of_products, primals[:3], tangents[:3])
 
 
-def column_mlp(features: Features, inputs: tuple, layers: Layers, *, eps: float, outputs: int = 1) -> list[jax.Array]:
+def column_mlp(
+    features: Features,
+    inputs: tuple,
+    layers: Layers,
+    *,
+    eps: float,
+    outputs: int = 1,
+    order: Sequence[int] | None = None,
+) -> list[jax.Array]:
     """Apply a ReLU network to every parameter of a tensor.
 
     ``x_i = c_i rsqrt(eps + mean(c_i^2))`` for each column, the mean over the whole tensor; then the network.
@@ -168,13 +183,14 @@ def column_mlp(features: Features, inputs: tuple, layers: Layers, *, eps: float,
         layers: the network, one row of ``first`` per column.
         eps: see above.
         outputs: how many of the last layer's outputs to compute.
+        order: the columns in an order that puts those with costly common parts (a root) next to each other.
 
     Returns:
         ``outputs`` arrays of the tensor's shape.
     """
     shape, dtype = inputs[0].shape, inputs[0].dtype
     shapes = [c.shape for c in jax.eval_shape(features, *inputs)]
-    full = [i for i, s in enumerate(shapes) if s == shape]
+    full = [i for i in order or range(len(shapes)) if i < len(shapes) and shapes[i] == shape]
     squares = _mean_squares(features, inputs, full, shape, dtype)
     layers = jax.tree.map(lambda w: w.astype(dtype), layers)
     w, b = layers.first
@@ -192,4 +208,8 @@ def column_mlp(features: Features, inputs: tuple, layers: Layers, *, eps: float,
     if b.size >= _WIDE:
         return _network_of_products(columns, extra, layers)
     zero = jax.lax.stop_gradient(0 * jax.lax.rsqrt(eps + squares[0]))
-    return _network_of_sums(columns, extra, layers, zero)
+    if is_short(shape):
+        columns = [c.reshape(-1) for c in columns]
+        if extra:
+            extra = [once(functools.reduce(jnp.add, extra), zero).reshape(b.size, -1)]
+    return [x.reshape(shape) for x in _network_of_sums(columns, extra, layers, zero)]
