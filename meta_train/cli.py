@@ -15,6 +15,7 @@ import jax
 
 import learned_opt
 from learned_opt import store
+from learned_opt.describe import describe
 
 from . import config as configs
 from .config import Config, ConfigError
@@ -286,28 +287,30 @@ def _list(arguments: argparse.Namespace) -> int:
 
 def _info(arguments: argparse.Namespace) -> int:
     if arguments.name in learned_opt.RULES and arguments.name not in learned_opt.available():
-        facts = learned_opt.rules.describe(arguments.name)
+        facts = describe(arguments.name)
     else:
         record = store.read_record(arguments.name)
-        facts = {"name": arguments.name} | learned_opt.rules.describe(record["rule"], **record["kwargs"])
-        for field in ("learning_rate", "kwargs", "seed", "config", "libraries", "sha256"):
+        learned_opt.load_rule(arguments.name)  # the weights too are sound
+        facts = {"name": arguments.name} | describe(record["rule"], **record["kwargs"])
+        for field in ("learning_rate", "kwargs", "seed", "config", "libraries", "sha256", "held_out"):
             if record.get(field) not in (None, {}):
                 facts[field] = record[field]
-        learned_opt.load_rule(arguments.name)  # the weights too are sound
     if arguments.json:
         _print_json(facts)
         return 0
+    facts.pop("held_out", None)  # a table: the model card shows it
     width = max(map(len, facts))
     for name, value in facts.items():
-        shown = (
-            json.dumps(value)
-            if isinstance(value, dict)
-            else ", ".join(value)
-            if isinstance(value, list | tuple)
-            else value
-        )
-        print(f"{name.replace('_', ' '):{width}}  {shown or 'nothing' if shown != 0 else 0}")
+        print(f"{name.replace('_', ' '):{width}}  {_shown(value)}")
     return 0
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_shown(inner)}" for name, inner in value.items())
+    if isinstance(value, list):
+        return " and ".join(map(str, value)) or "neither loss nor step count"
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _data(arguments: argparse.Namespace) -> int:

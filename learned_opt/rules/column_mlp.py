@@ -25,7 +25,7 @@ _UNROLL = 4  # length of the axis that a fused sum reduces
 _SUMS = 9  # sums in one fused reduction: with more, the unrolled body grows past what the compiler takes
 _BLOCK = 16384  # elements of one block of rows: its arrays stay in the second-level cache
 _WIDE = 12  # hidden units from which on a matrix product is the better code
-_SHORT = 256  # rows shorter than this are too short a loop: such matrices are taken as one vector
+_SHORT = 0
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 

@@ -1,14 +1,15 @@
 r"""Which Haiku modules respond to hyperparameters, and how: one handler a kind of module.
 
 Every parameter p of a module that responds has a response: a weight of p's shape and a gate, one number a
-hyperparameter and output unit. At :math:`\ell_0 + \delta` the parameter is :math:`p + (V\delta) \odot p_h`. Since the gate
-is constant along the inputs, a layer at a :math:`\delta` of each example's own costs one more matmul or convolution:
+hyperparameter and output unit. At :math:`\ell_0 + \delta` the parameter is :math:`p + (V\delta) \odot p_h`. Since the
+gate is constant along the inputs, a layer at a :math:`\delta` of each example's own costs one more matmul or convolution:
 
 .. math:: y = W x + b + (V\delta) \odot (W_h x) + (C\delta) \odot b_h
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import haiku as hk
@@ -54,7 +55,7 @@ class Liftable(NamedTuple):
     """A module class that responds: its handler, and its weights' output axis; other parameters are gated whole."""
 
     handler: Handler
-    out_axis: dict[str, int] = {}
+    out_axis: Mapping[str, int] = MappingProxyType({})
 
 
 def _placed(lifted: Lifted, gate: jax.Array, shape: tuple[int, ...], out: jax.Array, spatial: bool) -> jax.Array:

@@ -43,7 +43,7 @@ class LiftedNetwork(NamedTuple):
 
     Attributes:
         init: the network's own.
-        init_response: ``(key, num_hyperparameters, *init_args, **init_kwargs) -> response``, arguments as ``init``'s.
+        init_response: ``(key, num_hyperparameters, *args) -> response``, with ``args`` as ``init``'s after its key.
         apply: the network's own, with plain parameters or a :class:`BestResponse`.
     """
 
@@ -60,7 +60,7 @@ def _tangent_only(scale: jax.Array, out: jax.Array, extra: jax.Array) -> jax.Arr
 
 
 @_tangent_only.defjvp
-def _(primals, tangents):
+def _tangent_only_jvp(primals, tangents):
     # Written out, since differentiating out + scale * extra at scale 0 carries, and computes, a zero for every matmul.
     scale_dot, out_dot, _ = tangents
     return primals[1], out_dot + scale_dot.astype(primals[1].dtype) * primals[2]
@@ -197,7 +197,7 @@ def _survey(network: Any, args: tuple, kwargs: dict) -> tuple[dict[str, dict[str
             inside.pop()
 
     def init():  # a function of its own at each call: JAX would remember the trace, and nothing would be intercepted
-        return network.init(jax.random.key(0), *args[1:], **kwargs)
+        return network.init(jax.random.key(0), *args, **kwargs)
 
     with hk.intercept_methods(interceptor):
         shapes = jax.eval_shape(init)

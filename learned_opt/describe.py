@@ -1,0 +1,47 @@
+"""What a rule needs and costs, read off the rule itself."""
+
+import inspect
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .rules import RULES
+
+_SIDE = 1024  # of the square matrix that the state is measured on
+
+
+def describe(rule: str, **kwargs: Any) -> dict[str, Any]:
+    """The facts about a rule that its users ask for.
+
+    Args:
+        rule: a name in :data:`learned_opt.RULES`.
+        **kwargs: the factory's arguments.
+
+    Returns:
+        A dict of JSON values: ``rule``, ``summary``, ``paper``, ``needs``, ``meta_parameters``,
+        ``state_bytes_per_parameter`` (of a 1024 x 1024 float32 matrix) and ``default_learning_rate``.
+
+    Example:
+        >>> describe("celo2")["meta_parameters"]
+        347
+    """
+    factory = RULES[rule]
+    made = factory(**kwargs)
+    theta = jax.eval_shape(made.init, jax.random.key(0))
+
+    def initial_state(theta):
+        return made.build(theta, num_steps=1000).init({"w": jnp.zeros((_SIDE, _SIDE))})
+
+    state = jax.eval_shape(initial_state, theta)
+    size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    return {
+        "rule": rule,
+        "summary": (inspect.getdoc(factory) or "").partition("\n")[0],
+        "paper": getattr(inspect.getmodule(factory), "PAPER", "unknown"),
+        "needs": list(made.needs),
+        "meta_parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(theta)),
+        "state_bytes_per_parameter": round(size / _SIDE**2, 2),
+        "default_learning_rate": made.learning_rate,
+    }

@@ -1,0 +1,299 @@
+"""The lift against the dense lift by jvp, for every kind of module, in float64."""
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from learned_opt import self_tuning as st
+from learned_opt.self_tuning.modules import MODULES
+from learned_opt.self_tuning.response import BestResponse
+
+B, H = 3, 2
+
+
+@pytest.fixture(autouse=True)
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+def attention(x):
+    return hk.MultiHeadAttention(2, 3, w_init=hk.initializers.VarianceScaling())(x, x, jnp.flip(x, 1))
+
+
+def lstm(x):
+    core = hk.LSTM(4)
+    return hk.dynamic_unroll(core, x, core.initial_state(x.shape[1]))[0]
+
+
+def gru(x):
+    core = hk.GRU(4)
+    outputs, _ = hk.dynamic_unroll(core, x, core.initial_state(x.shape[1]))
+    return hk.BatchApply(hk.Linear(2))(outputs)
+
+
+def embed(x):
+    ids = jnp.argmax(x, -1)  # [B, T]
+    one_hot = hk.Embed(x.shape[-1], 3, lookup_style="ONE_HOT")
+    return hk.Linear(2)(hk.Embed(x.shape[-1], 3)(ids)) + jnp.sum(one_hot(ids), -1, keepdims=True)
+
+
+def norms(x):
+    x = hk.LayerNorm(-1, True, True)(hk.Linear(4)(x))
+    x = hk.GroupNorm(2)(jnp.tanh(x))
+    x = hk.RMSNorm(-1, create_scale=True)(x)
+    return hk.Bias(bias_dims=[-1])(hk.InstanceNorm(True, True)(x), 0.5)
+
+
+def convolutions(x):  # [B, H, W, C]
+    x = jnp.tanh(hk.Conv2D(4, 3, stride=2, feature_group_count=2)(x))
+    x = jnp.tanh(hk.Conv2DTranspose(3, 2, stride=2)(x))
+    x = hk.LayerNorm((1, 2, 3), True, True, param_axis=(1, 3))(x)
+    return hk.DepthwiseConv2D(2, 2, data_format="NHWC")(x)
+
+
+def channels_first(x):  # [B, C, H, W]
+    x = jnp.tanh(hk.Conv2D(4, 3, data_format="NCHW")(x))
+    return hk.GroupNorm(2, data_format="NCHW")(hk.Conv2DTranspose(2, 2, data_format="NCHW")(x))
+
+
+def conv1d(x):  # [B, T, C]
+    x = jnp.tanh(hk.Conv1D(4, 3)(x))
+    return hk.Conv1DTranspose(2, 3, stride=2)(x)
+
+
+def conv3d(x):
+    return hk.Conv3DTranspose(2, 2, with_bias=False)(jnp.tanh(hk.Conv3D(3, 2)(x)))
+
+
+def remat(x):
+    layer = hk.Linear(4)
+    return hk.nets.MLP([3, 2], activation=jnp.tanh)(hk.remat(lambda y: jnp.tanh(layer(y)))(x))
+
+
+class Scaled(hk.Linear):
+    """A subclass whose call is not hk.Linear's, and calls it."""
+
+    def __call__(self, inputs):
+        return 2.0 * super().__call__(inputs)
+
+
+# function, input shape, batch axis
+NETWORKS = {
+    "mlp": (lambda x: hk.nets.MLP([4, 3], activation=jnp.tanh)(x), (B, 4), 0),
+    "rank 3": (lambda x: Scaled(2)(jnp.tanh(hk.Linear(4)(x))), (B, 2, 3), 0),
+    "attention": (attention, (B, 2, 5), 0),
+    "lstm": (lstm, (4, B, 2), 1),
+    "gru": (gru, (4, B, 2), 1),
+    "embed": (embed, (B, 4, 5), 0),
+    "merged": (lambda x: hk.BatchApply(hk.nets.MLP([4, 3], activation=jnp.tanh))(x), (B, 2, 3), 0),
+    "norms": (norms, (B, 2, 3), 0),
+    "conv": (convolutions, (B, 4, 4, 2), 0),
+    "channels first": (channels_first, (B, 2, 3, 3), 0),
+    "conv1d": (conv1d, (B, 5, 2), 0),
+    "conv3d": (conv3d, (B, 2, 3, 2, 2), 0),
+    "remat": (remat, (B, 3), 0),
+    "mobile net block": (lambda x: hk.nets.MobileNetV1((1,), (8,), 3, use_bn=False)(x, True), (B, 4, 4, 3), 0),
+}
+
+
+def randomised(tree, seed=0):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape)), tree)
+
+
+def setup(function, shape, batch_axis):
+    network = hk.without_apply_rng(hk.transform(function))
+    lifted = st.lift(network, batch_axis=batch_axis)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=shape))
+    params = jax.eval_shape(lambda: lifted.init(jax.random.key(0), x))
+    response = jax.eval_shape(lambda: lifted.init_response(jax.random.key(1), H, x))
+    assert set(response) == set(params)
+    return network, lifted, x, randomised(params), randomised(response, 2)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_lift_equals_the_dense_one(name):
+    function, shape, batch_axis = NETWORKS[name]
+    network, lifted, x, params, response = setup(function, shape, batch_axis)
+    reference = st.dense_lift(network.apply, batch_axis=batch_axis)
+    own = jnp.asarray(np.random.default_rng(3).normal(size=(B, H)))
+
+    def pairs(params, response):
+        yield from ((apply(BestResponse(params, response, own, True), x)) for apply in (lifted.apply, reference))
+        shared = BestResponse(params, response, own[0])
+        yield from (lifted.apply(shared, x), network.apply(st.materialise(shared), x))
+
+    linear, dense_linear, out, dense_out = jax.jit(lambda p, r: list(pairs(p, r)))(params, response)
+    np.testing.assert_allclose(linear, dense_linear, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(out, dense_out, rtol=1e-9, atol=1e-9)
+
+
+def test_the_other_forms_equal_the_dense_one():
+    network, lifted, x, params, response = setup(*NETWORKS["rank 3"])
+    reference = st.dense_lift(network.apply)
+    own = jnp.asarray(np.random.default_rng(3).normal(size=(B, H)))
+
+    def pairs(params, response):
+        for delta, linear in ((own, False), (own[0], True), (0 * own, True)):
+            best = BestResponse(params, response, delta, linear)
+            yield lifted.apply(best, x), reference(best, x)
+        yield lifted.apply(BestResponse(params, response, 0 * own), x), network.apply(params, x)
+
+    for ours, expected in jax.jit(lambda p, r: list(pairs(p, r)))(params, response):
+        np.testing.assert_allclose(ours, expected, rtol=1e-9)
+
+
+def test_examples_see_their_own_hyperparameters_alone():
+    _, lifted, x, params, response = setup(*NETWORKS["mlp"])
+    delta = jnp.zeros((B, H)).at[1].set(1.0)
+    moved = lifted.apply(BestResponse(params, response, delta), x) - lifted.apply(params, x)
+    assert np.all(np.abs(moved[1]) > 1e-3)
+    assert not np.any(moved[::2])
+
+
+def test_batch_norm_responds_and_counts_its_calls_once():
+    network = hk.transform_with_state(lambda x, training: hk.BatchNorm(True, True, 0.9)(hk.Linear(3)(x), training))
+    lifted = st.lift(network)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(B, 4)))
+    params, state = jax.jit(lambda: lifted.init(jax.random.key(0), x, True))()
+    response = jax.eval_shape(lambda: lifted.init_response(jax.random.key(1), H, x, True))
+    params, response = randomised(params), randomised(response, 2)
+    delta = jnp.asarray([0.5, -1.0])
+    dense = st.to_dense(params, response)
+    step = jax.tree.map(lambda d: jnp.tensordot(delta, d, 1), dense)
+
+    def run(p):
+        return network.apply(p, state, None, x, True)
+
+    def both():
+        for linear in (False, True):
+            best = BestResponse(params, response, delta, linear)
+            at = params if linear else st.materialise(best)
+            expected, tangent = jax.jvp(lambda p: run(p)[0], (at,), (step,))
+            yield lifted.apply(best, state, None, x, True), (expected + linear * tangent, run(at)[1])
+
+    for ours, theirs in jax.jit(lambda: list(both()))():
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-9)
+    # With running statistics examples are apart, so each may have hyperparameters of its own.
+    own = jnp.asarray(np.random.default_rng(3).normal(size=(B, H)))
+    reference = st.dense_lift(lambda p, x: network.apply(p, state, None, x, False)[0])
+    best = BestResponse(params, response, own, True)
+    ours, theirs = jax.jit(lambda: (lifted.apply(best, state, None, x, False)[0], reference(best, x)))()
+    np.testing.assert_allclose(ours, theirs, rtol=1e-9)
+
+
+@pytest.mark.parametrize("linear", [True, False])
+def test_gradients_equal_the_dense_ones(linear):
+    """Of parameters, response and delta, and second derivatives: meta-gradients run through all of them."""
+    network, lifted, x, params, response = setup(*NETWORKS["mlp"])
+    reference = st.dense_lift(network.apply)
+    delta = jnp.asarray(np.random.default_rng(3).normal(size=(B, H)))
+    directions = randomised((params, response, delta), 4)
+
+    def loss(apply, point):
+        return jnp.sum(jnp.sin(apply(BestResponse(point[0], point[1], point[2], linear), x)))
+
+    def both(apply):
+        grad = jax.grad(lambda point: loss(apply, point))
+        return jax.jvp(grad, ((params, response, delta),), (directions,))
+
+    ours, theirs = jax.jit(lambda: (both(lifted.apply), both(reference)))()
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-9)
+        assert np.any(a)
+
+
+def test_linearised_gradients_compute_no_zero_matmuls():
+    """Two layers, 5 matmuls a layer less the first's two along the input: no backward pass through the primal."""
+    _, lifted, x, params, response = setup(lambda x: hk.Linear(3)(jnp.tanh(hk.Linear(4)(x))), (B, 4), 0)
+    delta = jnp.ones((B, H))
+
+    def loss(response):
+        return jnp.sum(jnp.square(lifted.apply(BestResponse(params, response, delta, True), x)))
+
+    text = jax.jit(jax.grad(loss)).lower(response).as_text()
+    weights = 2 * 5 - 2  # the rest are of gates: forward and backward, a weight's and a bias's a layer
+    assert text.count("dot_general") == weights + 2 * 2 * 2
+
+
+def test_bfloat16_stays_bfloat16():
+    lifted = st.lift(hk.without_apply_rng(hk.transform(lambda x: hk.nets.MLP([4, 3])(x))))
+    x = jnp.ones((B, 4), jnp.bfloat16)
+    init = lambda: (lifted.init(jax.random.key(0), x), lifted.init_response(jax.random.key(1), H, x))  # noqa: E731
+    params, response = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), jax.eval_shape(init))
+    assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves((params, response)))
+    for linear in (True, False):
+        best = BestResponse(params, response, jnp.ones((B, H), jnp.float32), linear)
+        assert jax.eval_shape(lambda best=best: lifted.apply(best, x)).dtype == jnp.bfloat16
+
+
+def test_a_fresh_response_does_nothing_and_has_a_gradient():
+    _, lifted, x, params, _ = setup(*NETWORKS["mlp"])
+    response = jax.jit(lambda: lifted.init_response(jax.random.key(1), H, x))()
+    apply = lambda r: lifted.apply(BestResponse(params, r, jnp.ones((B, H)), True), x)  # noqa: E731
+    grad = jax.grad(lambda r: jnp.sum(apply(r)))
+    out, plain, grads = jax.jit(lambda r: (apply(r), lifted.apply(params, x), grad(r)))(response)
+    np.testing.assert_array_equal(out, plain)
+    assert all(np.all(np.any(np.asarray(g.gate), 0)) for own in grads.values() for g in own.values())
+
+
+class Custom(hk.Module):
+    def __call__(self, x):
+        return x * hk.get_parameter("theta", (x.shape[-1],), x.dtype, init=jnp.ones)[None]
+
+
+def tied(x):
+    embed = hk.Embed(4, 3)
+    return embed(jnp.argmax(x, -1)) @ embed.embeddings.T
+
+
+def test_what_cannot_respond_is_named_or_left():
+    x = jnp.ones((B, 4))
+    custom = hk.without_apply_rng(hk.transform(lambda x: hk.Linear(2)(Custom()(x))))
+    with pytest.raises(ValueError, match=r"custom/theta cannot respond .*Conv.*unresponsive=\['custom'\]"):
+        st.lift(custom).init_response(jax.random.key(0), H, x)
+    with pytest.raises(ValueError, match="outside the module's own call"):
+        st.lift(hk.without_apply_rng(hk.transform(tied))).init_response(jax.random.key(0), H, x)
+    for unresponsive in (["custom"], "rest"):
+        lifted = st.lift(custom, unresponsive=unresponsive)
+        params = jax.eval_shape(lambda lifted=lifted: lifted.init(jax.random.key(0), x))
+        response = jax.eval_shape(lambda lifted=lifted: lifted.init_response(jax.random.key(0), H, x))
+        assert set(response) == {"linear"}
+    best = BestResponse(randomised(params), randomised(response), jnp.ones((B, H)), True)
+    ours, expected = jax.jit(lambda: (lifted.apply(best, x), st.dense_lift(custom.apply)(best, x)))()
+    np.testing.assert_allclose(ours, expected, rtol=1e-9)
+    only_custom = st.lift(hk.transform(lambda x: Custom()(x)), unresponsive="rest")
+    with pytest.raises(ValueError, match="no module that can respond"):
+        only_custom.init_response(jax.random.key(0), H, x)
+
+
+def test_mistakes_are_named():
+    with pytest.raises(ValueError, match=r"hk\.transform"):
+        st.lift(lambda x: x)
+    network, lifted, x, params, response = setup(*NETWORKS["mlp"])
+    with pytest.raises(ValueError, match="batch_axis"):
+        st.lift(network, batch_axis=2)
+    with pytest.raises(ValueError, match="unresponsive"):
+        st.lift(network, unresponsive="mlp")
+    with pytest.raises(ValueError, match="no axis of the 2 examples"):
+        lifted.apply(BestResponse(params, response, jnp.ones((2, H))), x)
+    with pytest.raises(ValueError, match="no common parameters"):
+        st.materialise(BestResponse(params, response, jnp.ones((B, H))))
+
+
+def test_every_kind_of_module_is_tested():
+    used = set()
+
+    def watch(next_call, args, kwargs, context):
+        used.add(context.orig_class)
+        return next_call(*args, **kwargs)
+
+    with hk.intercept_methods(watch):
+        for function, shape, _ in NETWORKS.values():
+            network = hk.transform(lambda x, f=function: f(x))
+            jax.eval_shape(lambda net=network, s=shape: net.init(jax.random.key(0), jnp.ones(s)))
+    assert set(MODULES) - used == {hk.BatchNorm}  # which has a test of its own
