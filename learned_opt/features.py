@@ -175,7 +175,7 @@ def factored_columns(g, p, m, r, R, C, row, col, *, eps: float) -> list[jax.Arra
 
 def as_matrix(x: jax.Array) -> jax.Array:
     """A scalar or vector viewed as a matrix, in a shape that is fast to sum over."""
-    for rows in (x.size // 1024 if x.size % 1024 == 0 else 0, 4 if x.size % 4 == 0 else 0, 1):
+    for rows in (x.size // 1024 if x.size % 4096 == 0 else 0, 4 if x.size % 4 == 0 else 0, 1):
         if rows:
             return x.reshape(rows, x.size // rows)
     return x.reshape(1, 0)

@@ -222,7 +222,8 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    _pipeline("benchmark")
+    for module in ("benchmark", "report", "progress"):
+        _pipeline(module)
     rules = arguments.rules or list(learned_opt.available())
     for name in ("steps", "seeds"):
         if getattr(arguments, name) < 1:

@@ -72,6 +72,24 @@ TRAIN: dict[str, tuple[Entry, ...]] = {
     "quick": (_MLP, _on(_FASHION, "mlp-64-16-10-tanh", image_mlp, side=8, width=16, activation="tanh")),
     # the reference task of the literature
     "small": (_MLP,),
+    # image classifiers of several shapes and a tabular one: the widest mix that two cores carry
+    "standard": (
+        _MLP,
+        _on(
+            _FASHION,
+            "mlp-8x8-drawn-32",
+            image_mlp,
+            side=8,
+            width=32,
+            depth=(1, 2),
+            activation=("relu", "tanh", "gelu"),
+            init_scale=(0.5, 2.0),
+            batch_size=32,
+        ),
+        _on(_FASHION, "mlp-64-16-16-16-10-swish", image_mlp, side=8, width=16, depth=3, activation="swish"),
+        _on(_FASHION, "mlp-196-32-10-relu", image_mlp, side=14, width=32, batch_size=32),
+        _TABULAR,
+    ),
     "broad": (
         _MLP,
         _on(

@@ -193,8 +193,10 @@ def column_mlp(
     full = [i for i in order or range(len(shapes)) if i < len(shapes) and shapes[i] == shape]
     squares = _mean_squares(features, inputs, full, shape, dtype)
     layers = jax.tree.map(lambda w: w.astype(dtype), layers)
+    zero = jax.lax.stop_gradient(0 * jax.lax.rsqrt(eps + squares[0]))
     w, b = layers.first
-    columns = features(*inputs)
+    # not the very arrays that the statistics were taken of: the compiler would store every column for both to share
+    columns = features(*jax.tree.map(lambda x: x + zero, inputs))
     extra = []
     for s in sorted({s for s in shapes if s != shape}):
         where = [i for i, other in enumerate(shapes) if other == s]
@@ -207,7 +209,6 @@ def column_mlp(
     columns = [columns[i] for i in full]
     if b.size >= _WIDE:
         return _network_of_products(columns, extra, layers)
-    zero = jax.lax.stop_gradient(0 * jax.lax.rsqrt(eps + squares[0]))
     if is_short(shape):
         columns = [c.reshape(-1) for c in columns]
         if extra:
