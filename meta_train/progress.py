@@ -43,17 +43,20 @@ def progress(console: Console, label: str, total: int, start: int = 0) -> Iterat
         return
 
     began = last = time.monotonic()
+    first: tuple[int, float] | None = None  # the rate is taken from there on: compiling comes before
 
     def line(done: int, text: str = "") -> None:
-        nonlocal last
+        nonlocal first, last
         now = time.monotonic()
-        if now - last < _LINE_SECONDS and done < total:
+        if first is None and done > start:
+            first = (done, now)
+        elif now - last < _LINE_SECONDS and done < total:
             return
         last = now
-        left = (now - began) / max(done - start, 1) * (total - done)
-        console.print(
-            f"{label} {done}/{total}  {text}  {now - began:.0f} s, {left:.0f} s left", highlight=False, soft_wrap=True
-        )
+        left = ""
+        if first and done > first[0]:
+            left = f", {(now - first[1]) / (done - first[0]) * (total - done):.0f} s left"
+        console.print(f"{label} {done}/{total}  {text}  {now - began:.0f} s{left}", highlight=False, soft_wrap=True)
 
     yield line
 

@@ -122,7 +122,8 @@ def make_trainer(
         told = jnp.concatenate(figures).astype(total.dtype)
         vector = jax.lax.psum(jnp.concatenate([total, told]), AXIS) / particles
         loss, finite, restarts = vector[total.size :].reshape(-1, 3).T
-        shown = (loss / jnp.maximum(finite, 1 / particles), 1 - jnp.mean(finite), jnp.mean(restarts))
+        dropped = jnp.maximum(1 - jnp.mean(finite), 0)  # the mean of ones may round to more
+        shown = (loss / jnp.maximum(finite, 1 / particles), dropped, jnp.mean(restarts))
         return unravel(vector[: total.size] / len(new_states)), tuple(new_states), shown
 
     def on_mesh(function, in_specs, out_specs):

@@ -9,7 +9,7 @@ import optax
 
 from .. import features as ft
 from ..base import LearnedOptimizer, Theta
-from .column_mlp import Layers, column_mlp, is_short, once
+from .column_mlp import Layers, column_mlp, is_short, spread
 
 PAPER = "Celo2, 2026, after Moudgil et al. 2025 (Celo), arXiv:2501.12670"
 
@@ -55,8 +55,8 @@ def direction(theta: Theta, g, p, m, r, row, col) -> jax.Array:
     w0 = theta["w0"] if matrix else theta["w0"][:VECTOR_INPUTS]
     layers = Layers((w0, theta["b0"]), ((theta["w1"], theta["b1"]),), (theta["w2"], theta["b2"]))
     R, C = ft.factored_scales(row, col, shape)
-    if matrix and is_short(shape):  # the products spelt out
-        R, C = once(R * C, 0 * jax.lax.stop_gradient(C[0].reshape(-1)[0])), ()
+    if g.ndim == 2 and is_short(shape):
+        R, C = spread(R, shape) * spread(C, shape), ()
     inputs = (g, p, m, r, list(R), list(C) if matrix else [], list(row) if matrix else [], list(col) if matrix else [])
 
     def run(*inputs):

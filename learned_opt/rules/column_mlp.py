@@ -12,7 +12,6 @@ Written so that XLA's CPU compiler emits one fused loop for the whole network an
 - :func:`once` ends what must be computed once and stored.
 """
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -25,7 +24,7 @@ _UNROLL = 4  # length of the axis that a fused sum reduces
 _SUMS = 9  # sums in one fused reduction: with more, the unrolled body grows past what the compiler takes
 _BLOCK = 16384  # elements of one block of rows: its arrays stay in the second-level cache
 _WIDE = 12  # hidden units from which on a matrix product is the better code
-_SHORT = 0
+_LANES = 8  # a loop over rows of another length wastes much of the vector unit
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -91,8 +90,16 @@ def _block_rows(shape: tuple[int, ...]) -> int:
 
 
 def is_short(shape: tuple[int, ...]) -> bool:
-    """Whether a tensor is taken as one vector: what is constant along an axis is then better spelt out beforehand."""
-    return shape[-1] < _SHORT and not _block_rows(shape)
+    """Whether a matrix has rows that make poor loops; it is then taken as one vector."""
+    return not _block_rows(shape) and (shape[-1] % _LANES != 0 or shape[-1] < 2 * _LANES)
+
+
+def spread(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """``[k, A, 1]`` or ``[k, 1, B]`` repeated to ``[k, A, B]``, for small tensors, as a product: fast for any ``B``."""
+    A, B = shape
+    index = jnp.arange(A * B) // B if x.shape[-1] == 1 else jnp.arange(A * B) % B
+    one_hot = jnp.arange(max(x.shape[1:]))[:, None] == index[None]
+    return jnp.matmul(x.reshape(x.shape[0], -1), one_hot.astype(x.dtype), precision=_HIGHEST).reshape(-1, A, B)
 
 
 def _mean_squares(features: Features, inputs: tuple, full: list[int], shape: tuple[int, ...], dtype) -> jax.Array:
@@ -211,6 +218,5 @@ def column_mlp(
         return _network_of_products(columns, extra, layers)
     if is_short(shape):
         columns = [c.reshape(-1) for c in columns]
-        if extra:
-            extra = [once(functools.reduce(jnp.add, extra), zero).reshape(b.size, -1)]
+        extra = [spread(x, shape).reshape(b.size, -1) for x in extra]
     return [x.reshape(shape) for x in _network_of_sums(columns, extra, layers, zero)]
