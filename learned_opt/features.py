@@ -108,7 +108,11 @@ def factored_update(row: jax.Array, col: jax.Array, g: jax.Array, decays) -> tup
     b = per_decay(decays, g.ndim, g.dtype)
     if axes is None:
         return b * row.astype(g.dtype) + (1 - b) * square[None], col.astype(g.dtype)
-    mean_d0, mean_d1 = (_means(g, axes) if g.ndim == 2 and g.size >= 1 << 16 else (jnp.mean(square, d, keepdims=True) for d in axes[::-1]))
+    mean_d0, mean_d1 = (
+        _means(g, axes)
+        if g.ndim == 2 and g.size >= 1 << 16
+        else (jnp.mean(square, d, keepdims=True) for d in axes[::-1])
+    )
     row = b * row.astype(g.dtype) + (1 - b) * mean_d0[None]
     col = b * col.astype(g.dtype) + (1 - b) * mean_d1[None]
     return row, col

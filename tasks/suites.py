@@ -114,7 +114,7 @@ TRAIN: dict[str, tuple[Entry, ...]] = {
 
 _QUICK = (
     _on("digits", "mlp-64-48-48-10-relu", image_mlp, side=8, width=48, depth=2),
-    _on("digits", "conv-8-16-relu", image_conv, side=8, channels=(8, 16)),
+    _on("digits", "conv-4-8-relu", image_conv, side=8, channels=(4, 8)),
     _on("digits", "autoencoder-64-32-8", image_autoencoder, side=8, width=32, code=8),
     _on("digits", "logistic", logistic_regression),
     _on("wine", "mlp-13-32-3-gelu", tabular_mlp, width=32, activation="gelu", batch_size=32),

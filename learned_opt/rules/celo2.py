@@ -9,7 +9,7 @@ import optax
 
 from .. import features as ft
 from ..base import LearnedOptimizer, Theta
-from .column_mlp import Layers, column_mlp, is_short, spread
+from .column_mlp import Layers, column_mlp, is_short, settle, spread
 
 PAPER = "Celo2, 2026, after Moudgil et al. 2025 (Celo), arXiv:2501.12670"
 
@@ -168,7 +168,8 @@ def celo2(*, hidden_size: int = 8, orthogonalize: bool = False) -> LearnedOptimi
             flat = tree.flatten_up_to
             m, r = zip(*map(flat, state.m), strict=True), zip(*map(flat, state.r), strict=True)
             rest = zip(leaves, flat(params), m, r, flat(state.row), flat(state.col), strict=True)
-            new = [update_tensor(theta, *args) for args in rest]
+            settled = settle(theta, leaves)
+            new = [update_tensor(settled, *args) for args in rest]
             u, m, r, row, col = zip(*new, strict=True) if new else ((), (), (), (), ())
             back = tree.unflatten
             m = tuple(back(x) for x in zip(*m, strict=True)) if new else state.m

@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..base import Theta
+
 _UNROLL = 4  # length of the axis that a fused sum reduces
 _SUMS = 9  # sums in one fused reduction: with more, the unrolled body grows past what the compiler takes
 _BLOCK = 16384  # elements of one block of rows: its arrays stay in the second-level cache
@@ -54,6 +56,19 @@ def once(x: jax.Array, zero: jax.Array) -> jax.Array:
     return x / (1 + zero * x)
 
 
+def settle(theta: Theta, gradients: list[jax.Array]) -> Theta:
+    """``theta``, tied to this update's data (see :func:`once`); to be done before the rule's loop over tensors."""
+    if not gradients:
+        return theta
+    first = gradients[0].reshape(-1)[:1]
+    zero = 0 * jnp.sum(jnp.where(jnp.isfinite(first), first, jnp.zeros_like(first)))
+    zero = jax.lax.stop_gradient(zero)
+    leaves, tree = jax.tree.flatten(theta)
+    flat = once(jnp.concatenate([x.reshape(-1) for x in leaves]), zero.astype(jnp.result_type(*leaves)))
+    cuts = np.cumsum([x.size for x in leaves])[:-1]
+    return tree.unflatten([x.reshape(y.shape) for x, y in zip(jnp.split(flat, cuts), leaves, strict=True)])
+
+
 @jax.custom_jvp
 def _fused_sums(xs: list[jax.Array]) -> list[jax.Array]:
     """Sums over the first axis of arrays of one shape, in one pass over whatever they are computed from."""
@@ -72,8 +87,9 @@ def _sums(xs: list[jax.Array]) -> jax.Array:
         *lead, rows, cols = xs[0].shape
         xs = [jnp.moveaxis(x.reshape(*lead, _UNROLL, rows // _UNROLL, cols), len(lead), 0) for x in xs]
         xs = [y for i in range(0, len(xs), _SUMS) for y in _fused_sums(xs[i : i + _SUMS])]
-    stack = jnp.stack(xs)
-    return jnp.sum(stack.reshape(len(xs), -1), 1)
+    if xs[0].size <= 512:
+        return jnp.stack(_fused_sums([x.reshape(-1) for x in xs]))
+    return jnp.sum(jnp.stack(xs).reshape(len(xs), -1), 1)
 
 
 def _rows(x: jax.Array, start, count: int) -> jax.Array:
@@ -153,7 +169,8 @@ def _network_of_sums(
     columns: list[jax.Array], extra: list[jax.Array], layers: Layers, zero: jax.Array
 ) -> list[jax.Array]:
     """The network as sums of scalar x array: one fused loop."""
-    extra, layers = jax.tree.map(lambda w: once(w, zero), (extra, layers))
+    extra = [once(x, zero) for x in extra]
+    layers = layers._replace(first=(once(layers.first[0], zero), layers.first[1]))
     w, b = layers.first
     biases = _scalars(b)
     for bias in extra:
@@ -187,7 +204,7 @@ def column_mlp(
         features: ``(*inputs) -> columns``, element-wise; each column of the tensor's shape, or with axes of size one
             along which it is constant.
         inputs: arrays (or lists of arrays) of the tensor's rank >= 2, the first of its full shape.
-        layers: the network, one row of ``first`` per column.
+        layers: the network, one row of ``first`` per column; of meta-parameters that went through :func:`settle`.
         eps: see above.
         outputs: how many of the last layer's outputs to compute.
         order: the columns in an order that puts those with costly common parts (a root) next to each other.
