@@ -5,7 +5,8 @@ All of it is per tensor and element-wise or a reduction over axes; nothing is ev
 """
 
 import math
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,9 @@ import numpy as np
 VERSION = 1
 
 Tree = Any
-T = TypeVar("T")
+
+_LARGE = 1 << 16  # elements from which on a matrix is summed by blocks of rows
+_BLOCK = 1 << 14  # elements of a block
 
 
 def compute_dtype(dtype) -> jnp.dtype:
@@ -36,10 +39,47 @@ def check_params(params: Tree) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         dtype = jnp.result_type(leaf)
         if not jnp.issubdtype(dtype, jnp.floating):
+            name = jax.tree_util.keystr(path)
             raise ValueError(
-                f"learned rules update real floating-point parameters, but params{jax.tree_util.keystr(path)} is {dtype}: "
+                f"learned rules update real floating-point parameters, but params{name} is {dtype}: "
                 "leave it out with optax.masked or optax.multi_transform"
             )
+
+
+def required_params(params: Tree | None, rule: str) -> Tree:
+    """``params``, or a ``ValueError`` that tells how to pass them."""
+    if params is None:
+        raise ValueError(f"{rule} reads the parameters: call update(gradients, state, params)")
+    return params
+
+
+def zeros(params: Tree) -> Tree:
+    """Zeros of the parameters' shapes, in the dtype that rules compute in."""
+    return jax.tree.map(lambda x: jnp.zeros_like(x, dtype=compute_dtype(jnp.result_type(x))), params)
+
+
+def map_tensors(update: Callable[..., Sequence[jax.Array]], updates: Tree, *trees: Tree) -> list[Tree]:
+    """Run ``update`` on every tensor and sort what it returns back into trees.
+
+    ``None`` in place of a gradient, and tensors without elements, pass through unchanged.
+
+    Args:
+        update: ``(gradient, parameter, *accumulators) -> (update, *new accumulators)``.
+        updates: the gradients.
+        *trees: the parameters, then one tree an accumulator, all with the gradients' structure.
+
+    Returns:
+        One tree for every value that ``update`` returns.
+    """
+    gradients, structure = jax.tree_util.tree_flatten(updates, is_leaf=lambda x: x is None)
+    columns = [structure.flatten_up_to(tree) for tree in trees]
+    results: list[list] = [[] for _ in trees]
+    for gradient, param, *accumulators in zip(gradients, *columns, strict=True):
+        idle = gradient is None or gradient.size == 0
+        new = (gradient, *accumulators) if idle else update(gradient, param, *accumulators)
+        for result, value in zip(results, new, strict=True):
+            result.append(value)
+    return [structure.unflatten(result) for result in results]
 
 
 def clean(gradient: jax.Array, limit: float, dtype) -> jax.Array:
@@ -71,20 +111,23 @@ def factored_axes(shape: tuple[int, ...]) -> tuple[int, int] | None:
     return int(order[-2]), int(order[-1])
 
 
-def factored_init(shape: tuple[int, ...], count: int, dtype) -> tuple[jax.Array, jax.Array]:
-    """Zero factored second moments of a tensor, for ``count`` decays.
+def factored_zeros(params: Tree, count: int) -> tuple[Tree, Tree]:
+    """Zero factored second moments for ``count`` decays.
 
     Returns:
-        ``(row, col)``. For rank >= 2 these are ``[count, *shape]`` with the axis ``d0`` (``d1`` for ``col``) of size one;
-        below, ``row`` is the whole second moment ``[count, *shape]`` and ``col`` an unused ``[1]``.
+        Trees ``(row, col)``. For rank >= 2 their leaves are ``[count, *shape]`` with the axis ``d0`` (``d1`` for ``col``)
+        of size one; below, ``row`` is the whole second moment ``[count, *shape]`` and ``col`` an unused ``[1]``.
     """
-    axes = factored_axes(shape)
-    if axes is None:
-        return jnp.zeros((count, *shape), dtype), jnp.zeros((1,), dtype)
-    d1, d0 = axes
-    row = tuple(1 if i == d0 else n for i, n in enumerate(shape))
-    col = tuple(1 if i == d1 else n for i, n in enumerate(shape))
-    return jnp.zeros((count, *row), dtype), jnp.zeros((count, *col), dtype)
+
+    def make(x, by_row):
+        shape, dtype = list(jnp.shape(x)), compute_dtype(jnp.result_type(x))
+        axes = factored_axes(tuple(shape))
+        if axes is None:
+            return jnp.zeros((count, *shape) if by_row else (1,), dtype)
+        shape[axes[1] if by_row else axes[0]] = 1
+        return jnp.zeros((count, *shape), dtype)
+
+    return jax.tree.map(lambda x: make(x, True), params), jax.tree.map(lambda x: make(x, False), params)
 
 
 def per_decay(decays, rank: int, dtype) -> jax.Array:
@@ -99,7 +142,8 @@ def factored_update(row: jax.Array, col: jax.Array, g: jax.Array, decays) -> tup
     ``v <- c v + (1 - c) (g^2 + 1e-30)``.
 
     Args:
-        row, col: as :func:`factored_init` made them, any float dtype.
+        row: as :func:`factored_zeros` made it, any float dtype.
+        col: likewise.
         g: the gradient ``[*shape]``; its dtype is that of the result.
         decays: ``[k]`` in ``[0, 1]``.
     """
@@ -108,19 +152,18 @@ def factored_update(row: jax.Array, col: jax.Array, g: jax.Array, decays) -> tup
     b = per_decay(decays, g.ndim, g.dtype)
     if axes is None:
         return b * row.astype(g.dtype) + (1 - b) * square[None], col.astype(g.dtype)
-    mean_d0, mean_d1 = (
-        _means(g, axes)
-        if g.ndim == 2 and g.size >= 1 << 16
-        else (jnp.mean(square, d, keepdims=True) for d in axes[::-1])
-    )
+    if g.ndim == 2 and g.size >= _LARGE:
+        mean_d0, mean_d1 = _means(g, axes)
+    else:
+        mean_d1, mean_d0 = (jnp.mean(square, axis, keepdims=True) for axis in axes)
     row = b * row.astype(g.dtype) + (1 - b) * mean_d0[None]
     col = b * col.astype(g.dtype) + (1 - b) * mean_d1[None]
     return row, col
 
 
 def _means(g: jax.Array, axes: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
-    """Means of ``g^2 + 1e-30`` of a large matrix over ``d0`` and over ``d1``, by blocks of rows: no ``g^2`` is stored."""
-    rows = g.shape[0] // max(1, g.size >> 14) or 1
+    """Means of ``g^2 + 1e-30`` of a large matrix over ``d0`` and over ``d1``, by blocks: ``g^2`` is never stored."""
+    rows = max(1, _BLOCK // g.shape[1])
 
     def add(total, block):
         square = block * block + jnp.asarray(1e-30, g.dtype)
@@ -158,14 +201,18 @@ FACTORED_COLUMNS_ORDER = (*range(7), 11, 12, 13, 27, 28, 29, 7, 8, 9, 10, 14, *r
 def factored_columns(g, p, m, r, R, C, row, col, *, eps: float) -> list[jax.Array]:
     """Columns of the Celo and VeLO rules, with three momenta, one second moment and three factored ones.
 
-    ``g, clip(g, +-.1), p, m (3), r, m s (3), s, g R C (3), g s`` with ``s = rsqrt(r + eps)``; given rows and columns, then
+    ``g, clip(g, +-.1), p, m (3), r, m s (3), s, g R C (3), g s`` with ``s = rsqrt(r + eps)``; given rows and columns,
     also ``row (3), col (3), rsqrt(row + 1e-8) (3), rsqrt(col + 1e-8) (3), m R C (3)``.
 
     Args:
-        g, p, r: arrays of the tensor's shape.
-        m: list of such.
-        R, C: lists as :func:`factored_scales` gives them; without ``C``, ``R`` is the product.
-        row, col: lists, the factored second moments; possibly empty.
+        g: the gradient, of the tensor's shape.
+        p: the parameters, likewise.
+        m: the momenta, a list of such.
+        r: the second moment.
+        R: list as :func:`factored_scales` gives it, or of the products ``R C``.
+        C: the other list, or empty.
+        row: list, the factored second moments by row; possibly empty.
+        col: the same by column.
         eps: under the root.
     """
     s = jax.lax.rsqrt(r + eps)

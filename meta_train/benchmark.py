@@ -17,7 +17,7 @@ from tasks.suites import Entry
 from .trainer import AXIS, make_mesh, place
 
 # Half-decades around each optimizer's usual learning rate.
-GRID = tuple(float(f"{10 ** (k / 2):.3g}") for k in range(-9, -2))  # 3.16e-05 ... 3.16e-02
+GRID = tuple(float(f"{10 ** (k / 2):.3g}") for k in range(-8, -1))  # 1e-04 ... 1e-01
 REFERENCE = "adam"  # what losses and speed-ups are relative to: tuned, at a constant rate
 _VALID_BATCHES = 16
 _TUNING, _REPORTING = 1_000_000, 2_000_000  # seeds of the two start here

@@ -14,7 +14,7 @@ from .column_mlp import Layers, column_mlp, is_short, settle, spread
 PAPER = "Celo2, 2026, after Moudgil et al. 2025 (Celo), arXiv:2501.12670"
 
 MOMENTUM = (0.9, 0.99, 0.999)
-RMS = (0.95,)
+RMS = 0.95
 FACTORED = (0.9, 0.99, 0.999)
 INPUTS = 30  # columns of the first layer
 VECTOR_INPUTS = 15  # of which tensors below rank 2 have the first
@@ -29,12 +29,13 @@ class Celo2State(NamedTuple):
 
     Attributes:
         m: momenta, one tree of the parameters' shapes a decay.
-        r: second moments, likewise.
-        row, col: factored second moments, see :func:`learned_opt.features.factored_init`.
+        r: the second moment, likewise.
+        row: factored second moments by row, see :func:`learned_opt.features.factored_zeros`.
+        col: the same by column.
     """
 
     m: tuple[optax.Updates, ...]
-    r: tuple[optax.Updates, ...]
+    r: optax.Updates
     row: optax.Updates
     col: optax.Updates
 
@@ -44,9 +45,12 @@ def direction(theta: Theta, g, p, m, r, row, col) -> jax.Array:
 
     Args:
         theta: the rule's weights.
-        g, p, r: ``[*shape]``; the clean gradient, the parameters, the second moment.
-        m: the momenta, a list of ``[*shape]``.
-        row, col: factored second moments.
+        g: the clean gradient, ``[*shape]``.
+        p: the parameters, likewise.
+        m: the momenta, a list of such.
+        r: the second moment.
+        row: factored second moments by row.
+        col: the same by column.
 
     Returns:
         ``[*shape]``.
@@ -54,10 +58,10 @@ def direction(theta: Theta, g, p, m, r, row, col) -> jax.Array:
     shape, matrix = g.shape, g.ndim >= 2
     w0 = theta["w0"] if matrix else theta["w0"][:VECTOR_INPUTS]
     layers = Layers((w0, theta["b0"]), ((theta["w1"], theta["b1"]),), (theta["w2"], theta["b2"]))
-    R, C = ft.factored_scales(row, col, shape)
+    R, C = (list(x) for x in ft.factored_scales(row, col, shape))
     if g.ndim == 2 and is_short(shape):
-        R, C = spread(R, shape) * spread(C, shape), ()
-    inputs = (g, p, m, r, list(R), list(C) if matrix else [], list(row) if matrix else [], list(col) if matrix else [])
+        R, C = list(spread(jnp.stack(R), shape) * spread(jnp.stack(C), shape)), []
+    inputs = (g, p, m, r, R, C, list(row), list(col)) if matrix else (g, p, m, r, R, [], [], [])
 
     def run(*inputs):
         features = functools.partial(ft.factored_columns, eps=_ROOT_EPS)
@@ -68,8 +72,7 @@ def direction(theta: Theta, g, p, m, r, row, col) -> jax.Array:
     if not matrix:
         return run(*jax.tree.map(ft.as_matrix, inputs)).reshape(shape)
     # a matrix for each index of the leading axes; statistics that do not factor over the last two axes are spelt out
-    last = {g.ndim - 2, g.ndim - 1}
-    flat = shape if set(ft.factored_axes(shape)) != last else None
+    flat = None if set(ft.factored_axes(shape) or ()) == {g.ndim - 2, g.ndim - 1} else shape
     inputs = jax.tree.map(lambda x: ft.stack_of_matrices(x, flat), inputs)
     return jax.vmap(run)(*inputs).reshape(shape)
 
@@ -98,9 +101,9 @@ def celo2(*, hidden_size: int = 8, orthogonalize: bool = False) -> LearnedOptimi
     ``update = -d rsqrt(1e-9 + mean(d^2))``. It holds no step size: multiply it by a learning rate.
 
     ``init`` draws weights of standard deviation ``1/sqrt(fan-in)`` and then gives two hidden units of either layer to
-    the column ``m_.9 rsqrt(r)``, one for either sign, and a tenth of their weight to the other units' outputs: the fresh
-    rule is nearly RMS-normalised Adam, plus a small random direction, and not a random walk. Meta-training moves
-    all weights freely.
+    the column ``m_.9 rsqrt(r)``, one for either sign, and a tenth of the random weight to the other units' outputs: the
+    fresh rule is nearly RMS-normalised Adam plus a small random direction, where random weights alone would walk at
+    random. Meta-training moves all weights freely.
 
     Non-finite gradient entries count as 0. State: 4 numbers a parameter, and 6 a row or column. Meta-parameters: 347
     for ``hidden_size=8``.
@@ -131,50 +134,33 @@ def celo2(*, hidden_size: int = 8, orthogonalize: bool = False) -> LearnedOptimi
         return {"w0": w0, "b0": zeros, "w1": w1, "b1": zeros, "w2": w2, "b2": jnp.zeros((OUTPUTS,))}
 
     @jax.jit  # traced once for all tensors of a shape
-    def update_tensor(theta, gradient, p, m, r, row, col):
+    def update_tensor(theta, gradient, p, *accumulators):
         dtype = ft.compute_dtype(p.dtype)
         g, p = ft.clean(gradient, _CLIP, dtype), p.astype(dtype)
+        *m, r, row, col = accumulators
         m = [ft.ema(x, g, b) for x, b in zip(m, MOMENTUM, strict=True)]
-        r = [ft.ema(x, g * g, b) for x, b in zip(r, RMS, strict=True)]
+        r = ft.ema(r, g * g, RMS)
         row, col = ft.factored_update(row, col, g, FACTORED)
-        d = direction(theta, g, p, m, r[0], row, col)
+        d = direction(theta, g, p, m, r, row, col)
         if orthogonalize and d.ndim >= 2:
             d = newton_schulz(d)
         u = ft.unit_rms(d, _EPS, tuple(range(d.ndim)[-2:]))
-        return -u.astype(gradient.dtype), m, r, row, col
+        return -u.astype(gradient.dtype), *m, r, row, col
 
     def build(theta, num_steps=None):
         del num_steps
 
         def init_fn(params):
             ft.check_params(params)
-            zeros = lambda x: jnp.zeros(jnp.shape(x), ft.compute_dtype(jnp.result_type(x)))  # noqa: E731
-            pair = jax.tree.map(
-                lambda x: ft.factored_init(jnp.shape(x), len(FACTORED), ft.compute_dtype(jnp.result_type(x))), params
-            )
-            row, col = (jax.tree.map(lambda _, q, i=i: q[i], params, pair) for i in range(2))
-            return Celo2State(
-                m=tuple(jax.tree.map(zeros, params) for _ in MOMENTUM),
-                r=tuple(jax.tree.map(zeros, params) for _ in RMS),
-                row=row,
-                col=col,
-            )
+            m = tuple(ft.zeros(params) for _ in MOMENTUM)
+            return Celo2State(m, ft.zeros(params), *ft.factored_zeros(params, len(FACTORED)))
 
         def update_fn(updates, state, params=None, **extra_args):
             del extra_args
-            if params is None:
-                raise ValueError("celo2 reads the parameters: call update(gradients, state, params)")
-            leaves, tree = jax.tree.flatten(updates)
-            flat = tree.flatten_up_to
-            m, r = zip(*map(flat, state.m), strict=True), zip(*map(flat, state.r), strict=True)
-            rest = zip(leaves, flat(params), m, r, flat(state.row), flat(state.col), strict=True)
-            settled = settle(theta, leaves)
-            new = [update_tensor(settled, *args) for args in rest]
-            u, m, r, row, col = zip(*new, strict=True) if new else ((), (), (), (), ())
-            back = tree.unflatten
-            m = tuple(back(x) for x in zip(*m, strict=True)) if new else state.m
-            r = tuple(back(x) for x in zip(*r, strict=True)) if new else state.r
-            return back(u), Celo2State(m, r, back(row), back(col))
+            params = ft.required_params(params, "celo2")
+            update = functools.partial(update_tensor, settle(theta, jax.tree.leaves(updates)))
+            updates, *m, r, row, col = ft.map_tensors(update, updates, params, *state.m, state.r, state.row, state.col)
+            return updates, Celo2State(tuple(m), r, row, col)
 
         return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

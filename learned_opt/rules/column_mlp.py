@@ -7,8 +7,8 @@ column statistics) keep that axis at size one and enter as a bias per row or col
 
 Written so that XLA's CPU compiler emits one fused loop for the whole network and few for all the statistics:
 
-- several sums in one :func:`jax.lax.reduce` share their inputs, where separate sums would each read them again; reducing
-  an axis of four lets the compiler unroll it and use vector instructions across the others;
+- several sums in one :func:`jax.lax.reduce` share their inputs, where separate sums would each read them again;
+  reducing an axis of four lets the compiler unroll it and use vector instructions across the others;
 - :func:`once` ends what must be computed once and stored.
 """
 
@@ -63,7 +63,7 @@ def settle(theta: Theta, gradients: list[jax.Array]) -> Theta:
     first = gradients[0].reshape(-1)[:1]
     zero = 0 * jnp.sum(jnp.where(jnp.isfinite(first), first, jnp.zeros_like(first)))
     zero = jax.lax.stop_gradient(zero)
-    leaves, tree = jax.tree.flatten(theta)
+    leaves, tree = jax.tree_util.tree_flatten(theta)
     flat = once(jnp.concatenate([x.reshape(-1) for x in leaves]), zero.astype(jnp.result_type(*leaves)))
     cuts = np.cumsum([x.size for x in leaves])[:-1]
     return tree.unflatten([x.reshape(y.shape) for x, y in zip(jnp.split(flat, cuts), leaves, strict=True)])
@@ -113,6 +113,8 @@ def is_short(shape: tuple[int, ...]) -> bool:
 def spread(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """``[k, A, 1]`` or ``[k, 1, B]`` repeated to ``[k, A, B]``, for small tensors, as a product: fast for any ``B``."""
     A, B = shape
+    if x.shape[1:] == (1, 1) or x.shape[1:] == shape:
+        return jnp.broadcast_to(x, (x.shape[0], A, B))
     index = jnp.arange(A * B) // B if x.shape[-1] == 1 else jnp.arange(A * B) % B
     one_hot = jnp.arange(max(x.shape[1:]))[:, None] == index[None]
     return jnp.matmul(x.reshape(x.shape[0], -1), one_hot.astype(x.dtype), precision=_HIGHEST).reshape(-1, A, B)
@@ -141,7 +143,7 @@ def _mean_squares(features: Features, inputs: tuple, full: list[int], shape: tup
 
 def _scalars(w: jax.Array) -> list:
     """The entries of ``w`` as nested lists of scalars."""
-    return [_scalars(w[i]) for i in range(w.shape[0])] if w.ndim else w
+    return [_scalars(w[i]) if w.ndim > 1 else w[i] for i in range(w.shape[0])]
 
 
 def _layer(w: jax.Array, xs: list[jax.Array], biases: list) -> list[jax.Array]:

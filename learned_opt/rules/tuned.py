@@ -96,7 +96,8 @@ def sgdm(*, learning_rate: float = 0.01, momentum: float = 0.9) -> LearnedOptimi
     Non-finite gradient entries count as 0. State: one copy of the parameters. Meta-parameters: 2.
 
     Args:
-        learning_rate, momentum: the values that meta-training starts from.
+        learning_rate: the value that meta-training starts from.
+        momentum: likewise.
 
     Returns:
         A rule; theta is ``{"log_learning_rate": [], "log_one_minus_momentum": []}``.
@@ -111,7 +112,10 @@ def adam(*, learning_rate: float = 1e-3, b1: float = 0.9, b2: float = 0.999, eps
     State: two copies of the parameters and a count. Meta-parameters: 4.
 
     Args:
-        learning_rate, b1, b2, eps: the values that meta-training starts from.
+        learning_rate: the value that meta-training starts from.
+        b1: likewise, as the next ones.
+        b2: decay of the second moment.
+        eps: added to the root.
 
     Returns:
         A rule; theta has the scalars ``log_learning_rate, log_one_minus_b1, log_one_minus_b2, log_eps``.
@@ -137,7 +141,11 @@ def nadamw(
     (Dozat 2016; Loshchilov & Hutter 2019, arXiv:1711.05101). State: as Adam. Meta-parameters: 5.
 
     Args:
-        learning_rate, b1, b2, eps, weight_decay: the values that meta-training starts from, all positive.
+        learning_rate: the value that meta-training starts from, positive as the others.
+        b1: likewise, as the next ones.
+        b2: decay of the second moment.
+        eps: added to the root.
+        weight_decay: of the parameters, times the learning rate.
 
     Returns:
         A rule; theta has the scalars of :func:`adam` and ``log_weight_decay``. ``update`` needs ``params``.
