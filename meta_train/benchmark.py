@@ -191,10 +191,9 @@ def run_suite(
 def smooth(curve: np.ndarray) -> np.ndarray:
     """A running mean over a fiftieth of the curve, trailing, shorter at the start."""
     width = max(len(curve) // 50, 1)
-    total = np.cumsum(np.concatenate([[0.0], curve.astype(np.float64)]))
-    ends = np.arange(1, len(curve) + 1)
-    starts = np.maximum(ends - width, 0)
-    return (total[ends] - total[starts]) / (ends - starts)
+    padded = np.concatenate([np.zeros(width - 1), curve])
+    sums = np.lib.stride_tricks.sliding_window_view(padded, width).sum(axis=1)
+    return sums / np.minimum(np.arange(1, len(curve) + 1), width)
 
 
 def speed_up(curve: np.ndarray, reference: np.ndarray) -> float:
@@ -207,6 +206,8 @@ def speed_up(curve: np.ndarray, reference: np.ndarray) -> float:
     Returns:
         The steps that the reference takes to its own best value, over the steps that ``curve`` takes to it.
     """
+    if not np.isfinite(reference).any():
+        return 0.0
     target = np.nanmin(reference)
     own = int(np.nanargmin(reference)) + 1
     reached = np.flatnonzero(curve <= target)
@@ -257,4 +258,4 @@ def _run(family: TaskFamily, contender: Contender, lanes, steps: int, mesh: Mesh
         )
     )
     losses, valid = jax.device_get(run(place(family.data, mesh), rates, seeds))
-    return losses[: len(lanes)], valid[: len(lanes)]
+    return losses[: len(lanes)].astype(np.float64), valid[: len(lanes)].astype(np.float64)
