@@ -31,6 +31,7 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setitem(suites.TRAIN, "small", (train,))
     monkeypatch.setitem(suites.HELD_OUT, "small", held_out)
     monkeypatch.setattr(cli, "_use_cores", lambda *_: None)
+    monkeypatch.setenv("LEARNED_OPT_DATA", str(tmp_path / "no-data"))
     monkeypatch.chdir(tmp_path)
 
 
@@ -111,6 +112,7 @@ def test_data(capsys, monkeypatch, tmp_path):
         (["info", "nonesuch"], "nonesuch"),
         (["bench", "nonesuch"], "no pretrained rule or folder named 'nonesuch'"),
         (["bench", "--suite", "nonesuch"], "unknown held-out suite 'nonesuch'"),
+        (["bench", "--suite", "fetched"], "learned-opt data fetch mnist"),
         (["bench", "--steps", "0"], "--steps must be at least 1"),
         (["data", "fetch"], "name the data set"),
         (["data", "fetch", "nonesuch"], "nonesuch"),
