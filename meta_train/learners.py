@@ -13,6 +13,7 @@ import optax
 
 from learned_opt.base import LearnedOptimizer, Theta
 from tasks.base import Cfg, Params, TaskFamily
+from tasks.networks import log_uniform
 
 LearnerState = Any
 ENDLESS = jnp.iinfo(jnp.int32).max
@@ -48,20 +49,6 @@ class TaskState(NamedTuple):
     num_steps: jax.Array  # int32, steps of this episode
     learning_rate: jax.Array  # float, the step size of this episode
     initial_loss: jax.Array  # float, what the losses are divided by
-
-
-def log_uniform(key: jax.Array, low: float, high: float) -> jax.Array:
-    r"""A draw of :math:`\exp(U(\log a, \log b))`.
-
-    Args:
-        key: a PRNG key.
-        low: :math:`a > 0`.
-        high: :math:`b \ge a`.
-
-    Returns:
-        A float scalar.
-    """
-    return jnp.exp(jax.random.uniform(key, minval=jnp.log(low), maxval=jnp.log(high)))
 
 
 def task_learner(

@@ -7,8 +7,9 @@ import pytest
 
 import learned_opt
 from meta_train import estimators
-from meta_train.learners import log_uniform, task_learner
+from meta_train.learners import task_learner
 from tasks.base import Task, TaskFamily
+from tasks.networks import log_uniform
 
 
 def smooth_family(dim=3):
