@@ -71,7 +71,8 @@ def map_tensors(update: Callable[..., Sequence[jax.Array]], updates: Tree, *tree
     Returns:
         One tree for every value that ``update`` returns.
     """
-    gradients, structure = jax.tree_util.tree_flatten(updates, is_leaf=lambda x: x is None)
+    structure: Any
+    gradients, structure = jax.tree.flatten(updates, is_leaf=lambda x: x is None)
     columns = [structure.flatten_up_to(tree) for tree in trees]
     results: list[list] = [[] for _ in trees]
     for gradient, param, *accumulators in zip(gradients, *columns, strict=True):
@@ -115,7 +116,7 @@ def factored_zeros(params: Tree, count: int) -> tuple[Tree, Tree]:
     """Zero factored second moments for ``count`` decays.
 
     Returns:
-        Trees ``(row, col)``. For rank >= 2 their leaves are ``[count, *shape]`` with the axis ``d0`` (``d1`` for ``col``)
+        Trees ``(row, col)``. For rank >= 2 their leaves are ``[count, *shape]`` with axis ``d0`` (``d1`` in ``col``)
         of size one; below, ``row`` is the whole second moment ``[count, *shape]`` and ``col`` an unused ``[1]``.
     """
 

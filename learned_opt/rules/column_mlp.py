@@ -14,7 +14,7 @@ Written so that XLA's CPU compiler emits one fused loop for the whole network an
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +63,8 @@ def settle(theta: Theta, gradients: list[jax.Array]) -> Theta:
     first = gradients[0].reshape(-1)[:1]
     zero = 0 * jnp.sum(jnp.where(jnp.isfinite(first), first, jnp.zeros_like(first)))
     zero = jax.lax.stop_gradient(zero)
-    leaves, tree = jax.tree_util.tree_flatten(theta)
+    tree: Any
+    leaves, tree = jax.tree.flatten(theta)
     flat = once(jnp.concatenate([x.reshape(-1) for x in leaves]), zero.astype(jnp.result_type(*leaves)))
     cuts = np.cumsum([x.size for x in leaves])[:-1]
     return tree.unflatten([x.reshape(y.shape) for x, y in zip(jnp.split(flat, cuts), leaves, strict=True)])

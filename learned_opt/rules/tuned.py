@@ -1,7 +1,7 @@
 """Hand-designed optimizers whose hyperparameters are the meta-parameters.
 
 The updates are Optax's own at the same values. Each hyperparameter is kept unconstrained, as its logarithm or as
-``log(1 - decay)``, so that any outer optimizer may move it by any amount.
+``log(1 - decay)``, so that any outer optimizer may move it by any amount. Gradients beyond +-1e18 are clipped.
 """
 
 import math
@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import optax
 
 from ..base import LearnedOptimizer, Theta
-from ..features import check_params
+from ..features import check_params, clean, compute_dtype
 
 PAPER = "learned hyperparameters: Maclaurin, Duvenaud & Adams 2015, arXiv:1502.03492; Adam: arXiv:1412.6980"
 
 # Under the square root of the second moment: no effect on a float32 update, but its derivative stays finite at 0.
 _ROOT = 1e-30
+_LIMIT = 1e18  # of a gradient's size: its square is still a float32
 
 
 def hyperparameters(theta: Theta) -> dict[str, jax.Array]:
@@ -37,31 +38,37 @@ def hyperparameters(theta: Theta) -> dict[str, jax.Array]:
     return values
 
 
-def _finite(gradient):
-    return jnp.where(jnp.isfinite(gradient), gradient, jnp.zeros_like(gradient))
-
-
 def _learnable(transform: Callable[..., optax.GradientTransformation], **start: float) -> LearnedOptimizer:
     """A rule from an Optax optimizer and the values that its hyperparameters start from."""
 
     def init(key):
         del key  # a known good start: nothing random
         return {
-            name: jnp.asarray(math.log(1 - value if name.startswith("log_one_minus_") else value))
+            name: jnp.asarray(
+                math.log(1 - value if name.startswith("log_one_minus_") else value), jnp.result_type(float)
+            )
             for name, value in start.items()
         }
 
     def build(theta, num_steps=None):
         del num_steps
-        inner = optax.with_extra_args_support(transform(**hyperparameters(theta)))
+
+        def inner(dtype):
+            values = {name: value.astype(dtype) for name, value in hyperparameters(theta).items()}
+            return optax.with_extra_args_support(transform(**values))
+
+        def wide(tree):  # Optax would keep accumulators of half precision, and widen them at the first update
+            return jax.tree.map(lambda x: x.astype(compute_dtype(x.dtype)), tree)
 
         def init_fn(params):
             check_params(params)
-            return inner.init(params)
+            return inner(jnp.float32).init(wide(jax.tree.map(jnp.asarray, params)))
 
         def update_fn(updates, state, params=None, **extra_args):
             dtypes = jax.tree.map(jnp.result_type, updates)
-            updates, state = inner.update(jax.tree.map(_finite, updates), state, params, **extra_args)
+            updates = jax.tree.map(lambda g: clean(g, _LIMIT, compute_dtype(g.dtype)), updates)
+            dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(updates))
+            updates, state = inner(dtype).update(updates, state, None if params is None else wide(params), **extra_args)
             return jax.tree.map(lambda u, dtype: u.astype(dtype), updates, dtypes), state
 
         return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -1,6 +1,6 @@
 """Self-tuning networks: any Haiku model tunes its own hyperparameters in one run."""
 
-from . import regularisers
+from . import augmentations, regularisers
 from .dense import dense_lift, dense_response
 from .hyperparameters import (
     Hyperparameter,
@@ -20,6 +20,19 @@ from .modules import Gated
 from .objectives import Hyper, Objectives, bias_weights, make_objectives
 from .regularisers import squared_norm
 from .response import BestResponse, LiftedNetwork, lift, materialise, to_dense
+from .schedule import (
+    Replay,
+    ReplayState,
+    Schedule,
+    constant,
+    from_run,
+    interpolate,
+    optax_schedules,
+    plot,
+    replay,
+    schedule_from_json,
+    schedule_to_json,
+)
 from .tuner import Best, CycleInfo, Tuner, TunerState, tuner
 
 __all__ = [
@@ -31,13 +44,20 @@ __all__ = [
     "Hyperparameter",
     "LiftedNetwork",
     "Objectives",
+    "Replay",
+    "ReplayState",
+    "Schedule",
     "Tuner",
     "TunerState",
+    "augmentations",
     "bias_weights",
+    "constant",
     "dense_lift",
     "dense_response",
     "describe",
     "from_json",
+    "from_run",
+    "interpolate",
     "interval",
     "lift",
     "log",
@@ -45,9 +65,14 @@ __all__ = [
     "make_objectives",
     "materialise",
     "names",
+    "optax_schedules",
+    "plot",
     "positive",
     "real",
     "regularisers",
+    "replay",
+    "schedule_from_json",
+    "schedule_to_json",
     "squared_norm",
     "start",
     "to_dense",

@@ -2,7 +2,7 @@ r"""Which Haiku modules respond to hyperparameters, and how: one handler a kind 
 
 Every parameter p of a module that responds has a response: a weight of p's shape and a gate, one number a
 hyperparameter and output unit. At :math:`\ell_0 + \delta` the parameter is :math:`p + (V\delta) \odot p_h`. Since the
-gate is constant along the inputs, a layer at a :math:`\delta` of each example's own costs one more matmul or convolution:
+gate is constant along the inputs, a layer at a :math:`\delta` of each example's own costs but one more matmul:
 
 .. math:: y = W x + b + (V\delta) \odot (W_h x) + (C\delta) \odot b_h
 """

@@ -132,7 +132,7 @@ def make_objectives(
         return (sigma if z.ndim == 1 else sigma[None]) * z
 
     def elementary(params, net_state, mean, key, batch):
-        point = jnp.broadcast_to(mean, (batch_size(batch), mean.size)) if any_own else mean
+        point = jnp.broadcast_to(mean, (batch_size(batch), own.size)) if any_own else mean
         loss, net_state = train(params, net_state, point, key, batch)
         return jnp.mean(loss), net_state
 

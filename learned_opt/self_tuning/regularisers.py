@@ -110,8 +110,8 @@ def weight_drop(
 def squared_norm(params: Params | BestResponse, modules: Collection[str] | None = None) -> jax.Array:
     r"""The sum of the parameters' squares, :math:`|p + \Delta p(\delta)|^2`, for weight decay.
 
-    A layer's is :math:`\sum_i |w_i|^2 + 2 g_i \langle w_i, w_{h,i}\rangle + g_i^2 |w_{h,i}|^2`, over output units i with
-    gate :math:`g_i`, so that no example's weights are ever built.
+    A layer's is :math:`\sum_i |w_i|^2 + 2 g_i \langle w_i, w_{h,i}\rangle + g_i^2 |w_{h,i}|^2`, over output units i
+    with gate :math:`g_i`, so that no example's weights are ever built.
 
     Args:
         params: plain parameters, or a :class:`BestResponse`.

@@ -234,7 +234,8 @@ def to_dense(params: Params, response: Response) -> Response:
     Returns:
         A pytree like ``params`` of arrays [H, *p.shape]; 0 where nothing responds.
     """
-    if jax.tree.structure(params) == jax.tree.structure(response):
+    given: Any = jax.tree.structure(response)  # JAX's stubs give the type no comparison
+    if given == jax.tree.structure(params):
         return response
     count = next(leaf for leaf in jax.tree.leaves(response, is_leaf=lambda x: isinstance(x, Gated))).gate.shape[0]
 

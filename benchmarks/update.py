@@ -1,0 +1,124 @@
+"""What one update of a learned rule costs: time against optax.adam, memory, state.
+
+Every optimizer's update and `optax.apply_updates` are one compiled step with donated buffers; the optimizers take turns
+within each round, so that a machine that slows down slows all of them. Prints the median over rounds of each rule's
+time as a multiple of Adam's in the same round, the ratio of the fastest rounds, the temporary bytes and the state's
+bytes a parameter. Writes reports/update.json:
+
+    python benchmarks/update.py [--rules celo2 adam] [--rounds 15]
+"""
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import learned_opt
+
+STEPS = 5  # updates of one timing
+
+
+def mlp_1m():
+    return {"w": (1024, 1024), "b": (1024,)}
+
+
+def transformer_10m():
+    width, layers = 256, 4
+    shapes = {"embedding": (26000, width)}
+    for i in range(layers):
+        for name, outputs in (("query", width), ("key", width), ("value", width), ("out", width), ("up", 4 * width)):
+            shapes |= {f"{i}/{name}/w": (width, outputs), f"{i}/{name}/b": (outputs,)}
+        shapes |= {f"{i}/down/w": (4 * width, width), f"{i}/down/b": (width,), f"{i}/norm": (width,)}
+    return shapes
+
+
+MODELS = {"mlp_1m": mlp_1m, "transformer_10m": transformer_10m}
+
+
+def prepare(rule, shapes, dtype):
+    """The compiled step and its first arguments; what it takes in memory."""
+    if rule is None:
+        tx = optax.adam(1e-3)
+    else:
+        made = learned_opt.RULES[rule]()
+        tx = made.build(made.init(jax.random.key(0)), num_steps=1000)
+        tx = optax.chain(tx, optax.scale(made.learning_rate or 1.0))
+    keys = jax.random.split(jax.random.key(1), len(shapes))
+    params = {n: 0.03 * jax.random.normal(k, s, dtype) for (n, s), k in zip(shapes.items(), keys, strict=True)}
+    grads = jax.tree.map(lambda p: 0.1 * p + jnp.asarray(1e-3, dtype), params)
+
+    def step(params, state, grads, value):
+        updates, state = tx.update(grads, state, params, value=value)
+        return optax.apply_updates(params, updates), state
+
+    tx = optax.with_extra_args_support(tx)
+    state = tx.init(params)
+    arguments = (params, state, grads, jnp.float32(1.0))
+    start = time.perf_counter()
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*arguments).compile()
+    seconds = time.perf_counter() - start
+    size = sum(p.size for p in params.values())
+    facts = {
+        "parameters": size,
+        "compile_seconds": round(seconds, 2),
+        "temporary_bytes_per_parameter": round(compiled.memory_analysis().temp_size_in_bytes / size, 2),
+        "state_bytes_per_parameter": round(sum(x.nbytes for x in jax.tree.leaves(state)) / size, 2),
+    }
+    return compiled, list(arguments), facts
+
+
+def measure(rules, shapes, rounds, dtype):
+    prepared = {rule: prepare(rule, shapes, dtype) for rule in (None, *rules)}
+    times = {rule: [] for rule in prepared}
+    for turn in range(rounds + 1):
+        for rule, (compiled, arguments, _) in prepared.items():
+            start = time.perf_counter()
+            for _ in range(STEPS):
+                arguments[0], arguments[1] = compiled(*arguments)
+            jax.block_until_ready(arguments[0])
+            if turn:  # the first warms up
+                times[rule].append((time.perf_counter() - start) / STEPS)
+    adam = np.array(times[None])
+    rows = {}
+    for rule in rules:
+        mine = np.array(times[rule])
+        rows[rule] = prepared[rule][2] | {
+            "times_adam": round(float(np.median(mine / adam)), 2),
+            "times_adam_fastest": round(float(mine.min() / adam.min()), 2),
+            "milliseconds": round(float(np.median(mine)) * 1e3, 3),
+            "adam_milliseconds": round(float(np.median(adam)) * 1e3, 3),
+        }
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rules", nargs="+", default=["celo2"], choices=sorted(learned_opt.RULES))
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--out", type=Path, default=Path("reports/update.json"))
+    arguments = parser.parse_args()
+    report = {"jax": jax.__version__, "cores": os.cpu_count(), "device": jax.devices()[0].device_kind, "models": {}}
+    for model in arguments.models:
+        rows = measure(arguments.rules, MODELS[model](), arguments.rounds, jnp.dtype(arguments.dtype))
+        report["models"][model] = rows
+        for rule, row in rows.items():
+            print(
+                f"{model:16} {rule:12} {row['times_adam']:6.2f} x adam (fastest {row['times_adam_fastest']:.2f}),",
+                f"bytes a parameter: temporaries {row['temporary_bytes_per_parameter']:.2f},",
+                f"state {row['state_bytes_per_parameter']:.2f}; compiled in {row['compile_seconds']} s",
+                flush=True,
+            )
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Features against NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from learned_opt import features as ft
+
+
+@given(st.lists(st.integers(1, 6), min_size=2, max_size=4))
+@settings(deadline=None, max_examples=60)
+def test_factored_axes_are_the_largest_and_ties_keep_their_order(shape):
+    d1, d0 = ft.factored_axes(tuple(shape))
+    ranked = sorted(range(len(shape)), key=lambda i: (shape[i], i))
+    assert (d1, d0) == (ranked[-2], ranked[-1])
+
+
+@pytest.mark.parametrize("shape", [(), (5,)])
+def test_nothing_is_factored_below_rank_two(shape):
+    assert ft.factored_axes(shape) is None
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (6, 4), (300, 256), (2, 3, 5, 4), (5, 5, 2, 4), (7,), (), (1, 1)])
+def test_factored_moments_match_numpy(shape):
+    rng = np.random.default_rng(0)
+    decays = np.array([0.5, 0.9], np.float32)
+    (row,), (col,) = (jax.tree.leaves(t) for t in ft.factored_zeros(jnp.zeros(shape), 2))
+    v_row, v_col = np.array(row), np.array(col)
+    update = jax.jit(ft.factored_update)
+    for _ in range(3):
+        g = rng.normal(size=shape).astype(np.float32)
+        row, col = update(row, col, jnp.asarray(g), decays)
+        b = decays.reshape(-1, *(1,) * len(shape))
+        square = np.asarray(g * g + np.float32(1e-30))
+        if len(shape) < 2:
+            v_row = b * v_row + (1 - b) * square
+        else:
+            d1, d0 = ft.factored_axes(shape)
+            v_row = b * v_row + (1 - b) * square.mean(d0, keepdims=True)
+            v_col = b * v_col + (1 - b) * square.mean(d1, keepdims=True)
+    np.testing.assert_allclose(row, v_row, rtol=2e-6)
+    np.testing.assert_allclose(col, v_col, rtol=2e-6)
+    R, C = ft.factored_scales(row, col, shape)
+    if len(shape) < 2:
+        np.testing.assert_allclose(R, 1 / np.sqrt(v_row + 1e-9), rtol=2e-6)
+    else:
+        mean = v_row.mean(ft.factored_axes(shape)[0] + 1, keepdims=True)
+        np.testing.assert_allclose(R, 1 / np.sqrt(v_row / (mean + 1e-9)), rtol=2e-6)
+        np.testing.assert_allclose(C, 1 / np.sqrt(v_col), rtol=2e-6)
+
+
+def test_a_mean_over_rows_that_do_not_fill_the_blocks():
+    g = jnp.asarray(np.random.default_rng(1).normal(size=(331, 211)), jnp.float32)
+    row, col = (jax.tree.leaves(t)[0] for t in ft.factored_zeros(g, 1))
+    row, col = ft.factored_update(row, col, g, [0.0])
+    np.testing.assert_allclose(row[0, 0], np.mean(np.square(g), 0), rtol=1e-5)
+    np.testing.assert_allclose(col[0, :, 0], np.mean(np.square(g), 1), rtol=1e-5)
+
+
+def test_clean_counts_non_finite_entries_as_zero_and_clips_the_rest():
+    g = jnp.array([jnp.nan, jnp.inf, -jnp.inf, 5.0, -1e30])
+    np.testing.assert_array_equal(ft.clean(g, 1000.0, jnp.float32), [0, 0, 0, 5, -1000])
+
+
+def test_the_two_weights_of_an_average_add_up_to_one_in_its_own_dtype():
+    one = jnp.ones((), jnp.float32)
+    assert ft.ema(one, one, 0.9999) == 1
+    assert float(ft.ema(jnp.zeros(()), one, 0.9999)) == float(np.float32(1) - np.float32(0.9999))
+
+
+def test_integers_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"params\['table'\] is int32"):
+        ft.check_params({"table": jnp.zeros(3, jnp.int32), "w": jnp.zeros(3)})
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 12, 4096, 12288])
+def test_a_vector_as_a_matrix_keeps_its_order(size):
+    x = jnp.arange(size)
+    assert ft.as_matrix(x).ndim == 2
+    np.testing.assert_array_equal(ft.as_matrix(x).reshape(-1), x)

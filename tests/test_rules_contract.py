@@ -1,0 +1,208 @@
+"""What every registered rule promises, whatever it is: one suite over RULES, so that registering a rule tests it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+from learned_opt.rules import RULES
+
+PARAMS = {
+    "scalar": jnp.array(0.5, jnp.float32),
+    "vector": jnp.linspace(-1, 1, 5),
+    "matrix": jnp.linspace(-1, 2, 12).reshape(4, 3),
+    "kernel": jnp.linspace(-1, 2, 24).reshape(2, 3, 4, 1),
+    "nothing": None,
+}
+
+
+def gradients(params, t=0.0):
+    return jax.tree.map(lambda p: jnp.cos(3 * p + t).astype(p.dtype), params)
+
+
+@pytest.fixture(scope="module", params=sorted(RULES))
+def rule(request):
+    """A rule at fresh meta-parameters, its update compiled at most once a structure."""
+    made = RULES[request.param]()
+    theta = made.init(jax.random.key(0))
+    return made, theta, made.build(theta, num_steps=10)
+
+
+def extra(rule):
+    return {"value": jnp.array(1.5, jnp.float32)} if "value" in rule[0].needs else {}
+
+
+def assert_finite(tree):
+    for leaf in jax.tree.leaves(tree):
+        assert np.all(np.isfinite(np.asarray(leaf, np.float32)))
+
+
+def assert_same_types(new, old):
+    assert jax.tree.structure(new) == jax.tree.structure(old)
+    jax.tree.map(lambda a, b: np.testing.assert_equal((a.shape, a.dtype), (b.shape, b.dtype)), new, old)
+
+
+def test_one_trace_stable_types_and_the_same_in_scan(rule):
+    tx, kwargs, traces = rule[2], extra(rule), []
+
+    @jax.jit
+    def update(g, state, params):
+        traces.append(1)
+        return tx.update(g, state, params, **kwargs, unknown_argument=jnp.ones(3))
+
+    params, state = PARAMS, tx.init(PARAMS)
+    for t in range(3):
+        updates, new_state = update(gradients(params, t), state, params)
+        assert_same_types(updates, params)
+        assert_same_types(new_state, state)
+        params, state = optax.apply_updates(params, updates), new_state
+    assert len(traces) == 1
+    assert_finite(updates)
+
+    def step(carry, t):
+        params, state = carry
+        updates, state = tx.update(gradients(params, t), state, params, **kwargs)
+        return (optax.apply_updates(params, updates), state), None
+
+    (scanned, _), _ = jax.jit(lambda c: jax.lax.scan(step, c, jnp.arange(3.0)))((PARAMS, tx.init(PARAMS)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), scanned, params)
+
+
+def test_zero_huge_and_non_finite_gradients_give_finite_updates(rule):
+    tx = rule[2]
+    params = {k: PARAMS[k] for k in ("scalar", "vector", "matrix")}
+    update = jax.jit(lambda g, state: tx.update(g, state, params, **extra(rule)))
+    first = None
+    for bad in (0.0, 1e30, -1e30, jnp.inf, jnp.nan):
+        updates, state = update(jax.tree.map(lambda p, bad=bad: jnp.full_like(p, bad), params), tx.init(params))
+        assert_finite((updates, state))
+        if not np.isfinite(bad):  # counts as 0
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), updates, first)
+        first = updates if first is None else first
+    updates, _ = update(gradients(params), state)
+    assert_finite(updates)
+
+
+def test_half_precision_params_and_vmap(rule):
+    tx = rule[2]
+    params = {k: PARAMS[k].astype(jnp.bfloat16) for k in ("vector", "matrix")}
+    updates, state = jax.jit(tx.update)(gradients(params), tx.init(params), params, **extra(rule))
+    assert_same_types(updates, params)
+    assert_same_types(state, tx.init(params))
+    assert_finite(updates)
+
+    matrix = PARAMS["matrix"]
+    stacked = jnp.stack([matrix, 2 * matrix])
+
+    def run(p):
+        return tx.update(gradients(p), tx.init(p), p, **extra(rule))[0]
+
+    together = jax.jit(jax.vmap(run))(stacked)
+    np.testing.assert_allclose(together[0], jax.jit(run)(matrix), rtol=1e-4, atol=1e-5)
+
+
+def test_empty_trees_none_and_masked_nodes_pass_through(rule):
+    tx, kwargs = rule[2], extra(rule)
+    for empty in ({}, (), {"a": None}):
+        updates, state = tx.update(empty, tx.init(empty), empty, **kwargs)
+        assert updates == empty
+    some = {"a": jnp.ones(3), "b": jnp.zeros((0, 4))}
+    updates, _ = tx.update(some, tx.init(some), some, **kwargs)
+    assert updates["b"].shape == (0, 4)
+    masked = optax.masked(tx, {"a": True, "b": False})
+    updates, _ = masked.update(some, masked.init(some), some, **kwargs)
+    np.testing.assert_array_equal(updates["b"], some["b"])
+    del state
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.complex64])
+def test_params_that_are_not_real_floats_are_refused(rule, dtype):
+    with pytest.raises(ValueError, match=r"\['x'\] is .*optax.masked"):
+        rule[2].init({"x": jnp.zeros(3, dtype)})
+
+
+def test_inside_optax_s_wrappers(rule):
+    made, theta, tx = rule
+    params = {"a": jnp.ones(3), "b": jnp.ones((2, 4))}
+    wrappers = {
+        "chain": optax.chain(optax.clip_by_global_norm(1.0), tx, optax.scale(0.1)),
+        "multi_steps": optax.MultiSteps(tx, 2),
+        "multi_transform": optax.multi_transform({"ours": tx, "theirs": optax.sgd(0.1)}, {"a": "ours", "b": "theirs"}),
+        "apply_if_finite": optax.apply_if_finite(tx, 3),
+        "inject_hyperparams": optax.inject_hyperparams(
+            lambda scale: optax.chain(made.build(theta, num_steps=10), optax.scale(scale))
+        )(scale=0.5),
+    }
+    for name, wrapped in wrappers.items():
+        state = wrapped.init(params)
+        updates, state = wrapped.update(gradients(params), state, params, **extra(rule))
+        updates, state = wrapped.update(gradients(params), state, params, **extra(rule))
+        assert_finite(updates)
+        assert any(float(jnp.max(jnp.abs(u))) > 0 for u in jax.tree.leaves(updates)), name
+
+
+def test_state_survives_a_checkpoint(rule, tmp_path):
+    tx = rule[2]
+    params = {"w": jnp.ones((4, 3)), "b": jnp.ones(3), "s": jnp.array(1.0, jnp.float32)}
+    _, state = tx.update(gradients(params), tx.init(params), params, **extra(rule))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", {"state": state, "step": 3})
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "state", {"state": tx.init(params), "step": 0})["state"]
+    jax.tree.map(np.testing.assert_array_equal, restored, state)
+
+
+def test_what_a_rule_needs_is_named_when_missing(rule):
+    made, theta, tx = rule
+    params = jnp.ones(3)
+    if "value" in made.needs:
+        with pytest.raises(ValueError, match="value"):
+            tx.update(params, tx.init(params), params)
+    if "num_steps" in made.needs:
+        with pytest.raises(ValueError, match="num_steps"):
+            made.build(theta).init(params)
+    if not made.needs:
+        made.build(theta).update(params, tx.init(params), params)
+
+
+def test_meta_gradients_are_finite_differences_in_float64(rule):
+    """Twenty steps on a smooth loss; a random direction of theta; central differences at two sizes must agree."""
+    made = rule[0]
+    with jax.enable_x64(True):
+        key = jax.random.key(3)
+
+        def noise(key, like):
+            leaves, tree = jax.tree.flatten(like)
+            keys = jax.random.split(key, len(leaves))
+            return tree.unflatten([jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
+
+        # off the fresh meta-parameters, whose zeros put some ReLUs exactly on their kink
+        theta = made.init(key)
+        theta = jax.tree.map(lambda x, n: x + 0.05 * n, theta, noise(jax.random.key(4), theta))
+        along = noise(key, theta)
+        params = {"w": jnp.linspace(-1, 1, 6, dtype=jnp.float64).reshape(2, 3), "b": jnp.full(3, 0.3, jnp.float64)}
+
+        def loss(p):
+            y = jnp.tanh(jnp.linspace(0.2, 1.0, 2) @ p["w"] + p["b"])
+            return jnp.sum((y - jnp.array([0.5, -0.3, 0.1])) ** 2)
+
+        def outer(size):
+            tx = made.build(jax.tree.map(lambda x, d: x + size * d, theta, along), num_steps=20)
+
+            def step(carry, _):
+                params, state = carry
+                value, grads = jax.value_and_grad(loss)(params)
+                updates, state = tx.update(grads, state, params, value=value)
+                updates = jax.tree.map(lambda u: u * (made.learning_rate or 1.0), updates)
+                return (optax.apply_updates(params, updates), state), value
+
+            return jnp.sum(jax.lax.scan(step, (params, tx.init(params)), None, length=20)[1])
+
+        value, slope = jax.jit(jax.value_and_grad(outer))(jnp.float64(0))
+        function = jax.jit(outer)
+        numeric = [float(function(h) - function(-h)) / (2 * h) for h in (1e-6, 3e-7)]
+        assert np.isfinite(value)
+        assert abs(slope) > 1e-9
+        np.testing.assert_allclose(slope, numeric, rtol=2e-4)
