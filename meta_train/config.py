@@ -208,18 +208,23 @@ def _parse(name: str, text: str) -> Any:
         return None if text == "none" else text
 
 
+_FLAGSHIP = Config(  # the settings of `pretrained/flagship`, which was stopped early
+    suite="standard",
+    estimator="nres",
+    particles=8,
+    meta_steps=7000,
+    max_length=2000,
+    min_learning_rate=3e-4,
+    max_learning_rate=3e-3,
+    bench_suite="held_out",
+    bench_steps=1000,
+)
+
 PRESETS: dict[str, Config] = {
-    "quick": Config(),
-    "cpu": Config(suite="broad", meta_steps=10_000, max_length=2000, bench_suite="held_out", bench_steps=1000),
-    "accelerator": Config(
-        suite="broad",
-        meta_steps=100_000,
-        particles=128,
-        max_length=5000,
-        checkpoint_every=1000,
-        log_every=100,
-        bench_suite="held_out",
-        bench_steps=1000,
+    "quick": Config(meta_steps=300),
+    "cpu": _FLAGSHIP,
+    "accelerator": dataclasses.replace(
+        _FLAGSHIP, suite="broad", meta_steps=100_000, particles=128, checkpoint_every=1000, log_every=100
     ),
 }
 
