@@ -119,41 +119,40 @@ def make_steps(function, batch_axis, batch, per_example):
     return steps, carry, 1 + size(start) / size(params)
 
 
-def measure(steps, carry, rounds, repeat):
+def measure(steps, carry, rounds):
     """Return the median seconds a step and the temporary bytes of each form, the forms taking turns."""
-
-    def several(step):
-        return jax.jit(lambda carry, keys: jax.lax.scan(lambda c, k: (step(c, k), None), carry, keys)[0])
-
-    keys = jax.random.split(jax.random.key(2), repeat)
-    compiled = {name: several(step).lower(carry, keys).compile() for name, step in steps.items()}
+    key = jax.random.key(2)
+    compiled = {name: jax.jit(step).lower(carry, key).compile() for name, step in steps.items()}
     seconds = {name: [] for name in compiled}
     for turn, (name, run) in itertools.product(range(rounds + 1), compiled.items()):
         begin = time.perf_counter()
-        jax.block_until_ready(run(carry, keys))
+        jax.block_until_ready(run(carry, key))
         if turn:
-            seconds[name].append((time.perf_counter() - begin) / repeat)
+            seconds[name].append(time.perf_counter() - begin)
     memory = {name: run.memory_analysis().temp_size_in_bytes for name, run in compiled.items()}
     return {name: float(np.median(times)) for name, times in seconds.items()}, memory
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS), help="measure these")
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--repeat", type=int, default=3, help="steps a timing")
+    parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--to", type=Path, default=REPORT)
     args = parser.parse_args()
     args.to.mkdir(parents=True, exist_ok=True)
     batch = (jax.random.normal(jax.random.key(3), (args.batch, 28, 28, 1)), jnp.arange(args.batch) % CLASSES)
+    path = args.to / f"cost_{jax.default_backend()}.csv"
     rows = []
+    if path.exists():
+        with open(path, newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row["network"] not in args.networks]
     print("network  hyperparameters  form                    ms   times plain  parameters  temporaries")
     for name in args.networks:
         for per_example in (True, False):
             own = "each example" if per_example else "batch"
             steps, carry, parameters = make_steps(*NETWORKS[name], batch, per_example)
-            seconds, memory = measure(steps, carry, args.rounds, args.repeat)
+            seconds, memory = measure(steps, carry, args.rounds)
             for form in steps:
                 ratio, more = seconds[form] / seconds["plain"], parameters if form != "plain" else 1.0
                 temporaries = memory[form] / memory["plain"]
@@ -164,7 +163,7 @@ def main():
                 })  # fmt: skip
                 print(f"{name:8s} {own:16s} {form:22s} {1e3 * seconds[form]:7.2f} {ratio:9.2f} {more:13.2f}"
                       f" {temporaries:11.2f}", flush=True)  # fmt: skip
-    with open(args.to / f"cost_{jax.default_backend()}.csv", "w", newline="") as file:
+    with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)

@@ -65,6 +65,7 @@ def _make_rescaled(entry: Entry, low: float, high: float) -> TaskFamily:
 _FASHION, _SOTU, _MOBY_DICK = "fashion_mnist_small", "sotu_small", "moby_dick_small"
 
 _MLP = _on(_FASHION, "mlp-64-32-10-relu", image_mlp, side=8, width=32)
+_DEEP = _on(_FASHION, "mlp-64-16-16-16-10-swish", image_mlp, side=8, width=16, depth=3, activation="swish")
 _TABULAR = _on("breast_cancer", "mlp-30-24-24-2-tanh", tabular_mlp, width=24, depth=2, activation="tanh", batch_size=32)
 
 TRAIN: dict[str, tuple[Entry, ...]] = {
@@ -86,8 +87,8 @@ TRAIN: dict[str, tuple[Entry, ...]] = {
             init_scale=(0.5, 2.0),
             batch_size=32,
         ),
-        _on(_FASHION, "mlp-64-16-16-16-10-swish", image_mlp, side=8, width=16, depth=3, activation="swish"),
-        _on(_FASHION, "mlp-196-32-10-relu", image_mlp, side=14, width=32, batch_size=32),
+        _DEEP,
+        _on(_FASHION, "mlp-196-32-10-relu-batch-32", image_mlp, side=14, width=32, batch_size=32),
         _TABULAR,
     ),
     "broad": (
@@ -102,7 +103,7 @@ TRAIN: dict[str, tuple[Entry, ...]] = {
             activation=("relu", "tanh", "gelu"),
             init_scale=(0.5, 2.0),
         ),
-        _on(_FASHION, "mlp-64-16-16-16-10-swish", image_mlp, side=8, width=16, depth=3, activation="swish"),
+        _DEEP,
         _on(_FASHION, "mlp-196-32-10-relu", image_mlp, side=14, width=32),
         _rescaled(_MLP),
         _TABULAR,

@@ -58,7 +58,7 @@ def test_names_are_unique_and_shared_entries_the_same():
 
 
 def test_sizes_of_the_suites():
-    assert {name: len(suite) for name, suite in TRAIN.items()} == {"quick": 2, "small": 1, "broad": 9}
+    assert {name: len(suite) for name, suite in TRAIN.items()} == {"quick": 2, "small": 1, "standard": 5, "broad": 9}
     assert {name: len(suite) for name, suite in HELD_OUT.items()} == {"quick": 5, "held_out": 13, "fetched": 6}
 
 
@@ -81,7 +81,7 @@ def test_fetched_entries_name_the_command(tmp_path, monkeypatch):
 
 
 def test_unknown_suites():
-    with pytest.raises(ValueError, match="known: quick, small, broad"):
+    with pytest.raises(ValueError, match="known: quick, small, standard, broad"):
         suites.suite("nonsense")
     with pytest.raises(ValueError, match="known: quick, held_out, fetched"):
         suites.suite("small", held_out=True)
