@@ -256,9 +256,10 @@ def _run_bench(rules: Sequence[str], suite: str, steps: int, seeds: int, out: Pa
 
 def _suite(name: str):
     suites = importlib.import_module("tasks.suites")
-    if name not in suites.HELD_OUT:
-        raise UsageError(f"unknown held-out suite {name!r}; suites: {', '.join(sorted(suites.HELD_OUT))}")
-    return suites.HELD_OUT[name]
+    try:
+        return suites.suite(name, held_out=True)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
 
 # --- list, info, data

@@ -67,9 +67,10 @@ def set_up(config: Config, mesh: Mesh) -> Setup:
     rule, init_theta = _rule(config)
     if config.estimator not in ESTIMATORS:
         raise ConfigError(f"unknown estimator {config.estimator!r}; estimators: {', '.join(sorted(ESTIMATORS))}")
-    if config.suite not in suites.TRAIN:
-        raise ConfigError(f"unknown training suite {config.suite!r}; suites: {', '.join(sorted(suites.TRAIN))}")
-    entries = suites.TRAIN[config.suite]
+    try:
+        entries = suites.suite(config.suite)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     families = [entry.make() for entry in entries]
     whole = config.estimator in _WHOLE_EPISODES
     lengths = (config.unroll, config.unroll) if whole else (config.min_length, config.max_length)
