@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+_SCHEDULES = ("constant", "cosine")
+
 
 class ConfigError(ValueError):
     """A setting is unknown or has a bad value."""
@@ -33,6 +35,7 @@ class Config:
         min_learning_rate: lower end of the log-uniform inner step size of a rule that has a free one; by default
             the rule's own.
         max_learning_rate: upper end.
+        inner_schedule: the step size over an episode, ``"constant"`` or ``"cosine"``.
         max_loss: cap of the meta-loss in units of the initial loss; what a non-finite loss counts as.
         outer_optimizer: the name of an Optax optimizer that takes a learning rate.
         outer_kwargs: its other arguments.
@@ -61,6 +64,7 @@ class Config:
     max_length: int = 1000
     min_learning_rate: float | None = None
     max_learning_rate: float | None = None
+    inner_schedule: str = "constant"
     max_loss: float = 4.0
     outer_optimizer: str = "adam"
     outer_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -94,8 +98,9 @@ class Config:
             raise ConfigError("set both of min_learning_rate and max_learning_rate, or neither")
         if self.learning_rates is not None and not 0 < self.learning_rates[0] <= self.learning_rates[1]:
             raise ConfigError("min_learning_rate must be positive and at most max_learning_rate")
-        if self.outer_schedule not in ("constant", "cosine"):
-            raise ConfigError(f"outer_schedule must be 'constant' or 'cosine', not {self.outer_schedule!r}")
+        for name, schedule in (("inner_schedule", self.inner_schedule), ("outer_schedule", self.outer_schedule)):
+            if schedule not in _SCHEDULES:
+                raise ConfigError(f"{name} must be one of {', '.join(_SCHEDULES)}, not {schedule!r}")
 
     @property
     def learning_rates(self) -> tuple[float, float] | None:

@@ -18,6 +18,12 @@ from tasks.networks import log_uniform
 LearnerState = Any
 ENDLESS = jnp.iinfo(jnp.int32).max
 
+# Name -> step size at a fraction of the episode, as a share of the episode's own.
+SCHEDULES: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "constant": jnp.ones_like,
+    "cosine": lambda done: 0.5 * (1 + jnp.cos(jnp.pi * done)),
+}
+
 
 def _endless(state: LearnerState) -> jax.Array:
     del state
@@ -58,13 +64,14 @@ def task_learner(
     lengths: tuple[int, int] = (100, 1000),
     multiple_of: int = 1,
     learning_rates: tuple[float, float] | None = None,
+    schedule: Callable[[jax.Array], jax.Array] = SCHEDULES["constant"],
     max_loss: float = 4.0,
 ) -> Learner:
     r"""The learner that optimizes tasks drawn from a family with a learned rule.
 
     An episode draws a task, its length :math:`T` log-uniform in ``lengths`` and a step size :math:`\eta` log-uniform
     in ``learning_rates``; step :math:`t` draws a training batch and takes
-    :math:`p_{t+1} = p_t + \eta\, u(\theta, \nabla L_t(p_t), L_t(p_t))`. The meta-loss of the step is
+    :math:`p_{t+1} = p_t + s(t/T)\, \eta\, u(\theta, \nabla L_t(p_t), L_t(p_t))`. The meta-loss of the step is
     :math:`\min(L_t(p_t) / L_0, c)`, with :math:`L_0` the loss at the start on a batch of its own, so that tasks of
     different scale weigh alike, and :math:`c` = ``max_loss``, which a non-finite loss counts as too. Non-finite
     entries of the inner gradient count as 0.
@@ -76,6 +83,7 @@ def task_learner(
         multiple_of: lengths are rounded to multiples of it (the estimator's window, so that no window straddles two
             episodes).
         learning_rates: range of the step size, for a rule that has a free one; by default always its own default.
+        schedule: the shape ``s`` of the step size over an episode, a function of the fraction done.
         max_loss: cap of the meta-loss, in units of the initial loss.
 
     Returns:
@@ -119,7 +127,8 @@ def task_learner(
         grads = jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), g, 0), grads)
         transform = rule.build(theta, num_steps=state.num_steps)
         updates, opt_state = transform.update(grads, state.opt_state, state.params, value=loss)
-        params = jax.tree.map(lambda p, u: p + (state.learning_rate * u).astype(p.dtype), state.params, updates)
+        rate = state.learning_rate * schedule(state.taken / state.num_steps)
+        params = jax.tree.map(lambda p, u: p + (rate * u).astype(p.dtype), state.params, updates)
         meta_loss = jnp.where(jnp.isfinite(loss), jnp.minimum(loss / state.initial_loss, max_loss), max_loss)
         return state._replace(params=params, opt_state=opt_state, taken=state.taken + 1), meta_loss
 

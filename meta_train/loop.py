@@ -25,7 +25,7 @@ from . import checkpoint, progress
 from . import config as configs
 from .config import Config, ConfigError
 from .estimators import ESTIMATORS
-from .learners import task_learner
+from .learners import SCHEDULES, task_learner
 from .trainer import Trainer, TrainInfo, TrainState, make_mesh, make_trainer, place
 
 _WHOLE_EPISODES = ("bptt", "es")  # the estimators whose window is a whole episode
@@ -83,6 +83,7 @@ def set_up(config: Config, mesh: Mesh) -> Setup:
                 lengths=lengths,
                 multiple_of=config.unroll,
                 learning_rates=config.learning_rates,
+                schedule=SCHEDULES[config.inner_schedule],
                 max_loss=config.max_loss,
             )
             yield ESTIMATORS[config.estimator](learner, unroll=config.unroll, sigma=config.sigma)

@@ -7,7 +7,7 @@ import pytest
 
 import learned_opt
 from meta_train import estimators
-from meta_train.learners import task_learner
+from meta_train.learners import SCHEDULES, task_learner
 from tasks.base import Task, TaskFamily
 from tasks.networks import log_uniform
 
@@ -101,3 +101,16 @@ def test_the_step_size_is_drawn_for_a_rule_that_has_a_free_one():
     assert rates.max() > 3e-3
     fixed = task_learner(rule, smooth_family()).init(theta, jax.random.key(1))
     np.testing.assert_allclose(fixed.learning_rate, rule.learning_rate, rtol=1e-6)
+
+
+def test_the_step_size_follows_its_schedule_over_the_episode():
+    rule = learned_opt.RULES["sgd"](learning_rate=1.0)
+    line = Task(lambda key: jnp.ones(()), lambda key, split: (), lambda params, key, batch: (params, {}))
+    family = TaskFamily(data=(), sample=lambda key: {}, task=lambda data, cfg: line)
+    learner = task_learner(rule, family, lengths=(4, 4), schedule=SCHEDULES["cosine"])
+    theta = rule.init(jax.random.key(0))
+    state, moved = learner.init(theta, jax.random.key(1)), []
+    for _ in range(4):
+        before, (state, _) = state.params, learner.step(theta, state, jax.random.key(2))
+        moved.append(float(before - state.params))
+    np.testing.assert_allclose(moved, [1, (1 + 0.5**0.5) / 2, 0.5, (1 - 0.5**0.5) / 2], rtol=1e-5)
