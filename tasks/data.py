@@ -54,10 +54,14 @@ SETS: dict[str, DataSet] = {
     "fashion_mnist_small": DataSet("Fashion-MNIST, 600 + 100 images a class, 28x28", "MIT", "embedded"),
     "sotu_small": DataSet("twelve State of the Union addresses, 0.46 MB of text", _PDDL, "embedded"),
     "moby_dick_small": DataSet("Moby Dick, the first 48 chapters, 0.46 MB of text", _PDDL, "embedded"),
+    "kjv_small": DataSet(
+        "King James Bible, two books, 0.36 MB of text", "public domain (Unlicense)", "embedded"
+    ),
     "digits": DataSet("handwritten digits, 1,797 images, 8x8", "see scikit-learn", "scikit-learn"),
     "wine": DataSet("wine cultivars, 178 rows of 13 numbers, 3 classes", "see scikit-learn", "scikit-learn"),
     "breast_cancer": DataSet("tumour diagnoses, 569 rows of 30 numbers, 2 classes", "see scikit-learn", "scikit-learn"),
     "diabetes": DataSet("disease progression, 442 rows of 10 numbers, regression", "see scikit-learn", "scikit-learn"),
+    "photos": DataSet("tiles of two photographs, 2,700, 14x14 RGB, by tenth", "see scikit-learn", "scikit-learn"),
     "fashion_mnist": DataSet(
         "Fashion-MNIST, 60,000 + 10,000 images, 28x28",
         "MIT",
@@ -277,16 +281,34 @@ def _from_sklearn(name: str) -> Splits:
         from sklearn import datasets  # a second's import, and only these sets need it
     except ImportError:
         raise DataError(f"the data set {name!r} comes with scikit-learn: pip install 'learned-opt[train]'") from None
+    if name == "photos":
+        image, label = _tiles(datasets.load_sample_images().images, side=14, strips=5)
+        return {s: {"image": image[r], "label": label[r]} for s, r in _split(len(label)).items()}
     table = getattr(datasets, f"load_{name}")()
-    order = np.random.default_rng(0).permutation(len(table.target))  # one split for ever
-    cut = len(order) - len(order) // 5
-    rows = {"train": order[:cut], "valid": order[cut:]}
+    rows = _split(len(table.target))
     if name == "digits":
         image = np.round(table.images * (255 / 16)).astype(np.uint8)
         return {s: {"image": image[r], "label": table.target[r].astype(np.uint8)} for s, r in rows.items()}
     features = _standardise(table.data, rows["train"])
     label = _standardise(table.target, rows["train"]) if name == "diabetes" else table.target.astype(np.uint8)
     return {s: {"features": features[r], "label": label[r]} for s, r in rows.items()}
+
+
+def _split(num: int) -> dict[str, np.ndarray]:
+    order = np.random.default_rng(0).permutation(num)  # one split for ever
+    cut = num - num // 5
+    return {"train": order[:cut], "valid": order[cut:]}
+
+
+def _tiles(pictures: list[np.ndarray], side: int, strips: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cut pictures into square tiles; a tile's label is which picture it is from and which vertical strip of it."""
+    images, labels = [], []
+    for number, picture in enumerate(pictures):
+        rows, columns = picture.shape[0] // side, picture.shape[1] // side
+        grid = picture[: rows * side, : columns * side].reshape(rows, side, columns, side, 3).swapaxes(1, 2)
+        images.append(grid.reshape(-1, side, side, 3))
+        labels.append(np.tile(number * strips + np.arange(columns) * strips // columns, rows))
+    return np.concatenate(images), np.concatenate(labels).astype(np.uint8)
 
 
 def _standardise(table: np.ndarray, rows: np.ndarray) -> np.ndarray:

@@ -8,6 +8,7 @@ import contextlib
 import gzip
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import tarfile
@@ -371,3 +372,21 @@ def sotu_documents(folder: Path) -> list[str]:
 def moby_dick_documents(folder: Path) -> list[str]:
     """The chapters of Moby Dick, in order; the parts outside the numbered chapters are left out."""
     return read_documents(folder, "chapter_[0-9]*.json", lambda record: (int(record["chapter"]),))
+
+
+def kjv_documents(folder: Path, books: tuple[str, ...]) -> list[str]:
+    """The chapters of some books of the King James Bible, in order, without the marks of paragraphs and additions.
+
+    Raises:
+        DataError: the verses are missing or damaged.
+    """
+    verses = _read_json(_find(folder, "verses-1769.json"))
+    chapters: dict[str, list[str]] = {}
+    try:
+        for place, text in verses.items():
+            chapter = place.rpartition(":")[0]
+            if chapter.rpartition(" ")[0] in books:
+                chapters.setdefault(chapter, []).append(ascii_text(re.sub(r"[#\[\]]", "", text)))
+    except (AttributeError, TypeError):
+        raise DataError(f"{folder}: its verses are damaged; fetch it again") from None
+    return [" ".join(texts) for texts in chapters.values()]

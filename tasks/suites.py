@@ -1,8 +1,9 @@
-"""Named suites of families: ``TRAIN`` to meta-train on, ``HELD_OUT`` to judge on.
+"""Named suites of families: ``TRAIN`` to meta-train on, ``VALIDATION`` to choose by, ``HELD_OUT`` to judge on.
 
 No data set of a training suite appears in a held-out suite, whole or in part, nor one range of a synthetic generator in
 another. No kind of family does either, but for those of ``SAME_FAMILY_NEW_DATA``: these are judged on new data *and* at
-other sizes. A test holds the suites to it.
+other sizes. Checkpoints, settings and ablations are compared on ``VALIDATION`` alone, which shares no data with the
+other two. A test holds the suites to it.
 """
 
 import functools
@@ -62,7 +63,7 @@ def _make_rescaled(entry: Entry, low: float, high: float) -> TaskFamily:
     return reparametrise(entry.make(), low, high)
 
 
-_FASHION, _SOTU, _MOBY_DICK = "fashion_mnist_small", "sotu_small", "moby_dick_small"
+_FASHION, _SOTU, _MOBY_DICK, _KJV = "fashion_mnist_small", "sotu_small", "moby_dick_small", "kjv_small"
 
 _MLP = _on(_FASHION, "mlp-64-32-10-relu", image_mlp, side=8, width=32)
 _DEEP = _on(_FASHION, "mlp-64-16-16-16-10-swish", image_mlp, side=8, width=16, depth=3, activation="swish")
@@ -113,6 +114,16 @@ TRAIN: dict[str, tuple[Entry, ...]] = {
     ),
 }
 
+VALIDATION: dict[str, tuple[Entry, ...]] = {
+    "validation": (
+        _on("photos", "mlp-192-64-64-10-gelu", image_mlp, side=8, width=64, depth=2, activation="gelu", batch_size=32),
+        _on("photos", "conv-8-16-relu", image_conv, side=8, channels=(8, 16), batch_size=32),
+        _on("photos", "autoencoder-192-48-12", image_autoencoder, side=8, width=48, code=12, batch_size=32),
+        _on(_KJV, "transformer-1x24", char_transformer, layers=1, width=24, length=12, batch_size=8),
+        _synthetic(quadratic, 48, condition=(150.0, 900.0), noise=0.01),
+    ),
+}
+
 _QUICK = (
     _on("digits", "mlp-64-48-48-10-relu", image_mlp, side=8, width=48, depth=2),
     _on("digits", "conv-4-8-relu", image_conv, side=8, channels=(4, 8)),
@@ -152,8 +163,8 @@ def suite(name: str, held_out: bool = False) -> tuple[Entry, ...]:
     """Find a suite by name.
 
     Args:
-        name: a key of :data:`TRAIN`, or of :data:`HELD_OUT`.
-        held_out: which of the two to look in.
+        name: a key of :data:`TRAIN`, or of :data:`HELD_OUT` or :data:`VALIDATION`.
+        held_out: whether to look in the last two.
 
     Returns:
         Its entries.
@@ -165,7 +176,7 @@ def suite(name: str, held_out: bool = False) -> tuple[Entry, ...]:
         >>> [entry.name for entry in suite("small")]
         ['fashion_mnist_small/mlp-64-32-10-relu']
     """
-    suites = HELD_OUT if held_out else TRAIN
+    suites = {**HELD_OUT, **VALIDATION} if held_out else TRAIN
     if name not in suites:
         kind = "held-out" if held_out else "training"
         raise ValueError(f"unknown {kind} suite {name!r}; known: {', '.join(suites)}")

@@ -78,7 +78,16 @@ class MobyDickSmall(_TextBuilder):
     """The embedded part of Moby Dick."""
 
 
-BUILDERS = {"fashion_mnist_small": FashionMnistSmall, "sotu_small": SotuSmall, "moby_dick_small": MobyDickSmall}
+class KjvSmall(_TextBuilder):
+    """The embedded part of the King James Bible."""
+
+
+BUILDERS = {
+    "fashion_mnist_small": FashionMnistSmall,
+    "sotu_small": SotuSmall,
+    "moby_dick_small": MobyDickSmall,
+    "kjv_small": KjvSmall,
+}
 
 
 def builder(name: str, folder: Path):

@@ -95,7 +95,10 @@ def test_embedded_images_are_balanced():
     assert len(distinct) == 7000
 
 
-@pytest.mark.parametrize(("name", "words"), [("sotu_small", "Congress"), ("moby_dick_small", "Ishmael")])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("sotu_small", "Congress"), ("moby_dick_small", "Ishmael"), ("kjv_small", "Pharaoh")],
+)
 def test_embedded_texts(name, words):
     splits = data.load(name)
     codes = np.concatenate([splits["train"]["text"], splits["valid"]["text"]])
@@ -155,6 +158,31 @@ def test_sets_of_scikit_learn(name, field, rows, shape):
     assert train["label"].dtype == (np.float32 if name == "diabetes" else np.uint8)
     with pytest.raises(DataError, match="scikit-learn"):
         data.fetch(name)
+
+
+def test_tiles_of_photographs():
+    """Each tile is found in its picture, in the strip that its label names."""
+    from sklearn.datasets import load_sample_images
+
+    splits = data.load("photos")
+    image = np.concatenate([splits[split]["image"] for split in ("train", "valid")])
+    label = np.concatenate([splits[split]["label"] for split in ("train", "valid")])
+    assert image.shape == (2700, 14, 14, 3)
+    assert np.bincount(label).tolist() == [270] * 10
+    where = {tile.tobytes(): int(strip) for tile, strip in zip(image, label, strict=True)}
+    for number, picture in enumerate(load_sample_images().images):
+        for row, column in ((0, 0), (3, 8), (10, 9), (29, 44)):
+            tile = picture[14 * row : 14 * row + 14, 14 * column : 14 * column + 14]
+            assert where[tile.tobytes()] == 5 * number + column // 9
+
+
+def test_the_verses_marks_are_left_out(tmp_path):
+    verses = {"Genesis 1:1": "# In [the] beginning", "Genesis 1:2": "And", "Mark 1:1": "no", "2 Kings 3:1": "Now"}
+    (tmp_path / "verses-1769.json").write_text(json.dumps(verses))
+    assert sources.kjv_documents(tmp_path, ("Genesis", "2 Kings")) == ["In the beginning And", "Now"]
+    (tmp_path / "verses-1769.json").write_text("[]")
+    with pytest.raises(DataError, match="damaged"):
+        sources.kjv_documents(tmp_path, ("Genesis",))
 
 
 @given(st.text())

@@ -1,14 +1,21 @@
 """The suites: training and held-out kept apart, every entry made."""
 
+import itertools
+
 import jax
 import pytest
 
 from tasks import data, suites
-from tasks.suites import HELD_OUT, SAME_FAMILY_NEW_DATA, TRAIN, Entry
+from tasks.suites import HELD_OUT, SAME_FAMILY_NEW_DATA, TRAIN, VALIDATION, Entry
 
 TRAINED = {entry.name: entry for entries in TRAIN.values() for entry in entries}
 HELD = {entry.name: entry for entries in HELD_OUT.values() for entry in entries}
-HERE = [entry for entry in (*TRAINED.values(), *HELD.values()) if entry.dataset not in ("mnist", "cifar10")]
+CHOOSING = {entry.name: entry for entries in VALIDATION.values() for entry in entries}
+HERE = [
+    entry
+    for entry in (*TRAINED.values(), *CHOOSING.values(), *HELD.values())
+    if entry.dataset not in ("mnist", "cifar10")
+]
 
 
 def origin(entry: Entry) -> str:
@@ -23,9 +30,10 @@ def shapes(entry: Entry) -> tuple:
     return tuple(sorted(leaf.shape for leaf in jax.tree.leaves(params)))
 
 
-def test_no_data_set_is_both_trained_on_and_held_out():
-    assert not {origin(entry) for entry in TRAINED.values()} & {origin(entry) for entry in HELD.values()}
-    for entry in (*TRAINED.values(), *HELD.values()):
+def test_no_data_set_is_in_two_of_training_validation_and_held_out_suites():
+    for one, other in itertools.combinations((TRAINED, CHOOSING, HELD), 2):
+        assert not {origin(entry) for entry in one.values()} & {origin(entry) for entry in other.values()}
+    for entry in (*TRAINED.values(), *CHOOSING.values(), *HELD.values()):
         assert entry.dataset in data.SETS or entry.dataset.startswith(f"{entry.family}(")
 
 
@@ -43,21 +51,23 @@ def test_families_in_both_have_other_sizes():
 
 
 def test_ranges_of_quadratics_do_not_overlap():
-    trained = [e.make.keywords["condition"] for e in TRAINED.values() if e.family == "quadratic"]
-    held = [e.make.keywords["condition"] for e in HELD.values() if e.family == "quadratic"]
-    assert trained
-    assert held
-    assert max(high for _, high in trained) < min(low for low, _ in held)
+    kinds = (TRAINED, CHOOSING, HELD)
+    trained, choosing, held = (
+        [entry.make.keywords["condition"] for entry in kind.values() if entry.family == "quadratic"] for kind in kinds
+    )
+    assert max(high for _, high in trained) < min(low for low, _ in choosing)
+    assert max(high for _, high in choosing) < min(low for low, _ in held)
 
 
 def test_names_are_unique_and_shared_entries_the_same():
-    for suite in (*TRAIN.values(), *HELD_OUT.values()):
+    for suite in (*TRAIN.values(), *VALIDATION.values(), *HELD_OUT.values()):
         assert len({entry.name for entry in suite}) == len(suite)
         for entry in suite:
-            assert (TRAINED | HELD)[entry.name] is entry
+            assert (TRAINED | CHOOSING | HELD)[entry.name] is entry
 
 
 def test_sizes_of_the_suites():
+    assert {name: len(suite) for name, suite in VALIDATION.items()} == {"validation": 5}
     assert {name: len(suite) for name, suite in TRAIN.items()} == {"quick": 2, "small": 1, "standard": 5, "broad": 9}
     assert {name: len(suite) for name, suite in HELD_OUT.items()} == {"quick": 5, "held_out": 13, "fetched": 6}
 
@@ -83,5 +93,5 @@ def test_fetched_entries_name_the_command(tmp_path, monkeypatch):
 def test_unknown_suites():
     with pytest.raises(ValueError, match="known: quick, small, standard, broad"):
         suites.suite("nonsense")
-    with pytest.raises(ValueError, match="known: quick, held_out, fetched"):
+    with pytest.raises(ValueError, match="known: quick, held_out, fetched, validation"):
         suites.suite("small", held_out=True)
