@@ -1,0 +1,162 @@
+"""Parts of the rules with memory: an LSTM, what it reads of the loss and of the time.
+
+The LSTM runs over tensors, one batch row each, or over a single row when it sees nothing of the tensors.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..base import Theta
+from ..features import truncated_normal
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+_TIMESCALES = (1, 3, 10, 30, 100, 300, 1_000, 3_000, 10_000, 30_000, 100_000)
+_FRACTIONS = (0.03, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1)
+TIMES = len(_TIMESCALES)
+FRACTIONS = len(_FRACTIONS)
+_AVERAGES = 10
+LOSSES = _AVERAGES - 1
+
+
+# --- layers
+
+
+def linear_init(key: jax.Array, inputs: int, outputs: int) -> Theta:
+    """Meta-parameters ``{"w": [inputs, outputs], "b": [outputs]}``: truncated normal and zeros."""
+    return {"w": truncated_normal(key, (inputs, outputs), inputs), "b": jnp.zeros((outputs,))}
+
+
+def linear(theta: Theta, x: jax.Array) -> jax.Array:
+    """``x w + b`` for rows ``x [n, inputs]``, in the dtype of ``x``."""
+    w, b = theta["w"].astype(x.dtype), theta["b"].astype(x.dtype)
+    return jnp.matmul(x, w, precision=_HIGHEST) + b[None]
+
+
+class LSTMState(NamedTuple):
+    """Memory of an LSTM, one row a tensor.
+
+    Attributes:
+        hidden: ``[n, H]``, the last output.
+        cell: ``[n, H]``.
+    """
+
+    hidden: jax.Array
+    cell: jax.Array
+
+
+def lstm_init(key: jax.Array, inputs: int, hidden_size: int) -> Theta:
+    """Meta-parameters of an LSTM: ``{"w": [inputs + H, 4 H], "b": [4 H], "hidden": [H], "cell": [H]}``.
+
+    ``hidden`` and ``cell`` are the learned initial memory, zero at first.
+    """
+    zeros = jnp.zeros((hidden_size,))
+    return linear_init(key, inputs + hidden_size, 4 * hidden_size) | {"hidden": zeros, "cell": zeros}
+
+
+def lstm_start(theta: Theta, rows: int, dtype) -> LSTMState:
+    """The learned initial memory, repeated for ``rows`` tensors."""
+
+    def repeat(x):
+        return jnp.broadcast_to(x.astype(dtype)[None], (rows, x.shape[0]))
+
+    return LSTMState(repeat(theta["hidden"]), repeat(theta["cell"]))
+
+
+def lstm(theta: Theta, x: jax.Array, state: LSTMState) -> LSTMState:
+    """One step of an LSTM (Hochreiter & Schmidhuber 1997), with 1 added to the forget gate.
+
+    ``i, g, f, o = split([x, h] w + b)``; ``c <- sigmoid(f + 1) c + sigmoid(i) tanh(g)``; ``h <- sigmoid(o) tanh(c)``.
+
+    Args:
+        theta: as :func:`lstm_init` makes it.
+        x: inputs ``[n, inputs]``; their dtype is that of the result.
+        state: the memory before.
+
+    Returns:
+        The memory after; its ``hidden`` is the output.
+    """
+    h, c = state.hidden.astype(x.dtype), state.cell.astype(x.dtype)
+    i, g, f, o = jnp.split(linear(theta, jnp.concatenate([x, h], 1)), 4, axis=1)
+    c = jax.nn.sigmoid(f + 1) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
+    return LSTMState(jax.nn.sigmoid(o) * jnp.tanh(c), c)
+
+
+# --- time
+
+
+def time_embedding(t: jax.Array, dtype) -> jax.Array:
+    """``tanh(t / tau - 1)`` of the number of updates done, for eleven ``tau`` from 1 to 100,000: ``[11]``."""
+    return jnp.tanh(jnp.asarray(t, dtype) / np.asarray(_TIMESCALES, dtype) - 1)
+
+
+def fraction_embedding(t: jax.Array, num_steps: Any, dtype) -> jax.Array:
+    """``tanh(10 (t / num_steps - u))`` for nine ``u`` from 0.03 to 1.1: ``[9]``."""
+    fraction = jnp.asarray(t, dtype) / jnp.maximum(jnp.asarray(num_steps, dtype), 1)
+    return jnp.tanh(10 * (fraction - np.asarray(_FRACTIONS, dtype)))
+
+
+# --- the loss
+
+
+class LossBuffer(NamedTuple):
+    """Running means of the loss over ten horizons.
+
+    Attributes:
+        means: ``[10]``, not bias-corrected.
+        minima: ``[10]``, the least that each bias-corrected mean has been.
+        seen: int32 scalar, the number of losses.
+    """
+
+    means: jax.Array
+    minima: jax.Array
+    seen: jax.Array
+
+
+def loss_start(dtype) -> LossBuffer:
+    """No loss seen yet."""
+    return LossBuffer(
+        jnp.zeros(_AVERAGES, dtype), jnp.full(_AVERAGES, 999_999_999_999, dtype), jnp.zeros((), jnp.int32)
+    )
+
+
+def loss_update(state: LossBuffer, loss: jax.Array, horizon: Any) -> tuple[jax.Array, LossBuffer]:
+    """Take in a loss; say how its running means stand between their own minima and the slower means.
+
+    Ten means with decays ``d_i = exp(-1 / h_i)``, the ``h_i`` from 10 to ``horizon`` evenly on a log scale. A loss
+    above twice the largest mean is cut to that. Feature ``i`` is ``(m_i - min_i) / (m_{i+1} - min_i) - 1`` in
+    ``[-1, 1]``, of the bias-corrected means: below 0 while the loss falls. Zero for the first two updates.
+
+    Losses that are not finite count as that cut; before the first finite one they are passed over.
+
+    Args:
+        state: the means before.
+        loss: a scalar.
+        horizon: of the slowest mean, in updates; may be traced.
+
+    Returns:
+        ``(features [9], the means after)``.
+    """
+    means, dtype = state.means, state.means.dtype
+    exponents = jnp.linspace(jnp.ones((), dtype), jnp.log10(jnp.maximum(jnp.asarray(horizon, dtype), 1)), _AVERAGES)
+    decays = jnp.exp(-1 / 10**exponents)
+    count = state.seen + 1
+    corrections = 1 - decays ** count.astype(dtype)
+    loss = jnp.reshape(loss, ()).astype(dtype)
+    loss = jnp.where(jnp.isnan(loss), jnp.inf, loss)
+    # as published, the correction is one update ahead of the means here
+    cut = 2 * jnp.abs(jnp.where(state.seen == 0, loss, jnp.max(means / corrections)))
+    loss = jnp.minimum(cut, loss)
+    usable = jnp.isfinite(loss)
+    loss = jnp.where(usable, loss, 0)
+    means = decays * means + (1 - decays) * loss
+    corrected = means / corrections
+    new = LossBuffer(means, jnp.minimum(state.minima, corrected), count)
+    new = jax.tree.map(lambda a, b: jnp.where(usable, a, b), new, state)
+    corrected = new.means / (1 - decays ** jnp.maximum(new.seen, 1).astype(dtype))
+    low = new.minima[:-1]
+    features = (corrected[:-1] - low) / jnp.maximum(corrected[1:] - low, 1e-8) - 1
+    return jnp.where(new.seen > 2, jnp.clip(features, -1, 1), 0), new
