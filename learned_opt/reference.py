@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -17,7 +18,19 @@ def _celo2(leaves: dict[str, np.ndarray], **kwargs) -> tuple[dict, Theta]:
     return {"hidden_size": theta["w1"].shape[0], **kwargs}, theta
 
 
-_READERS = {"celo2": _celo2}
+def _mlp(leaves: dict[str, np.ndarray], **kwargs) -> tuple[dict, Theta]:
+    theta = {f"{name}{i}": leaves[f"mlp/~/linear_{i}/{name}"] for i in range(3) for name in ("w", "b")}
+    return {"hidden_size": theta["w1"].shape[0], **kwargs}, theta
+
+
+def _adafac_mlp(leaves: dict[str, np.ndarray], **kwargs) -> tuple[dict, Theta]:
+    theta = {name: leaves[f"nn/~/{name}"] for name in ("w0", "b0", "w1", "b1", "w2", "b2")}
+    theta |= {name: leaves[name] for name in ("momentum_decays", "rms_decays")}
+    theta["factored_decays"] = leaves["adafactor_decays"]
+    return {"hidden_size": theta["w1"].shape[0], **kwargs}, theta
+
+
+_READERS = {"adafac_mlp": _adafac_mlp, "celo2": _celo2, "mlp": _mlp}
 
 
 def from_reference(rule: str, leaves: Mapping[str, np.ndarray], **kwargs) -> tuple[LearnedOptimizer, Theta]:
@@ -43,4 +56,10 @@ def from_reference(rule: str, leaves: Mapping[str, np.ndarray], **kwargs) -> tup
         kwargs, theta = _READERS[rule](flat, **kwargs)
     except KeyError as error:
         raise ValueError(f"these are not the leaves of {rule!r}: {error.args[0]!r} is missing") from None
-    return RULES[rule](**kwargs), {name: jnp.asarray(value) for name, value in theta.items()}
+    made = RULES[rule](**kwargs)
+    template = jax.eval_shape(made.init, jax.random.key(0))
+    for (path, want), got in zip(jax.tree.leaves_with_path(template), jax.tree.leaves(theta), strict=True):
+        if want.shape != got.shape:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise ValueError(f"these are not the leaves of {rule!r}: {name!r} would be {got.shape}, not {want.shape}")
+    return made, jax.tree.map(jnp.asarray, theta)

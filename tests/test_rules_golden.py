@@ -15,8 +15,11 @@ HERE = Path(__file__).parent / "golden"
 SHARED = Path(__file__).parents[2] / "shared" / "golden"  # made from published weights: not part of the repository
 
 GOLDEN = {
+    "AdafacMLPLOpt_h32": ("adafac_mlp", {}, 1e-5),
+    "AdafacMLPLOpt_h4": ("adafac_mlp", {}, 1e-5),
     "Celo2Base": ("celo2", {}, 1e-5),
     "Celo2Ortho": ("celo2", {"orthogonalize": True}, 1e-5),
+    "MLPLOpt": ("mlp", {}, 1e-5),
 }
 
 

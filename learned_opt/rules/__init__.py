@@ -7,11 +7,13 @@ rule, write a module with the factory and a ``PAPER`` string, and add a row.
 from collections.abc import Callable
 
 from ..base import LearnedOptimizer
-from . import celo2, tuned
+from . import adafac_mlp, celo2, mlp, tuned
 
 RULES: dict[str, Callable[..., LearnedOptimizer]] = {
+    "adafac_mlp": adafac_mlp.adafac_mlp,
     "adam": tuned.adam,
     "celo2": celo2.celo2,
+    "mlp": mlp.mlp,
     "nadamw": tuned.nadamw,
     "sgd": tuned.sgd,
     "sgdm": tuned.sgdm,

@@ -1,0 +1,70 @@
+"""Per-parameter networks with statistics over whole tensors, for tensors of any rank, and where they start from."""
+
+import jax
+import jax.numpy as jnp
+
+from .. import features as ft
+from ..base import Theta
+from .column_mlp import Features, Layers, column_mlp, is_short, spread
+from .recurrent import time_embedding
+
+
+def network_init(key: jax.Array, columns: int, hidden_size: int, outputs: int, through: int) -> Theta:
+    """A ReLU network with two hidden layers whose first output is nearly the column ``through``.
+
+    Two units of either hidden layer carry that column, one for either sign. All other weights are random with standard
+    deviation ``1/sqrt(fan-in)``, a tenth of that towards the outputs. With random weights alone a fresh rule would walk
+    at random; this one follows a column that points downhill, and meta-training moves all weights freely.
+
+    Returns:
+        ``w0 [columns, h], b0 [h], w1 [h, h], b1 [h], w2 [h, outputs], b2 [outputs]``.
+    """
+    k0, k1, k2 = jax.random.split(key, 3)
+    w0 = ft.truncated_normal(k0, (columns, hidden_size), columns)
+    w1 = ft.truncated_normal(k1, (hidden_size, hidden_size), hidden_size)
+    w2 = 0.1 * ft.truncated_normal(k2, (hidden_size, outputs), hidden_size)
+    w0 = w0.at[:, :2].set(0).at[through, :2].set(jnp.array([1.0, -1.0]))
+    w1 = w1.at[:, :2].set(jnp.eye(hidden_size, 2))
+    w2 = w2.at[:2, 0].set(jnp.array([1.0, -1.0]))
+    zeros = jnp.zeros((hidden_size,))
+    return {"w0": w0, "b0": zeros, "w1": w1, "b1": zeros, "w2": w2, "b2": jnp.zeros((outputs,))}
+
+
+def network(theta: Theta) -> Layers:
+    """The layers of a network as :func:`network_init` makes it."""
+    return Layers((theta["w0"], theta["b0"]), ((theta["w1"], theta["b1"]),), (theta["w2"], theta["b2"]))
+
+
+def with_time(layers: Layers, t: jax.Array, columns: int) -> Layers:
+    """The network with its inputs from ``columns`` on, the embedding of the time, taken into the first bias."""
+    w, b = layers.first
+    embedded = time_embedding(t, w.dtype)
+    b = b + jnp.matmul(embedded[None], w[columns:], precision=jax.lax.Precision.HIGHEST)[0]
+    return layers._replace(first=(w[:columns], b))
+
+
+def whole_tensor_mlp(features: Features, inputs: tuple, layers: Layers, **kwargs) -> list[jax.Array]:
+    """:func:`learned_opt.rules.column_mlp.column_mlp` for a tensor of any rank.
+
+    Args:
+        features: as there.
+        inputs: as there, of the tensor's own rank.
+        layers: as there.
+        **kwargs: as there.
+    """
+    shape = inputs[0].shape
+    if len(shape) == 2 or (len(shape) > 2 and not is_short(shape)):
+        return column_mlp(features, inputs, layers, **kwargs)
+    # one long row in place of many short ones; a vector's inputs all have its shape already
+    inputs = jax.tree.map(lambda x: ft.as_matrix(jnp.broadcast_to(x, shape)), inputs)
+    return [x.reshape(shape) for x in column_mlp(features, inputs, layers, **kwargs)]
+
+
+def scale_lists(row: jax.Array, col: jax.Array, shape: tuple[int, ...]) -> tuple[list[jax.Array], list[jax.Array]]:
+    """:func:`learned_opt.features.factored_scales` as lists, or the lists of the products and of nothing."""
+    R, C = ft.factored_scales(row, col, shape)
+    if len(shape) < 2:
+        return list(R), []
+    if len(shape) == 2 and is_short(shape):
+        return list(spread(R, shape) * spread(C, shape)), []
+    return list(R), list(C)
