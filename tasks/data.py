@@ -54,9 +54,7 @@ SETS: dict[str, DataSet] = {
     "fashion_mnist_small": DataSet("Fashion-MNIST, 600 + 100 images a class, 28x28", "MIT", "embedded"),
     "sotu_small": DataSet("twelve State of the Union addresses, 0.46 MB of text", _PDDL, "embedded"),
     "moby_dick_small": DataSet("Moby Dick, the first 48 chapters, 0.46 MB of text", _PDDL, "embedded"),
-    "kjv_small": DataSet(
-        "King James Bible, two books, 0.36 MB of text", "public domain (Unlicense)", "embedded"
-    ),
+    "kjv_small": DataSet("King James Bible, two books, 0.36 MB of text", "public domain (Unlicense)", "embedded"),
     "digits": DataSet("handwritten digits, 1,797 images, 8x8", "see scikit-learn", "scikit-learn"),
     "wine": DataSet("wine cultivars, 178 rows of 13 numbers, 3 classes", "see scikit-learn", "scikit-learn"),
     "breast_cancer": DataSet("tumour diagnoses, 569 rows of 30 numbers, 2 classes", "see scikit-learn", "scikit-learn"),
