@@ -9,9 +9,9 @@ import optax
 
 from .. import features as ft
 from ..base import LearnedOptimizer
-from .column_mlp import Layers, settle
+from .column_mlp import settle
 from .mlp import step_of
-from .networks import network, network_init, scale_lists, whole_tensor_mlp, with_time
+from .networks import network, network_init, scale_lists, whole_tensor_mlp, with_time, without_factors
 from .recurrent import TIMES
 
 PAPER = "Metz et al. 2022, Practical tradeoffs between memory, compute, and performance, arXiv:2203.11860"
@@ -67,18 +67,6 @@ def columns(g, p, m, r, R, C, row, col) -> list[jax.Array]:
         *(*row, *col, *(jax.lax.rsqrt(x + 1e-8) for x in (*row, *col))),
         *(x * y for x, y in zip(m, last, strict=True)),
     ]
-
-
-def without_factors(layers: Layers, first: int) -> Layers:
-    """The network for tensors below rank 2, whose columns for ``row`` and ``col`` would be the same twice.
-
-    Args:
-        layers: with the twelve columns ``row (3), col (3), rsqrt row (3), rsqrt col (3)`` from ``first`` on.
-        first: see above.
-    """
-    w, b = layers.first
-    twice = w[first : first + 12].reshape(2, 2, 3, -1)
-    return layers._replace(first=(jnp.concatenate([w[:first], *jnp.sum(twice, 1), w[first + 12 :]]), b))
 
 
 def adafac_mlp(*, hidden_size: int = 4) -> LearnedOptimizer:

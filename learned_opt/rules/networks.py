@@ -43,6 +43,18 @@ def with_time(layers: Layers, t: jax.Array, columns: int) -> Layers:
     return layers._replace(first=(w[:columns], b))
 
 
+def without_factors(layers: Layers, first: int) -> Layers:
+    """The network for tensors below rank 2, whose columns for ``row`` and ``col`` would be the same twice.
+
+    Args:
+        layers: with the twelve columns ``row (3), col (3), rsqrt row (3), rsqrt col (3)`` from ``first`` on.
+        first: see above.
+    """
+    w, b = layers.first
+    twice = w[first : first + 12].reshape(2, 2, 3, -1)
+    return layers._replace(first=(jnp.concatenate([w[:first], *jnp.sum(twice, 1), w[first + 12 :]]), b))
+
+
 def whole_tensor_mlp(features: Features, inputs: tuple, layers: Layers, **kwargs) -> list[jax.Array]:
     """:func:`learned_opt.rules.column_mlp.column_mlp` for a tensor of any rank.
 

@@ -85,6 +85,31 @@ def lstm(theta: Theta, x: jax.Array, state: LSTMState) -> LSTMState:
     return LSTMState(jax.nn.sigmoid(o) * jnp.tanh(c), c)
 
 
+def pooled_init(key: jax.Array, inputs: int, hidden_size: int) -> Theta:
+    """Meta-parameters of :func:`pooled_lstm`: the linear layers ``pooled`` and ``own``, and ``lstm``."""
+    k_pooled, k_own, k_lstm = jax.random.split(key, 3)
+    return {
+        "pooled": linear_init(k_pooled, inputs, hidden_size),
+        "own": linear_init(k_own, inputs, hidden_size),
+        "lstm": lstm_init(k_lstm, hidden_size, hidden_size),
+    }
+
+
+def pooled_lstm(theta: Theta, x: jax.Array, state: LSTMState) -> LSTMState:
+    """One step of an LSTM whose rows hear of each other: it reads ``own(x) + max over rows of relu(pooled(x))``.
+
+    Args:
+        theta: as :func:`pooled_init` makes it.
+        x: inputs ``[n, inputs]``, at least one row.
+        state: the memory before.
+
+    Returns:
+        The memory after; its ``hidden`` is the output.
+    """
+    pooled = jnp.max(jax.nn.relu(linear(theta["pooled"], x)), 0, keepdims=True)
+    return lstm(theta["lstm"], linear(theta["own"], x) + pooled, state)
+
+
 # --- time
 
 
@@ -93,13 +118,32 @@ def time_embedding(t: jax.Array, dtype) -> jax.Array:
     return jnp.tanh(jnp.asarray(t, dtype) / np.asarray(_TIMESCALES, dtype) - 1)
 
 
+def sine_embedding(t: jax.Array, dtype) -> jax.Array:
+    """``sin(t / (pi tau))`` of the number of updates done, for the same ``tau``: ``[11]``."""
+    return jnp.sin(jnp.asarray(t, dtype) / (np.pi * np.asarray(_TIMESCALES, dtype)))
+
+
 def fraction_embedding(t: jax.Array, num_steps: Any, dtype) -> jax.Array:
     """``tanh(10 (t / num_steps - u))`` for nine ``u`` from 0.03 to 1.1: ``[9]``."""
     fraction = jnp.asarray(t, dtype) / jnp.maximum(jnp.asarray(num_steps, dtype), 1)
     return jnp.tanh(10 * (fraction - np.asarray(_FRACTIONS, dtype)))
 
 
+def required_num_steps(num_steps: Any, rule: str) -> Any:
+    """``num_steps``, or a ``ValueError`` that tells how to pass it."""
+    if num_steps is None:
+        raise ValueError(f"{rule} reads the planned number of updates: pass num_steps=... to build or load")
+    return num_steps
+
+
 # --- the loss
+
+
+def required_loss(value: jax.Array | None, rule: str) -> jax.Array:
+    """The loss, or a ``ValueError`` that tells how to pass it."""
+    if value is None:
+        raise ValueError(f"{rule} reads the loss: call update(gradients, state, params, value=loss)")
+    return jnp.asarray(value)
 
 
 class LossBuffer(NamedTuple):
@@ -123,6 +167,20 @@ def loss_start(dtype) -> LossBuffer:
     )
 
 
+def correction(decays: jax.Array, count: jax.Array) -> jax.Array:
+    """``1 - d^n``, what a running mean from 0 is divided by, without the cancellation."""
+    return -jnp.expm1(count.astype(decays.dtype) * jnp.log1p(decays - 1))
+
+
+def _decays(horizon: Any, dtype) -> jax.Array:
+    """``exp(-1 / h_i)`` for ten ``h_i`` from 10 to ``horizon``."""
+    if isinstance(horizon, int | float):
+        return jnp.asarray(np.exp(-1 / np.logspace(1, np.log10(max(horizon, 1)), _AVERAGES)), dtype)
+    horizon = jnp.maximum(jnp.asarray(horizon, dtype), 1)
+    exponents = jnp.linspace(jnp.ones((), dtype), jnp.log10(horizon), _AVERAGES)
+    return jnp.exp(-1 / 10**exponents)
+
+
 def loss_update(state: LossBuffer, loss: jax.Array, horizon: Any) -> tuple[jax.Array, LossBuffer]:
     """Take in a loss; say how its running means stand between their own minima and the slower means.
 
@@ -141,22 +199,20 @@ def loss_update(state: LossBuffer, loss: jax.Array, horizon: Any) -> tuple[jax.A
         ``(features [9], the means after)``.
     """
     means, dtype = state.means, state.means.dtype
-    exponents = jnp.linspace(jnp.ones((), dtype), jnp.log10(jnp.maximum(jnp.asarray(horizon, dtype), 1)), _AVERAGES)
-    decays = jnp.exp(-1 / 10**exponents)
-    count = state.seen + 1
-    corrections = 1 - decays ** count.astype(dtype)
+    decays, seen = _decays(horizon, dtype), state.seen + 1
+    corrections = correction(decays, seen)
     loss = jnp.reshape(loss, ()).astype(dtype)
     loss = jnp.where(jnp.isnan(loss), jnp.inf, loss)
     # as published, the correction is one update ahead of the means here
     cut = 2 * jnp.abs(jnp.where(state.seen == 0, loss, jnp.max(means / corrections)))
     loss = jnp.minimum(cut, loss)
     usable = jnp.isfinite(loss)
-    loss = jnp.where(usable, loss, 0)
-    means = decays * means + (1 - decays) * loss
-    corrected = means / corrections
-    new = LossBuffer(means, jnp.minimum(state.minima, corrected), count)
+    means = decays * means + (1 - decays) * jnp.where(usable, loss, 0)
+    corrected = means / corrections  # once: where it is a new minimum, the difference must be exactly 0
+    new = LossBuffer(means, jnp.minimum(state.minima, corrected), seen)
     new = jax.tree.map(lambda a, b: jnp.where(usable, a, b), new, state)
-    corrected = new.means / (1 - decays ** jnp.maximum(new.seen, 1).astype(dtype))
-    low = new.minima[:-1]
-    features = (corrected[:-1] - low) / jnp.maximum(corrected[1:] - low, 1e-8) - 1
-    return jnp.where(new.seen > 2, jnp.clip(features, -1, 1), 0), new
+    faster, low = corrected[:-1], new.minima[:-1]
+    # of means with the same decay, not even the rounding may differ
+    slower = jnp.where(decays[:-1] == decays[1:], faster, corrected[1:])
+    features = (faster - low) / jnp.maximum(slower - low, 1e-8) - 1
+    return jnp.where(usable & (seen > 2), jnp.clip(features, -1, 1), 0), new
