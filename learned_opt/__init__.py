@@ -26,10 +26,11 @@ __all__ = [
     "save",
     "schedules",
     "self_tuning",
+    "unsupervised",
 ]
 
 # Imported on first use: they bring in Haiku or much code that a user who only loads a rule does not need.
-_LAZY = ("schedules", "self_tuning")
+_LAZY = ("schedules", "self_tuning", "unsupervised")
 
 
 def __getattr__(name: str):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from .rules import RULES
+from .unsupervised import rule as unsupervised
 
 _SIDE = 1024  # of the square matrix that the state is measured on
 
@@ -16,17 +17,20 @@ def describe(rule: str, **kwargs: Any) -> dict[str, Any]:
     """The facts about a rule that its users ask for.
 
     Args:
-        rule: a name in :data:`learned_opt.RULES`.
+        rule: a name in :data:`learned_opt.RULES`, or in :data:`learned_opt.unsupervised.RULES`.
         **kwargs: the factory's arguments.
 
     Returns:
-        A dict of JSON values: ``rule``, ``summary``, ``paper``, ``needs``, ``meta_parameters``,
+        A dict of JSON values: ``rule``, ``summary``, ``paper``, ``meta_parameters`` and, for an optimizer, ``needs``,
         ``state_bytes_per_parameter`` (of a 1024 x 1024 float32 matrix) and ``default_learning_rate``.
 
     Example:
         >>> describe("celo2")["meta_parameters"]
         347
     """
+    if rule in unsupervised.RULES:
+        theta = jax.eval_shape(unsupervised.RULES[rule](**kwargs).init_theta, jax.random.key(0))
+        return _facts(rule, unsupervised.RULES[rule], theta)
     factory = RULES[rule]
     made = factory(**kwargs)
     theta = jax.eval_shape(made.init, jax.random.key(0))
@@ -36,12 +40,17 @@ def describe(rule: str, **kwargs: Any) -> dict[str, Any]:
 
     state = jax.eval_shape(initial_state, theta)
     size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    return _facts(rule, factory, theta) | {
+        "needs": list(made.needs),
+        "state_bytes_per_parameter": round(size / _SIDE**2, 2),
+        "default_learning_rate": made.learning_rate,
+    }
+
+
+def _facts(rule: str, factory: Any, theta: Any) -> dict[str, Any]:
     return {
         "rule": rule,
         "summary": (inspect.getdoc(factory) or "").partition("\n")[0],
         "paper": getattr(inspect.getmodule(factory), "PAPER", "unknown"),
-        "needs": list(made.needs),
         "meta_parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(theta)),
-        "state_bytes_per_parameter": round(size / _SIDE**2, 2),
-        "default_learning_rate": made.learning_rate,
     }

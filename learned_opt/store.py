@@ -28,6 +28,9 @@ import safetensors.numpy
 from .base import LearnedOptimizer, Theta
 from .features import VERSION as FEATURES_VERSION
 from .rules import RULES
+from .unsupervised.rule import RULES as UNSUPERVISED
+from .unsupervised.rule import VERSION as UNSUPERVISED_VERSION
+from .unsupervised.rule import UnsupervisedRule
 
 FORMAT_VERSION = 1
 _WEIGHTS, _RULE, _CARD = "weights.safetensors", "rule.json", "README.md"
@@ -47,7 +50,9 @@ def pretrained_dir() -> Path:
 
 
 def available() -> tuple[str, ...]:
-    """The names of the pretrained rules that come with the package, sorted.
+    """The names of the pretrained optimizers that come with the package, sorted.
+
+    The unsupervised rules are no optimizers: :func:`learned_opt.unsupervised.available` lists them.
 
     Returns:
         Names that :func:`load` and :func:`load_rule` take.
@@ -57,10 +62,27 @@ def available() -> tuple[str, ...]:
         >>> isinstance(learned_opt.available(), tuple)
         True
     """
-    folder = pretrained_dir()
-    if not folder.is_dir():
-        return ()
-    return tuple(sorted(path.parent.name for path in folder.glob(f"*/{_RULE}")))
+    return tuple(name for name in _names() if not _is_unsupervised(name))
+
+
+def available_unsupervised() -> tuple[str, ...]:
+    """The names of the pretrained unsupervised rules that come with the package, sorted.
+
+    Returns:
+        Names that :func:`load_unsupervised` and ``LearnedFeatures`` take.
+    """
+    return tuple(name for name in _names() if _is_unsupervised(name))
+
+
+def _names() -> list[str]:
+    return sorted(path.parent.name for path in pretrained_dir().glob(f"*/{_RULE}"))
+
+
+def _is_unsupervised(name: str) -> bool:
+    try:
+        return read_record(name)["rule"] in UNSUPERVISED
+    except StoreError:
+        return False  # loading it says what is wrong with it
 
 
 def load(
@@ -98,7 +120,7 @@ def load(
         >>> updates, state = optimizer.update(params, optimizer.init(params), params)
         >>> params = optax.apply_updates(params, updates)
     """
-    rule, theta, recorded_learning_rate = _read(Path(_resolve(name_or_path)))
+    rule, theta, recorded_learning_rate = _read_optimizer(name_or_path)
     parts = [rule.build(theta, num_steps=num_steps)]
     if not (isinstance(weight_decay, int | float) and weight_decay == 0.0):
         parts.append(optax.add_decayed_weights(-weight_decay))  # the updates already point downhill
@@ -122,8 +144,36 @@ def load_rule(name_or_path: str | os.PathLike[str]) -> tuple[LearnedOptimizer, T
     Raises:
         StoreError: as for :func:`load`.
     """
-    rule, theta, _ = _read(Path(_resolve(name_or_path)))
+    rule, theta, _ = _read_optimizer(name_or_path)
     return rule, theta
+
+
+def load_unsupervised(name_or_path: str | os.PathLike[str]) -> tuple[UnsupervisedRule, Theta]:
+    """A trained unsupervised rule and its meta-parameters.
+
+    Args:
+        name_or_path: one of :func:`available_unsupervised`, or the path of a folder that :func:`save` wrote.
+
+    Returns:
+        ``(rule, theta)``: ``rule.update(theta, phi, x)`` is a step of the network ``phi`` on a batch ``x``.
+
+    Raises:
+        StoreError: as for :func:`load`, or it is an optimizer.
+    """
+    rule, theta, _ = read(name_or_path)
+    if not isinstance(rule, UnsupervisedRule):
+        raise StoreError(f"{str(name_or_path)!r} is an optimizer, not an unsupervised rule: learned_opt.load takes it")
+    return rule, theta
+
+
+def _read_optimizer(name_or_path: str | os.PathLike[str]) -> tuple[LearnedOptimizer, Theta, float | None]:
+    rule, theta, learning_rate = read(name_or_path)
+    if isinstance(rule, UnsupervisedRule):
+        raise StoreError(
+            f"{str(name_or_path)!r} is an unsupervised rule, no Optax transform: "
+            f"use learned_opt.unsupervised.LearnedFeatures({str(name_or_path)!r}).fit_transform(X)"
+        )
+    return rule, theta, learning_rate
 
 
 def save(
@@ -138,8 +188,8 @@ def save(
 
     Args:
         path: the folder to write; an earlier saved rule there is replaced.
-        rule: a name in :data:`learned_opt.RULES`.
-        theta: its meta-parameters, the tree of ``RULES[rule](**kwargs).init``.
+        rule: a name in :data:`learned_opt.RULES`, or in :data:`learned_opt.unsupervised.RULES`.
+        theta: its meta-parameters, the tree of ``RULES[rule](**kwargs).init`` (``.init_theta``).
         kwargs: the factory's arguments, JSON values.
         card: what is known of the rule. ``learning_rate`` (the default of :func:`load`), ``seed``, ``config``,
             ``libraries`` and ``held_out`` go into ``rule.json``; ``readme`` is the text of the model card.
@@ -152,18 +202,18 @@ def save(
             be written (or holds something else).
     """
     path, kwargs, card = Path(path), dict(kwargs or {}), dict(card or {})
-    optimizer = _make(rule, kwargs)
-    template = _named(jax.eval_shape(optimizer.init, jax.random.key(0)))
+    made = _make(rule, kwargs)
+    template = _named(_theta_shapes(made))
     arrays = {name: np.asarray(leaf, order="C") for name, leaf in _named(theta).items()}
     _check_shapes(template, {name: (leaf.shape, leaf.dtype.name) for name, leaf in arrays.items()}, "theta")
     weights = safetensors.numpy.save(arrays)
     record = {
         "format_version": FORMAT_VERSION,
-        "features_version": FEATURES_VERSION,
+        "features_version": UNSUPERVISED_VERSION if rule in UNSUPERVISED else FEATURES_VERSION,
         "rule": rule,
         "kwargs": kwargs,
-        "needs": list(optimizer.needs),
-        "learning_rate": optimizer.learning_rate,
+        "needs": list(getattr(made, "needs", ())),
+        "learning_rate": getattr(made, "learning_rate", None),
         "theta": {name: {"shape": list(x.shape), "dtype": x.dtype.name} for name, x in arrays.items()},
         "sha256": hashlib.sha256(weights).hexdigest(),
         "libraries": {"python": platform.python_version(), "jax": jax.__version__, "optax": optax.__version__},
@@ -198,7 +248,9 @@ def read_record(name_or_path: str | os.PathLike[str]) -> dict[str, Any]:
     expected = {"rule": str, "kwargs": dict, "theta": dict, "sha256": str}
     if not isinstance(record, dict):
         raise StoreError(f"{folder / _RULE} is damaged: not a JSON object; export the rule again")
-    for field, known in (("format_version", FORMAT_VERSION), ("features_version", FEATURES_VERSION)):
+    unsupervised = isinstance(record.get("rule"), str) and record["rule"] in UNSUPERVISED
+    features = UNSUPERVISED_VERSION if unsupervised else FEATURES_VERSION
+    for field, known in (("format_version", FORMAT_VERSION), ("features_version", features)):
         if record.get(field) != known or isinstance(record.get(field), bool):
             raise StoreError(
                 f"{folder / _RULE} has {field} {record.get(field)!r}, and this release reads {known}; "
@@ -216,7 +268,7 @@ def read_record(name_or_path: str | os.PathLike[str]) -> dict[str, Any]:
 def _resolve(name_or_path: str | os.PathLike[str]) -> Path:
     """The folder of a saved rule; a bare name means a pretrained rule first, then a folder of that name."""
     path = Path(name_or_path)
-    names = available()
+    names = _names()
     if str(name_or_path) in names:
         return pretrained_dir() / str(name_or_path)
     try:
@@ -228,8 +280,19 @@ def _resolve(name_or_path: str | os.PathLike[str]) -> Path:
     raise StoreError(f"no pretrained rule or folder named {str(name_or_path)!r}; pretrained rules: {known}")
 
 
-def _read(folder: Path) -> tuple[LearnedOptimizer, Theta, float | None]:
-    """Reads and checks a saved rule."""
+def read(name_or_path: str | os.PathLike[str]) -> tuple[LearnedOptimizer | UnsupervisedRule, Theta, float | None]:
+    """Reads and checks a saved rule of either kind.
+
+    Args:
+        name_or_path: as for :func:`load`.
+
+    Returns:
+        ``(rule, theta, recorded learning rate)``.
+
+    Raises:
+        StoreError: as for :func:`load`.
+    """
+    folder = _resolve(name_or_path)
     record = read_record(folder)
     weights = _read_bytes(folder / _WEIGHTS)
     if hashlib.sha256(weights).hexdigest() != record["sha256"]:
@@ -240,7 +303,7 @@ def _read(folder: Path) -> tuple[LearnedOptimizer, Theta, float | None]:
         raise StoreError(f"{folder / _WEIGHTS} is damaged: {error}") from None
     rule = _make(record["rule"], record["kwargs"])
     try:
-        template = jax.eval_shape(rule.init, jax.random.key(0))
+        template = _theta_shapes(rule)
     except Exception as error:  # whatever wrong arguments make a factory's init raise
         raise StoreError(f"{folder / _RULE} has kwargs that {record['rule']!r} cannot take: {_line(error)}") from None
     described = {
@@ -255,13 +318,19 @@ def _read(folder: Path) -> tuple[LearnedOptimizer, Theta, float | None]:
     return rule, jax.tree.unflatten(jax.tree.structure(template), leaves), record.get("learning_rate")
 
 
-def _make(rule: str, kwargs: Mapping[str, Any]) -> LearnedOptimizer:
-    if rule not in RULES:
-        raise StoreError(f"unknown rule {rule!r}; known rules: {', '.join(sorted(RULES))}")
+def _make(rule: str, kwargs: Mapping[str, Any]) -> LearnedOptimizer | UnsupervisedRule:
+    known: dict[str, Any] = {**RULES, **UNSUPERVISED}
+    if rule not in known:
+        raise StoreError(f"unknown rule {rule!r}; known rules: {', '.join(sorted(known))}")
     try:
-        return RULES[rule](**kwargs)
+        return known[rule](**kwargs)
     except (TypeError, ValueError) as error:
         raise StoreError(f"the rule {rule!r} cannot be made with {dict(kwargs)}: {_line(error)}") from None
+
+
+def _theta_shapes(rule: LearnedOptimizer | UnsupervisedRule) -> Theta:
+    init = rule.init_theta if isinstance(rule, UnsupervisedRule) else rule.init
+    return jax.eval_shape(init, jax.random.key(0))
 
 
 def _named(tree: Theta) -> dict[str, Any]:

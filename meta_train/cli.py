@@ -16,6 +16,7 @@ import jax
 import learned_opt
 from learned_opt import store
 from learned_opt.describe import describe
+from learned_opt.unsupervised.rule import RULES as UNSUPERVISED
 
 from . import config as configs
 from .config import Config, ConfigError
@@ -113,7 +114,9 @@ def _parser() -> argparse.ArgumentParser:
     _json(bench)
 
     listing = command("list", _list, "list rules, pretrained rules, suites, estimators, presets")
-    listing.add_argument("kind", nargs="?", choices=("rules", "pretrained", "suites", "estimators", "presets"))
+    listing.add_argument(
+        "kind", nargs="?", choices=("rules", "pretrained", "suites", "estimators", "presets", "unsupervised")
+    )
     _json(listing)
 
     info = command("info", _info, "say what a rule is and needs")
@@ -146,6 +149,9 @@ def _devices(parser: argparse.ArgumentParser) -> None:
 def _train(arguments: argparse.Namespace) -> int:
     loop = _pipeline("loop")
     config = _config(arguments)
+    optimizer = config.rule not in UNSUPERVISED
+    if config.bench_suite and not optimizer:
+        raise UsageError(f"{config.rule!r} is no optimizer, so there is nothing to benchmark: --set bench_suite=")
     if config.bench_suite:
         _suite(config.bench_suite)  # a mistake there must not wait for the end of the run
     workdir = arguments.workdir or Path("runs") / f"{arguments.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -172,7 +178,7 @@ def _train(arguments: argparse.Namespace) -> int:
             contenders, config.bench_suite, config.bench_steps, config.bench_seeds, workdir / "bench", shown
         )
     if leader and outcome.finished and not arguments.json:
-        print(f"use it:    learned_opt.load({str(workdir / 'rule')!r})\nkeep it:   learned-opt export {workdir} NAME")
+        print(f"use it:    {_use(config.rule, workdir / 'rule')}\nkeep it:   learned-opt export {workdir} NAME")
     if leader and arguments.json:
         _print_json(result)
     return 0
@@ -205,7 +211,7 @@ def _export(arguments: argparse.Namespace) -> int:
         )
     if arguments.name != Path(arguments.name).name or arguments.name.startswith("."):
         raise UsageError(f"{arguments.name!r} is no name for a folder")
-    _, theta = learned_opt.load_rule(arguments.workdir / "rule")
+    _, theta, _ = store.read(arguments.workdir / "rule")
     record = store.read_record(arguments.workdir / "rule")
     kept = ("learning_rate", "seed", "config", "libraries")
     card: dict[str, Any] = {field: record[field] for field in kept if field in record}
@@ -217,8 +223,13 @@ def _export(arguments: argparse.Namespace) -> int:
     if arguments.json:
         _print_json({"folder": str(folder), "rule": record["rule"]})
     else:
-        print(f"wrote {folder}; use it: learned_opt.load({str(folder)!r})")
+        print(f"wrote {folder}; use it: {_use(record['rule'], folder)}")
     return 0
+
+
+def _use(rule: str, folder: Path) -> str:
+    call = "unsupervised.LearnedFeatures" if rule in UNSUPERVISED else "load"
+    return f"learned_opt.{call}({str(folder)!r})"
 
 
 def _bench(arguments: argparse.Namespace) -> int:
@@ -273,6 +284,11 @@ def _list(arguments: argparse.Namespace) -> int:
         "suites": {"train": sorted(suites.TRAIN), "held_out": sorted(suites.HELD_OUT)},
         "estimators": sorted(importlib.import_module(".estimators", __package__).ESTIMATORS),
         "presets": list(configs.PRESETS),
+        "unsupervised": {
+            "rules": sorted(UNSUPERVISED),
+            "pretrained": list(store.available_unsupervised()),
+            "suites": sorted(_own_tasks("tasks.representation").SUITES),
+        },
     }
     chosen = {arguments.kind: everything[arguments.kind]} if arguments.kind else everything
     if arguments.json:
@@ -281,18 +297,19 @@ def _list(arguments: argparse.Namespace) -> int:
     for kind, names in chosen.items():
         if isinstance(names, dict):
             for sub, inner in names.items():
-                print(f"{kind} ({sub}): {', '.join(inner)}")
+                print(f"{kind} ({sub}): {', '.join(inner) or 'none'}")
         else:
             print(f"{kind}: {', '.join(names) or 'none'}")
     return 0
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    if arguments.name in learned_opt.RULES and arguments.name not in learned_opt.available():
+    known, saved = {**learned_opt.RULES, **UNSUPERVISED}, learned_opt.available() + store.available_unsupervised()
+    if arguments.name in known and arguments.name not in saved:
         facts = describe(arguments.name)
     else:
         record = store.read_record(arguments.name)
-        learned_opt.load_rule(arguments.name)  # the weights too are sound
+        store.read(arguments.name)  # the weights too are sound
         facts = {"name": arguments.name} | describe(record["rule"], **record["kwargs"])
         for field in ("learning_rate", "kwargs", "seed", "config", "libraries", "sha256", "held_out"):
             if record.get(field) not in (None, {}):

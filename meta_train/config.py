@@ -20,10 +20,10 @@ class Config:
     """Everything that determines a meta-training run.
 
     Attributes:
-        rule: a name in ``learned_opt.RULES``.
+        rule: a name in ``learned_opt.RULES`` or ``learned_opt.unsupervised.RULES``.
         rule_kwargs: arguments of its factory.
         init: a pretrained name or a saved rule's folder to start from; by default fresh meta-parameters.
-        suite: a training suite of ``tasks.suites``.
+        suite: a training suite of ``tasks.suites``; for an unsupervised rule, of ``tasks.representation``.
         estimator: a name in ``meta_train.estimators.ESTIMATORS``.
         meta_steps: number of meta-steps.
         particles: learning processes (antithetic pairs of them, for the evolution strategies) per task family; the
@@ -230,6 +230,17 @@ PRESETS: dict[str, Config] = {
     "cpu": _FLAGSHIP,
     "accelerator": dataclasses.replace(
         _FLAGSHIP, suite="broad", meta_steps=100_000, particles=128, checkpoint_every=1000, log_every=100
+    ),
+    "unsupervised": Config(
+        rule="unsupervised",
+        suite="letters",
+        estimator="truncated_bptt",
+        meta_steps=5000,
+        particles=2,
+        unroll=10,
+        min_length=20,
+        max_length=300,
+        bench_suite="",  # it is no optimizer: reports/unsupervised shows what it is worth
     ),
 }
 

@@ -18,7 +18,9 @@ from rich.console import Console
 import learned_opt
 from learned_opt import store
 from learned_opt.base import LearnedOptimizer, Theta
-from tasks import suites
+from learned_opt.unsupervised.rule import RULES as UNSUPERVISED
+from learned_opt.unsupervised.rule import UnsupervisedRule
+from tasks import representation, suites
 from tasks.base import Data
 
 from . import checkpoint, progress
@@ -27,6 +29,7 @@ from .config import Config, ConfigError
 from .estimators import ESTIMATORS
 from .learners import SCHEDULES, task_learner
 from .trainer import Trainer, TrainInfo, TrainState, make_mesh, make_trainer, place
+from .unsupervised import feature_learner, one_by_one
 
 _WHOLE_EPISODES = ("bptt", "es")  # the estimators whose window is a whole episode
 
@@ -34,7 +37,7 @@ _WHOLE_EPISODES = ("bptt", "es")  # the estimators whose window is a whole episo
 class Setup(NamedTuple):
     """What a configuration stands for."""
 
-    rule: LearnedOptimizer
+    rule: LearnedOptimizer | UnsupervisedRule
     names: tuple[str, ...]  # of the suite's families
     data: Data
     trainer: Trainer
@@ -68,7 +71,8 @@ def set_up(config: Config, mesh: Mesh) -> Setup:
     if config.estimator not in ESTIMATORS:
         raise ConfigError(f"unknown estimator {config.estimator!r}; estimators: {', '.join(sorted(ESTIMATORS))}")
     try:
-        entries = suites.suite(config.suite)
+        find = representation.suite if isinstance(rule, UnsupervisedRule) else suites.suite
+        entries: Any = find(config.suite)  # either kind has `name` and `make`
     except ValueError as error:
         raise ConfigError(str(error)) from None
     families = [entry.make() for entry in entries]
@@ -76,7 +80,13 @@ def set_up(config: Config, mesh: Mesh) -> Setup:
     lengths = (config.unroll, config.unroll) if whole else (config.min_length, config.max_length)
 
     def estimators(data: Data):
-        for family, held in zip(families, data, strict=True):
+        for entry, family, held in zip(entries, families, data, strict=True):
+            if isinstance(rule, UnsupervisedRule):
+                learner = feature_learner(
+                    rule, family._replace(data=held), entry, lengths=lengths, multiple_of=config.unroll
+                )
+                yield one_by_one(ESTIMATORS[config.estimator](learner, unroll=config.unroll, sigma=config.sigma))
+                continue
             learner = task_learner(
                 rule,
                 family._replace(data=held),
@@ -233,15 +243,16 @@ def _rule(config: Config):
             raise ConfigError(
                 f"init {config.init!r} is a {record['rule']!r} with {record['kwargs']}: set rule and rule_kwargs so"
             )
-        rule, theta = learned_opt.load_rule(config.init)
+        rule, theta, _ = store.read(config.init)
         return rule, lambda key: theta
-    if config.rule not in learned_opt.RULES:
-        raise ConfigError(f"unknown rule {config.rule!r}; rules: {', '.join(sorted(learned_opt.RULES))}")
+    known: dict[str, Any] = {**learned_opt.RULES, **UNSUPERVISED}
+    if config.rule not in known:
+        raise ConfigError(f"unknown rule {config.rule!r}; rules: {', '.join(sorted(known))}")
     try:
-        rule = learned_opt.RULES[config.rule](**config.rule_kwargs)
+        rule = known[config.rule](**config.rule_kwargs)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"the rule {config.rule!r} cannot be made with {config.rule_kwargs}: {error}") from None
-    return rule, rule.init
+    return rule, rule.init_theta if isinstance(rule, UnsupervisedRule) else rule.init
 
 
 def _check_folder(workdir: Path, config: Config, *, resume: bool) -> None:
