@@ -83,7 +83,7 @@ def map_tensors(update: Callable[..., Sequence[jax.Array]], updates: Tree, *tree
     return [structure.unflatten(result) for result in results]
 
 
-def clean(gradient: jax.Array, limit: float, dtype) -> jax.Array:
+def clean(gradient: jax.Array, limit: float | jax.Array, dtype) -> jax.Array:
     """The gradient as ``dtype``, non-finite entries counted as 0, the others clipped to ``[-limit, limit]``."""
     g = gradient.astype(dtype)
     return jnp.where(jnp.isfinite(g), jnp.clip(g, -limit, limit), jnp.zeros((), dtype))

@@ -15,7 +15,7 @@ def _celo2(leaves: dict[str, np.ndarray], **kwargs) -> tuple[dict, Theta]:
     blocks = sum(name.startswith(f"{stem}w0__") for name in leaves)
     theta = {name: leaves[stem + name] for name in ("b0", "w1", "b1", "w2", "b2")}
     theta["w0"] = np.concatenate([leaves[f"{stem}w0__{i}"] for i in range(blocks)], axis=-2)
-    return {"hidden_size": theta["w1"].shape[0], **kwargs}, theta
+    return {"hidden_size": theta["w1"].shape[-1], **kwargs}, theta
 
 
 def _mlp(leaves: dict[str, np.ndarray], **kwargs) -> tuple[dict, Theta]:
@@ -30,7 +30,67 @@ def _adafac_mlp(leaves: dict[str, np.ndarray], **kwargs) -> tuple[dict, Theta]:
     return {"hidden_size": theta["w1"].shape[0], **kwargs}, theta
 
 
-_READERS = {"adafac_mlp": _adafac_mlp, "celo2": _celo2, "mlp": _mlp}
+def _linear(leaves: dict[str, np.ndarray], name: str) -> Theta:
+    return {"w": leaves[f"{name}/w"], "b": leaves[f"{name}/b"]}
+
+
+def _lstm(leaves: dict[str, np.ndarray]) -> Theta:
+    memory = {name: leaves[f"lstm_init_state/{name}"].reshape(-1) for name in ("hidden", "cell")}
+    return _linear(leaves, "rnn_params/rnn/linear") | memory
+
+
+def _around_the_lstm(leaves: dict[str, np.ndarray]) -> Theta:
+    """The LSTM of HyperV2 and Celo and the layers around it."""
+    layers = {"unused": "linear", "pooled": "linear_1", "own": "linear_2", "step_size": "step_size"}
+    theta = {name: _linear(leaves, f"rnn_params/{theirs}") for name, theirs in layers.items()}
+    return theta | {"lstm": _lstm(leaves)}
+
+
+def _celo_adam(leaves: dict[str, np.ndarray], **kwargs) -> tuple[dict, Theta]:
+    theta = _around_the_lstm(leaves)
+    return {"lstm_size": theta["lstm"]["hidden"].size, **kwargs}, theta
+
+
+def _celo(leaves: dict[str, np.ndarray], **kwargs) -> tuple[dict, Theta]:
+    kwargs, scheduler = _celo_adam(leaves, **kwargs)
+    _, bank = _celo2(leaves)
+    scheduler["controls"] = _linear(leaves, "rnn_params/rnn_to_controls")
+    sizes = {"bank_size": bank["w1"].shape[0], "hidden_size": bank["w1"].shape[-1]}
+    return sizes | kwargs, {"bank": bank, "scheduler": scheduler}
+
+
+def _velo(leaves: dict[str, np.ndarray], **kwargs) -> tuple[dict, Theta]:
+    kwargs, theta = _celo(leaves, **kwargs)
+    # the horizon is what the reference has unless told otherwise
+    return {"loss_horizon": 10, **kwargs}, {"bank": theta["bank"], **theta["scheduler"]}
+
+
+def _nn_adam(leaves: dict[str, np.ndarray], **kwargs) -> tuple[dict, Theta]:
+    names = ("per_layer_lr", "per_layer_beta1", "per_layer_beta2", "per_layer_epsilon")
+    theta = {"controls": np.stack([leaves[name] for name in names]), "lstm": _lstm(leaves)}
+    theta["to_controls"] = _linear(leaves, "rnn_to_controls_params/rnn_to_controls")
+    return {"lstm_size": theta["lstm"]["hidden"].size, **kwargs}, theta
+
+
+def _rnn_mlp(leaves: dict[str, np.ndarray], **kwargs) -> tuple[dict, Theta]:
+    layers = [_linear(leaves, f"ffmod_params/mlp/~/linear_{i}") for i in range(3)]
+    theta = {"lstm": _lstm(leaves), "mlp": {f"{k}{i}": x for i, layer in enumerate(layers) for k, x in layer.items()}}
+    theta["to_mlp"] = _linear(leaves, "rnn_to_ff_params/rnn_to_ff")
+    theta["to_all"] = _linear(leaves, "rnn_to_in_params/rnn_to_in")
+    theta |= {name: leaves[f"initial_{name}"] for name in ("from_lstm", "from_mlp")}
+    return {"lstm_size": theta["lstm"]["hidden"].size, "hidden_size": theta["mlp"]["w1"].shape[0], **kwargs}, theta
+
+
+_READERS = {
+    "adafac_mlp": _adafac_mlp,
+    "celo": _celo,
+    "celo2": _celo2,
+    "celo_adam": _celo_adam,
+    "mlp": _mlp,
+    "nn_adam": _nn_adam,
+    "rnn_mlp": _rnn_mlp,
+    "velo": _velo,
+}
 
 
 def from_reference(rule: str, leaves: Mapping[str, np.ndarray], **kwargs) -> tuple[LearnedOptimizer, Theta]:

@@ -17,9 +17,16 @@ SHARED = Path(__file__).parents[2] / "shared" / "golden"  # made from published 
 GOLDEN = {
     "AdafacMLPLOpt_h32": ("adafac_mlp", {}, 1e-5),
     "AdafacMLPLOpt_h4": ("adafac_mlp", {}, 1e-5),
+    "Celo": ("celo", {}, 1e-5),
+    "CeloAdam": ("celo_adam", {}, 1e-5),
     "Celo2Base": ("celo2", {}, 1e-5),
     "Celo2Ortho": ("celo2", {"orthogonalize": True}, 1e-5),
+    "HyperV2_bugged": ("velo", {}, 1e-5),
+    "HyperV2_buggedlstm": ("velo", {"loss_horizon": None, "recurrent_memory": False}, 1e-5),
+    "HyperV2_fixed": ("velo", {"loss_horizon": None}, 1e-5),
     "MLPLOpt": ("mlp", {}, 1e-5),
+    "NNAdam": ("nn_adam", {}, 1e-5),
+    "RNNMLPLOpt": ("rnn_mlp", {}, 1e-5),
 }
 
 

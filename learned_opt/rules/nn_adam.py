@@ -1,0 +1,157 @@
+"""Adam whose hyperparameters an LSTM sets for every tensor at every update."""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from .. import features as ft
+from ..base import LearnedOptimizer
+from .recurrent import LSTMState, linear, lstm, lstm_init, lstm_start
+
+PAPER = "the NNAdam of Metz et al. 2020, Tasks, stability, architecture, and compute, arXiv:2009.11243"
+
+CONTROLS = ("log_learning_rate", "log_one_minus_b1", "log_one_minus_b2", "log_eps")
+INPUTS = 19
+_START = (1e-3, 1 - 0.9, 1 - 0.999, 1e-8)
+_LOWEST = (1e-8, math.exp(-10), math.exp(-10), 1e-11)
+_HIGHEST = (1e3, 1.0, 1.0, 1e4)
+_CLIP = 1000.0
+_STEP = 0.01  # of the LSTM's output
+_ROOT = 1e-10
+
+
+class NNAdamState(NamedTuple):
+    """State of the rule ``nn_adam``.
+
+    Attributes:
+        m: the momentum, of the parameters' shapes.
+        r: the second moment, likewise.
+        controls: for each tensor ``[4]``, a tenth of the logarithms ``CONTROLS`` that hold at the next update.
+        memory: for each tensor the LSTM's.
+    """
+
+    m: optax.Updates
+    r: optax.Updates
+    controls: optax.Updates
+    memory: optax.Updates
+
+
+def hyperparameters(controls: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """``(learning rate, b1, b2, eps)`` of ``controls [4]``, each within its bounds."""
+    lr, one_minus_b1, one_minus_b2, eps = controls
+    lr = jnp.clip(jnp.exp(10 * lr), _LOWEST[0], _HIGHEST[0])
+    b1, b2 = (1 - jnp.exp(jnp.clip(10 * x, -10, 0)) for x in (one_minus_b1, one_minus_b2))
+    return lr, b1, b2, jnp.clip(jnp.exp(10 * eps), _LOWEST[3], _HIGHEST[3])
+
+
+def project(controls: jax.Array) -> jax.Array:
+    """``controls [4]`` moved to where :func:`hyperparameters` is within its bounds."""
+    lr, b1, b2, eps = hyperparameters(controls)
+    return jnp.log(jnp.stack([lr, 1 - b1, 1 - b2, eps])) / 10
+
+
+def inputs(g, p, m, r, controls) -> jax.Array:
+    """What the LSTM sees of a tensor: ``[19]``."""
+
+    def size(x):
+        return 0.5 * jnp.clip(jnp.log(1e-8 + jnp.abs(x)), -5, 5)
+
+    def size_and_sign(x):
+        return [size(jnp.mean(x)), jnp.sign(jnp.mean(x))]
+
+    lr, b1, b2, eps = 0.2 * jnp.clip(controls, -5, 5)
+    one = jnp.ones((), g.dtype)
+    return jnp.stack(
+        [
+            *(b1, b2, eps, one if g.ndim == 1 else -one, one if g.ndim == 0 else -one, lr),
+            *size_and_sign(g),
+            size(jnp.mean(jnp.abs(g))),
+            *size_and_sign(m),
+            *size_and_sign(p),
+            *size_and_sign(r),
+            *(size(jnp.mean(jnp.square(x - jnp.mean(x)))) for x in (g, m, p, r)),
+        ]
+    )
+
+
+def nn_adam(*, lstm_size: int = 32) -> LearnedOptimizer:
+    """An LSTM that sets Adam's step size, decays and epsilon for each tensor.
+
+    Per tensor, with its own ``lr, b1, b2, eps``: ``m <- b1 m + (1 - b1) g``, ``r <- b2 r + (1 - b2) g^2`` of the
+    gradient clipped to +-1000, ``update = -lr (1 + eps) m / (eps + sqrt(r + 1e-10))``; no bias correction. Then an LSTM
+    reads means, mean absolute values, signs and variances of ``g, m, r, p``, the tensor's rank and the four logarithms
+    (19 numbers), and adds a hundredth of a linear map of its output to a tenth of the logarithms
+    ``ln lr, ln(1 - b1), ln(1 - b2), ln eps`` of the next update. They stay within ``lr`` in [1e-8, 1e3], ``b`` in
+    [0, 1 - exp(-10)], ``eps`` in [1e-11, 1e4].
+
+    A fresh rule is Adam at .001 (.9, .999, 1e-8) without bias correction: the linear map starts at zero. Non-finite
+    gradient entries count as 0. State: 2 numbers a parameter, and ``4 + 2 lstm_size`` a tensor. Meta-parameters: 6,856
+    for ``lstm_size=32``.
+
+    Args:
+        lstm_size: units of the LSTM, at least 1.
+
+    Returns:
+        A rule; theta is a dict of ``controls [4]`` (see ``CONTROLS``, a tenth of them; where every tensor starts),
+        ``lstm`` (see :func:`learned_opt.rules.recurrent.lstm_init`) and ``to_controls {w [H, 4], b [4]}``.
+
+    Raises:
+        ValueError: if ``lstm_size`` is below 1.
+
+    Example:
+        >>> rule = nn_adam()
+        >>> tx = rule.build(rule.init(jax.random.key(0)))
+        >>> p = jnp.ones((2, 3))
+        >>> updates, state = tx.update(p, tx.init(p), p)
+        >>> round(float(hyperparameters(state.controls)[0]), 6)
+        0.001
+    """
+    if lstm_size < 1:
+        raise ValueError(f"nn_adam needs lstm_size >= 1, got {lstm_size}")
+
+    def init(key):
+        dtype = jnp.result_type(float)
+        return {
+            "controls": jnp.log(jnp.asarray(_START, dtype)) / 10,
+            "lstm": lstm_init(key, INPUTS, lstm_size),
+            "to_controls": {"w": jnp.zeros((lstm_size, 4)), "b": jnp.zeros((4,))},
+        }
+
+    @jax.jit  # traced once for all tensors of a shape
+    def update_tensor(theta, gradient, p, m, r, controls, memory):
+        dtype = ft.compute_dtype(p.dtype)
+        g, p = ft.clean(gradient, _CLIP, dtype), p.astype(dtype)
+        lr, b1, b2, eps = hyperparameters(controls)
+        m, r = ft.ema(m, g, b1), ft.ema(r, g * g, b2)
+        u = -lr * (1 + eps) / (eps + jnp.sqrt(r + _ROOT)) * m
+        memory = lstm(theta["lstm"], inputs(g, p, m, r, controls)[None], memory)
+        controls = project(controls + _STEP * linear(theta["to_controls"], memory.hidden)[0])
+        return u.astype(gradient.dtype), m, r, controls, memory
+
+    def build(theta, num_steps=None):
+        del num_steps
+
+        def start(p) -> tuple[jax.Array, LSTMState]:
+            dtype = ft.compute_dtype(jnp.result_type(p))
+            return theta["controls"].astype(dtype), lstm_start(theta["lstm"], 1, dtype)
+
+        def init_fn(params):
+            ft.check_params(params)
+            controls = jax.tree.map(lambda p: start(p)[0], params)
+            memory = jax.tree.map(lambda p: start(p)[1], params)
+            return NNAdamState(ft.zeros(params), ft.zeros(params), controls, memory)
+
+        def update_fn(updates, state, params=None, **extra_args):
+            del extra_args
+            params = ft.required_params(params, "nn_adam")
+            update = functools.partial(update_tensor, theta)
+            updates, *state = ft.map_tensors(update, updates, params, *state)
+            return updates, NNAdamState(*state)
+
+        return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+    return LearnedOptimizer(init, build)
