@@ -65,12 +65,30 @@ def _velo(leaves: dict[str, np.ndarray], **kwargs) -> tuple[dict, Theta]:
     return {"loss_horizon": 10, **kwargs}, {"bank": theta["bank"], **theta["scheduler"]}
 
 
+def _nn_adam(leaves: dict[str, np.ndarray], **kwargs) -> tuple[dict, Theta]:
+    names = ("per_layer_lr", "per_layer_beta1", "per_layer_beta2", "per_layer_epsilon")
+    theta = {"controls": np.stack([leaves[name] for name in names]), "lstm": _lstm(leaves)}
+    theta["to_controls"] = _linear(leaves, "rnn_to_controls_params/rnn_to_controls")
+    return {"lstm_size": theta["lstm"]["hidden"].size, **kwargs}, theta
+
+
+def _rnn_mlp(leaves: dict[str, np.ndarray], **kwargs) -> tuple[dict, Theta]:
+    layers = [_linear(leaves, f"ffmod_params/mlp/~/linear_{i}") for i in range(3)]
+    theta = {"lstm": _lstm(leaves), "mlp": {f"{k}{i}": x for i, layer in enumerate(layers) for k, x in layer.items()}}
+    theta["to_mlp"] = _linear(leaves, "rnn_to_ff_params/rnn_to_ff")
+    theta["to_all"] = _linear(leaves, "rnn_to_in_params/rnn_to_in")
+    theta |= {name: leaves[f"initial_{name}"] for name in ("from_lstm", "from_mlp")}
+    return {"lstm_size": theta["lstm"]["hidden"].size, "hidden_size": theta["mlp"]["w1"].shape[0], **kwargs}, theta
+
+
 _READERS = {
     "adafac_mlp": _adafac_mlp,
     "celo": _celo,
     "celo2": _celo2,
     "celo_adam": _celo_adam,
     "mlp": _mlp,
+    "nn_adam": _nn_adam,
+    "rnn_mlp": _rnn_mlp,
     "velo": _velo,
 }
 

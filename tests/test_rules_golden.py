@@ -25,6 +25,8 @@ GOLDEN = {
     "HyperV2_buggedlstm": ("velo", {"loss_horizon": None, "recurrent_memory": False}, 1e-5),
     "HyperV2_fixed": ("velo", {"loss_horizon": None}, 1e-5),
     "MLPLOpt": ("mlp", {}, 1e-5),
+    "NNAdam": ("nn_adam", {}, 1e-5),
+    "RNNMLPLOpt": ("rnn_mlp", {}, 1e-5),
 }
 
 

@@ -7,7 +7,7 @@ rule, write a module with the factory and a ``PAPER`` string, and add a row.
 from collections.abc import Callable
 
 from ..base import LearnedOptimizer
-from . import adafac_mlp, celo, celo2, celo_adam, mlp, tuned, velo
+from . import adafac_mlp, celo, celo2, celo_adam, lstm, mlp, nn_adam, rnn_mlp, tuned, velo
 
 RULES: dict[str, Callable[..., LearnedOptimizer]] = {
     "adafac_mlp": adafac_mlp.adafac_mlp,
@@ -15,8 +15,11 @@ RULES: dict[str, Callable[..., LearnedOptimizer]] = {
     "celo": celo.celo,
     "celo2": celo2.celo2,
     "celo_adam": celo_adam.celo_adam,
+    "lstm": lstm.lstm,
     "mlp": mlp.mlp,
     "nadamw": tuned.nadamw,
+    "nn_adam": nn_adam.nn_adam,
+    "rnn_mlp": rnn_mlp.rnn_mlp,
     "sgd": tuned.sgd,
     "sgdm": tuned.sgdm,
     "velo": velo.velo,
