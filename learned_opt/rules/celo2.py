@@ -67,6 +67,9 @@ def direction(theta: Theta, g, p, m, r, row, col) -> jax.Array:
         features = functools.partial(ft.factored_columns, eps=_ROOT_EPS)
         return column_mlp(features, inputs, layers, eps=_EPS, order=ft.FACTORED_COLUMNS_ORDER)[0]
 
+    if g.ndim == 2 and is_short(shape) and not is_short(shape[::-1]):
+        inputs = (g, p, m, r, *(list(x) for x in ft.factored_scales(row, col, shape)), list(row), list(col))
+        return jnp.swapaxes(run(*jax.tree.map(lambda x: jnp.swapaxes(x, -1, -2), inputs)), -1, -2)
     if g.ndim == 2:
         return run(*inputs)
     if not matrix:
