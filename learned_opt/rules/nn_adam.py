@@ -12,7 +12,7 @@ from .. import features as ft
 from ..base import LearnedOptimizer
 from .recurrent import LSTMState, linear, lstm, lstm_init, lstm_start
 
-PAPER = "the NNAdam of Metz et al. 2020, Tasks, stability, architecture, and compute, arXiv:2009.11243"
+PAPER = "NNAdam of the library learned_optimization; Metz et al. 2022, arXiv:2203.11860"
 
 CONTROLS = ("log_learning_rate", "log_one_minus_b1", "log_one_minus_b2", "log_eps")
 INPUTS = 19
