@@ -1,6 +1,6 @@
 """Rules from the flat ``{name: array}`` dicts in which the field publishes its meta-parameters."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +81,7 @@ def _rnn_mlp(leaves: dict[str, np.ndarray], **kwargs) -> tuple[dict, Theta]:
     return {"lstm_size": theta["lstm"]["hidden"].size, "hidden_size": theta["mlp"]["w1"].shape[0], **kwargs}, theta
 
 
-_READERS = {
+_READERS: dict[str, Callable[..., tuple[dict, Theta]]] = {
     "adafac_mlp": _adafac_mlp,
     "celo": _celo,
     "celo2": _celo2,
@@ -98,7 +98,8 @@ def from_reference(rule: str, leaves: Mapping[str, np.ndarray], **kwargs) -> tup
 
     Args:
         rule: a name in :data:`learned_opt.RULES`.
-        leaves: the reference's parameters, ``name -> array``; names as ``path/to/leaf``, a leading ``theta/`` ignored.
+        leaves: the reference's parameters, ``name -> array``; names as ``path/to/leaf``. Where some begin with
+            ``theta/`` or ``params/``, only those count, without it.
         **kwargs: the rule's own keyword arguments; sizes are inferred from the arrays.
 
     Returns:
@@ -107,19 +108,42 @@ def from_reference(rule: str, leaves: Mapping[str, np.ndarray], **kwargs) -> tup
     Raises:
         ValueError: if the rule has no reference, or the leaves are not its.
     """
+    kwargs, theta = read_reference(rule, leaves, **kwargs)
+    return RULES[rule](**kwargs), theta
+
+
+def check_known(rule: str) -> None:
+    """Raises a ``ValueError`` that names the rules with a reference implementation, if ``rule`` is none of them."""
     if rule not in _READERS:
-        raise ValueError(
-            f"no reference implementation is known for rule {rule!r}; known: {', '.join(sorted(_READERS))}"
-        )
-    flat = {name.removeprefix("theta/"): np.asarray(value) for name, value in leaves.items()}
+        known = ", ".join(sorted(_READERS))
+        raise ValueError(f"no reference implementation is known for rule {rule!r}; known: {known}")
+
+
+def read_reference(rule: str, leaves: Mapping[str, np.ndarray], **kwargs) -> tuple[dict, Theta]:
+    """As :func:`from_reference`, but returns ``(the factory's arguments, theta)``: what :func:`learned_opt.save` takes.
+
+    Args:
+        rule: see there, as for the others.
+        leaves: see there.
+        **kwargs: see there.
+    """
+    check_known(rule)
+    flat = {name: np.asarray(value) for name, value in leaves.items()}
+    for stem in ("params/", "theta/"):
+        if any(name.startswith(stem) for name in flat):
+            flat = {name.removeprefix(stem): value for name, value in flat.items() if name.startswith(stem)}
     try:
         kwargs, theta = _READERS[rule](flat, **kwargs)
     except KeyError as error:
         raise ValueError(f"these are not the leaves of {rule!r}: {error.args[0]!r} is missing") from None
-    made = RULES[rule](**kwargs)
-    template = jax.eval_shape(made.init, jax.random.key(0))
+    except (AttributeError, IndexError, ValueError) as error:
+        raise ValueError(f"these are not the leaves of {rule!r}: {error}") from None
+    try:
+        template = jax.eval_shape(RULES[rule](**kwargs).init, jax.random.key(0))
+    except TypeError as error:
+        raise ValueError(f"the rule {rule!r} cannot be made with {kwargs}: {error}") from None
     for (path, want), got in zip(jax.tree.leaves_with_path(template), jax.tree.leaves(theta), strict=True):
         if want.shape != got.shape:
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             raise ValueError(f"these are not the leaves of {rule!r}: {name!r} would be {got.shape}, not {want.shape}")
-    return made, jax.tree.map(jnp.asarray, theta)
+    return kwargs, jax.tree.map(jnp.asarray, theta)
