@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,15 @@ def _parser() -> argparse.ArgumentParser:
         "--to", type=Path, default=Path("pretrained"), metavar="DIR", help="writes DIR/NAME (%(default)s)"
     )
     _json(export)
+
+    published = command("import", _import, "make a published checkpoint a folder that learned_opt.load reads")
+    published.add_argument("rule", metavar="RULE", help="celo, celo-adam, velo, adafac-mlp, ...")
+    published.add_argument("file", type=Path, metavar="FILE", help="a flax-serialised checkpoint of that rule")
+    published.add_argument("--to", type=Path, metavar="DIR", help="the folder to write (imported/RULE)")
+    published.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="an argument of the rule that no weight tells"
+    )
+    _json(published)
 
     bench = command("bench", _bench, "compare learned rules with tuned optimizers on held-out tasks")
     bench.add_argument(
@@ -192,13 +201,7 @@ def _config(arguments: argparse.Namespace) -> Config:
         config = configs.read(arguments.workdir / "config.json")
     else:
         config = configs.preset(arguments.preset)
-    settings = {}
-    for pair in arguments.set:
-        name, found, text = pair.partition("=")
-        if not found:
-            raise UsageError(f"--set takes KEY=VALUE, not {pair!r}")
-        settings[name.strip()] = text.strip()
-    config = configs.with_settings(config, settings)
+    config = configs.with_settings(config, dict(_pairs(arguments.set)))
     named = ("rule", "suite", "estimator", "meta_steps", "particles", "unroll", "seed")
     given = {name: getattr(arguments, name) for name in named if getattr(arguments, name) is not None}
     return configs.replace(config, **given)
@@ -230,6 +233,36 @@ def _export(arguments: argparse.Namespace) -> int:
 def _use(rule: str, folder: Path) -> str:
     call = "unsupervised.LearnedFeatures" if rule in UNSUPERVISED else "load"
     return f"learned_opt.{call}({str(folder)!r})"
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    published = _pipeline("published")
+    rule = arguments.rule.replace("-", "_")
+    kwargs = {}
+    for name, text in _pairs(arguments.set):
+        try:
+            kwargs[name] = json.loads(text)
+        except ValueError:
+            raise UsageError(f"--set {name}: {text!r} is no JSON value") from None
+    folder = arguments.to or Path("imported") / rule
+    try:
+        folder = published.import_rule(rule, arguments.file, folder, **kwargs)
+    except published.PublishedError as error:
+        raise UsageError(str(error)) from None
+    if arguments.json:
+        _print_json({"folder": str(folder), "rule": rule})
+    else:
+        print(f"wrote {folder}; use it: {_use(rule, folder)}")
+    return 0
+
+
+def _pairs(texts: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """The names and values of ``--set KEY=VALUE``."""
+    for text in texts:
+        name, found, value = text.partition("=")
+        if not found:
+            raise UsageError(f"--set takes KEY=VALUE, not {text!r}")
+        yield name.strip(), value.strip()
 
 
 def _bench(arguments: argparse.Namespace) -> int:
