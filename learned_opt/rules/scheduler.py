@@ -1,0 +1,129 @@
+"""A learned step-size schedule, driven by the loss, for any other rule."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from .. import features as ft
+from .. import rules  # the whole registry: read only when a scheduler is made, after it is complete
+from ..base import LearnedOptimizer
+from . import recurrent
+from .celo import PAPER
+from .recurrent import FRACTIONS, LOSSES, TIMES, LossBuffer, LSTMState
+from .velo import common_dtype
+
+__all__ = ["PAPER", "SchedulerState", "scheduler"]
+
+_INPUTS = TIMES + FRACTIONS + 1 + LOSSES
+_HORIZON = 10_000  # updates, of the slowest mean of the loss
+
+
+class SchedulerState(NamedTuple):
+    """State of the rule ``scheduler``.
+
+    Attributes:
+        step: int32 scalar, updates done.
+        loss: running means of the loss.
+        memory: of the LSTM, one row.
+        base: the state of the rule that is scheduled.
+    """
+
+    step: jax.Array
+    loss: LossBuffer
+    memory: LSTMState
+    base: optax.OptState
+
+
+def inputs(step: jax.Array, num_steps: Any, losses: jax.Array) -> jax.Array:
+    """What the LSTM reads, ``[1, 30]``: the time, how much of the run is done, whether that is known, the loss.
+
+    Args:
+        step: updates done.
+        num_steps: planned number of updates; ``None`` or 0 where it is not known, which makes the fractions 0.
+        losses: as :func:`learned_opt.rules.recurrent.loss_update` gives them.
+    """
+    total = jnp.asarray(0 if num_steps is None else num_steps)
+    known = (total > 0).astype(losses.dtype)
+    fractions = known * recurrent.fraction_embedding(step, total, losses.dtype)
+    return jnp.concatenate([recurrent.time_embedding(step, losses.dtype), fractions, known[None], losses])[None]
+
+
+def scheduler(
+    *,
+    base: str = "celo2",
+    base_kwargs: Mapping[str, Any] | None = None,
+    learning_rate: float | None = None,
+    lstm_size: int = 16,
+) -> LearnedOptimizer:
+    """Any rule under a learned step-size schedule that reads the loss.
+
+    ``update = mult lr u`` with ``u`` the update of ``base`` and ``mult = exp(linear(h))``, ``h`` the output of an LSTM
+    over time as in Celo. It reads the number ``t`` of updates done (``tanh(t / tau - 1)`` for eleven ``tau`` from 1 to
+    100,000), how much of the run is done, and how the loss stands to its running means
+    (:func:`learned_opt.rules.recurrent.loss_update`, of horizons from 10 to 10,000 updates whatever the run's length).
+    The planned number of updates is optional: without it, or with 0, the nine inputs for the fraction done are 0 and
+    one more says so. A schedule that shall do without it should have met that in meta-training.
+
+    The fresh multiplier is 1. ``theta["base"]`` and ``theta["scheduler"]`` may be trained together or apart
+    (:func:`learned_opt.rules.parts.only`). Losses that are not finite count as twice their largest running mean. State:
+    that of ``base``, and about ``2 lstm_size`` numbers. Meta-parameters: those of ``base`` and 3,153.
+
+    Args:
+        base: a name in :data:`learned_opt.RULES`.
+        base_kwargs: arguments of its factory.
+        learning_rate: ``lr``; by default the base's own default, 1 for a base that sets its own step size.
+        lstm_size: units of the LSTM.
+
+    Returns:
+        A rule that needs ``value`` and what ``base`` needs; theta is ``{"base": ..., "scheduler": ...}``.
+
+    Raises:
+        ValueError: if there is no such base, it cannot be made with its arguments, or a number is out of range.
+
+    Example:
+        >>> rule = scheduler(base="adam")
+        >>> tx = rule.build(rule.init(jax.random.key(0)))
+        >>> updates, state = tx.update(jnp.ones(2), tx.init(jnp.ones(2)), jnp.ones(2), value=jnp.float32(1.5))
+    """
+    if base not in rules.RULES:
+        raise ValueError(f"unknown base {base!r} of a scheduler; rules: {', '.join(sorted(rules.RULES))}")
+    if lstm_size < 1 or (learning_rate is not None and not learning_rate > 0):
+        raise ValueError("scheduler needs lstm_size >= 1 and a positive learning_rate")
+    try:
+        inner = rules.RULES[base](**(base_kwargs or {}))
+    except TypeError as error:
+        raise ValueError(f"the base {base!r} cannot be made with {base_kwargs}: {error}") from None
+    rate = learning_rate or inner.learning_rate or 1.0
+
+    def init(key):
+        k_base, k_scheduler = jax.random.split(key)
+        step_size = {"w": jnp.zeros((lstm_size, 1)), "b": jnp.zeros((1,))}
+        layers = recurrent.pooled_init(k_scheduler, _INPUTS, lstm_size) | {"step_size": step_size}
+        return {"base": inner.init(k_base), "scheduler": layers}
+
+    def build(theta, num_steps=None):
+        transform = optax.with_extra_args_support(inner.build(theta["base"], num_steps=num_steps))
+        layers = theta["scheduler"]
+
+        def init_fn(params):
+            ft.check_params(params)
+            dtype = common_dtype(params)
+            memory = recurrent.lstm_start(layers["lstm"], 1, dtype)
+            start = recurrent.loss_start(dtype)
+            return SchedulerState(jnp.zeros((), jnp.int32), start, memory, transform.init(params))
+
+        def update_fn(updates, state, params=None, *, value=None, **extra_args):
+            value = recurrent.required_loss(value, "scheduler")
+            losses, loss = recurrent.loss_update(state.loss, value, _HORIZON)
+            memory = recurrent.pooled_lstm(layers, inputs(state.step, num_steps, losses), state.memory)
+            scale = rate * jnp.exp(recurrent.linear(layers["step_size"], memory.hidden)[0, 0])
+            updates, inner_state = transform.update(updates, state.base, params, value=value, **extra_args)
+            updates = jax.tree.map(lambda u: (scale.astype(ft.compute_dtype(u.dtype)) * u).astype(u.dtype), updates)
+            return updates, SchedulerState(optax.safe_increment(state.step), loss, memory, inner_state)
+
+        return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+    return LearnedOptimizer(init, build, needs=("value", *(need for need in inner.needs if need != "value")))
