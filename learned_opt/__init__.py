@@ -6,6 +6,7 @@
 
 import importlib
 
+from . import mup
 from .base import LearnedOptimizer
 from .local_sgd import local_sgd
 from .reference import from_reference
@@ -23,6 +24,7 @@ __all__ = [
     "load",
     "load_rule",
     "local_sgd",
+    "mup",
     "save",
     "schedules",
     "self_tuning",

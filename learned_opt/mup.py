@@ -1,0 +1,124 @@
+r"""Step sizes that carry over to wider networks: maximal update parametrisation for any Optax transform.
+
+With updates whose entries stay of one size whatever the width (Adam's, and those of most learned rules), the effect of
+a weight matrix's update on its outputs grows with the number of its inputs. :func:`scale_by_width` divides it by just
+that growth, so that a step size tuned (or a rule meta-trained) at one width serves all widths (Yang et al. 2022,
+Tensor programs V, arXiv:2203.03466).
+
+It is the optimizer's part of the parametrisation. The model's part: initial weights of standard deviation
+``1/sqrt(fan_in)``; those of the output layer zero, or smaller by ``sqrt(width ratio)`` than that; attention logits
+divided by the size of a head instead of its root.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+Tree = Any
+
+
+def inputs_before_last(path: str, shape: tuple[int, ...]) -> int:
+    """The default fan-in: the product of all axes but the last, and 1 below rank 2.
+
+    Right for dense layers ``[inputs, outputs]``, convolutions ``[*window, inputs, outputs]`` and embeddings
+    ``[tokens, width]``, as in Haiku and Flax; vectors (biases, gains) never count as wide.
+
+    >>> inputs_before_last("conv/w", (3, 3, 64, 128))
+    576
+    """
+    del path
+    return math.prod(shape[:-1]) if len(shape) >= 2 else 1
+
+
+FanIn = Callable[[str, tuple[int, ...]], float]
+
+
+def width_multipliers(params: Tree, base: Tree, *, fan_in: FanIn = inputs_before_last) -> Tree:
+    r"""How much smaller each tensor's update has to be than in a narrower model.
+
+    :math:`\mathrm{fan\_in}(\mathrm{base}) / \mathrm{fan\_in}(\mathrm{params})`, the column "Adam LR" of table 3 of the
+    paper: 1 for biases and for the input layer, whose fan-in does not grow, and one over the width ratio for hidden
+    and output matrices.
+
+    Args:
+        params: the model's parameters, a pytree of anything with a ``shape``.
+        base: those of the model whose step size is to carry over, the same tree with other sizes; for example
+            ``jax.eval_shape`` of its ``init``. Tensors that only ``base`` has are ignored.
+        fan_in: ``(path, shape) -> number of inputs``, where other layouts are used; ``path`` as ``layer/w``. For
+            Equinox's ``[outputs, inputs]``: ``lambda path, shape: shape[1] if len(shape) == 2 else 1``.
+
+    Returns:
+        A tree of floats with the structure of ``params``.
+
+    Raises:
+        ValueError: if a tensor of ``params`` is not in ``base``, or is of another rank there, or has no inputs.
+
+    Example:
+        >>> def shapes(width):
+        ...     return {"in": jnp.zeros((4, width)), "hidden": jnp.zeros((width, width)), "out": jnp.zeros((width, 2))}
+        >>> width_multipliers(shapes(64), shapes(16))
+        {'hidden': 0.25, 'in': 1.0, 'out': 0.25}
+    """
+    narrow = {_name(path): jnp.shape(leaf) for path, leaf in jax.tree.leaves_with_path(base)}
+
+    def multiplier(path, leaf):
+        name, shape = _name(path), jnp.shape(leaf)
+        if name not in narrow:
+            raise ValueError(f"the base model has no tensor {name!r}; it has {', '.join(sorted(narrow)) or 'none'}")
+        if len(narrow[name]) != len(shape):
+            raise ValueError(f"{name!r} has shape {shape}, but {narrow[name]} in the base model: not the same rank")
+        wide_inputs, base_inputs = fan_in(name, shape), fan_in(name, narrow[name])
+        if wide_inputs < 1 or base_inputs < 1:
+            raise ValueError(f"{name!r} has a fan-in of {wide_inputs}, and of {base_inputs} in the base model")
+        return base_inputs / wide_inputs
+
+    return jax.tree.map_with_path(multiplier, params)
+
+
+def scale_by_width(base: Tree, *, fan_in: FanIn = inputs_before_last) -> optax.GradientTransformation:
+    """Multiply each tensor's update by its :func:`width_multipliers`; to be chained after any optimizer.
+
+    For optimizers whose updates' entries do not depend on the width: Adam and the rules ``adam``, ``nadamw``,
+    ``celo_adam``, ``nn_adam``, ``lstm``, ``mlp``, ``rnn_mlp``, ``adafac_mlp`` and ``celo2``. Not for ``sgd`` and
+    ``sgdm``, whose table differs, nor as it is for ``velo`` and ``celo``: their updates are relative to the tensor's
+    own size, which falls with the root of the fan-in already, so that hidden matrices want the root of the multiplier.
+
+    What comes before it in the chain is scaled with it, decoupled weight decay too.
+
+    Args:
+        base: as for :func:`width_multipliers`, as the next one.
+        fan_in: see there.
+
+    Returns:
+        An Optax transform without state.
+
+    Raises:
+        ValueError: as :func:`width_multipliers`, at ``init`` and ``update``.
+
+    Example:
+        >>> base = {"w": jnp.zeros((16, 16)), "b": jnp.zeros(16)}
+        >>> params = {"w": jnp.zeros((64, 64)), "b": jnp.zeros(64)}
+        >>> tx = optax.chain(optax.adam(1e-2), scale_by_width(base))
+        >>> updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params))
+        >>> [f"{updates[name].flatten()[0]:.4f}" for name in "wb"]
+        ['-0.0025', '-0.0100']
+    """
+
+    def init_fn(params):
+        width_multipliers(params, base, fan_in=fan_in)  # complain early
+        return optax.EmptyState()
+
+    def update_fn(updates, state, params=None):
+        del params
+        multipliers = width_multipliers(updates, base, fan_in=fan_in)
+        return jax.tree.map(lambda u, k: k * u, updates, multipliers), state
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _name(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
