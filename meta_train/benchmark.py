@@ -1,44 +1,31 @@
 """The benchmark: optimizers on held-out tasks, tuned on a grid by other seeds than those that are reported."""
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+import functools
+import math
+import queue
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, PartitionSpec
 
-import learned_opt
-from learned_opt.base import LearnedOptimizer, Theta
-from tasks.base import Data, TaskFamily
+from tasks.base import Data, Task, TaskFamily
 from tasks.suites import Entry
 
-from .trainer import AXIS, make_mesh, place
+from . import cache
+from .contenders import Contender, baselines, few_baselines, fingerprint, learned, pretrained
+from .measures import smooth
 
-# Half-decades around each optimizer's usual learning rate.
-GRID = tuple(float(f"{10 ** (k / 2):.3g}") for k in range(-8, -1))  # 1e-04 ... 1e-01
-REFERENCE = "adam"  # what losses and speed-ups are relative to: tuned, at a constant rate
+__all__ = ["Contender", "Result", "baselines", "few_baselines", "learned", "pretrained", "run_suite", "run_task"]
+
+_VERSION = 1  # of what a run does: another number leaves the results kept so far unused
 _VALID_BATCHES = 16
 _TUNING, _REPORTING = 1_000_000, 2_000_000  # seeds of the two start here
-
-
-class Contender(NamedTuple):
-    """An optimizer in the benchmark.
-
-    Attributes:
-        name: its label; reported as ``NAME`` at the rate chosen from the grid, and as ``NAME@RATE`` at its default.
-        make: ``(learning_rate, num_steps) -> optax transform``; the rate is traced.
-        grid: the learning rates to choose from; empty for an optimizer that has none.
-        default: the learning rate that its users start with, one of the grid, or ``None``.
-        baseline: whether it is no learned rule.
-    """
-
-    name: str
-    make: Callable[..., optax.GradientTransformation]
-    grid: tuple[float, ...]
-    default: float | None = None
-    baseline: bool = False
+_MOST_LANES = 16  # runs side by side in one compiled call on a CPU
 
 
 class Result(NamedTuple):
@@ -49,193 +36,222 @@ class Result(NamedTuple):
     baseline: bool  # not a learned rule
     learning_rate: float  # the one reported
     on_edge: bool  # of the grid: a wider one might do better
-    curve: np.ndarray  # [steps], training loss, smoothed, mean over the reporting seeds
-    initial: float  # training loss before the first step, mean over the reporting seeds
+    curves: np.ndarray  # [seeds, steps], training losses, smoothed
+    initial: np.ndarray  # [seeds], training loss before the first step
     final: np.ndarray  # [seeds], mean training loss over the last twentieth of the steps
     valid: np.ndarray  # [seeds], validation loss after the last step
-    diverged: int  # reporting seeds that ended non-finite or above their start
+    state_bytes: int = 0  # of the optimizer's state
+    num_params: int = 0
+
+    @property
+    def diverged(self) -> int:
+        """How many runs ended non-finite or above their start."""
+        return int(np.sum(~(self.final <= np.where(self.initial > 0, 1.05, 0.95) * self.initial)))
 
 
-def baselines(weight_decay: float = 1e-4) -> list[Contender]:
-    """Adam, tuned and as people first try it, and tuned AdamW with a cosine schedule."""
+class Plan(NamedTuple):
+    """How a benchmark is run.
 
-    def adamw_cosine(rate, num_steps):
-        return optax.adamw(_cosine(rate, num_steps), weight_decay=weight_decay)
-
-    return [
-        Contender("adam", lambda rate, num_steps: optax.adam(rate), GRID, default=1e-3, baseline=True),
-        Contender("adamw-cosine", adamw_cosine, GRID, baseline=True),
-    ]
-
-
-def learned(name: str, rule: LearnedOptimizer, theta: Theta, learning_rate: float | None) -> Contender:
-    """A learned rule: as it comes, and on the grid too if it has a free step size.
-
-    Args:
-        name: its label.
-        rule: the rule.
-        theta: its meta-parameters.
-        learning_rate: the default that its ``rule.json`` records, or ``None``.
-
-    Returns:
-        A contender. A rule with a free step size runs under a cosine schedule from its rate.
+    Attributes:
+        steps: optimization steps, where a task does not fix its own.
+        seeds: reporting seeds.
+        tuning_seeds: seeds that choose the learning rate, by the mean of the final training loss, as is reported.
+        folder: where results are kept, or ``None``.
     """
-    if learning_rate is None:
-        return Contender(name, lambda rate, num_steps: rule.build(theta, num_steps=num_steps), ())
 
-    def make(rate, num_steps):
-        step_size = optax.scale_by_learning_rate(_cosine(rate, num_steps), flip_sign=False)
-        return optax.chain(rule.build(theta, num_steps=num_steps), step_size)
-
-    return Contender(name, make, tuple(sorted({*GRID, learning_rate})), default=learning_rate)
+    steps: int
+    seeds: int
+    tuning_seeds: int = 2
+    folder: Path | None = None
 
 
-def pretrained(name_or_path: str) -> Contender:
-    """The contender of a saved rule.
-
-    Raises:
-        StoreError: as ``learned_opt.load``.
-    """
-    rule, theta = learned_opt.load_rule(name_or_path)
-    record = learned_opt.store.read_record(name_or_path)
-    return learned(str(name_or_path).rstrip("/").rsplit("/", 1)[-1], rule, theta, record.get("learning_rate"))
-
-
-def run_task(
-    entry: Entry, contender: Contender, *, steps: int, seeds: int, tuning_seeds: int, mesh: Mesh
-) -> list[Result]:
+def run_task(entry: Entry, contender: Contender, plan: Plan, device: jax.Device | None = None) -> list[Result]:
     """Tunes a contender on one task and reports it on other seeds.
 
-    A seed is one task of the family, one initialisation and one stream of batches: the same for all contenders. All
-    rates and seeds run side by side over the mesh, in one compiled call.
+    A seed is one task of the family, one initialisation and one stream of batches: the same for all contenders.
 
     Args:
         entry: the task.
         contender: the optimizer.
-        steps: optimization steps.
-        seeds: reporting seeds.
-        tuning_seeds: seeds that choose the learning rate, by the mean of the final training loss, as is reported.
-        mesh: the devices.
+        plan: how.
+        device: where; by default the first.
 
     Returns:
         The result at the chosen learning rate, and the one at the default, as far as the contender has them.
     """
-    rates = contender.grid or (1.0,)
-    lanes = [(rate, _TUNING + s) for rate in rates for s in range(tuning_seeds)] if contender.grid else []
-    split = len(lanes)
-    lanes += [(rate, _REPORTING + s) for rate in rates for s in range(seeds)]
-    losses, valid = _run(entry.make(), contender, lanes, steps, mesh)
-    final = losses[:, -max(steps // 20, 1) :].mean(axis=1)
-
-    def result(label: str, index: int, on_edge: bool = False) -> Result:
-        mine = slice(split + index * seeds, split + (index + 1) * seeds)
-        initial = losses[mine, 0]
-        diverged = ~(final[mine] <= 1.05 * initial)  # what is not finite too
-        return Result(
+    family, steps = family_of(entry), entry.steps or plan.steps
+    device = device or jax.local_devices()[0]
+    key = run_key(entry, contender, plan, device)
+    arrays = cache.load(plan.folder, key)
+    if arrays is None:
+        with jax.default_device(device):
+            arrays = _compute(family, contender, steps, plan, device)
+        cache.store(plan.folder, key, arrays)
+    params = jax.eval_shape(lambda data: start_of_seed(family, data, jnp.uint32(0))[1], family.data)
+    state = jax.eval_shape(contender.make(0.1, steps).init, params)
+    labels = (
+        [contender.name] if contender.default is None else [contender.name, f"{contender.name}@{contender.default:g}"]
+    )
+    return [
+        Result(
             task=entry.name,
             contender=label,
             baseline=contender.baseline,
-            learning_rate=rates[index],
-            on_edge=on_edge,
-            curve=smooth(losses[mine].mean(axis=0)),
-            initial=float(initial.mean()),
-            final=final[mine],
-            valid=valid[mine],
-            diverged=int(np.sum(diverged)),
+            learning_rate=float(arrays["rates"][row]),
+            on_edge=bool(arrays["on_edge"]) and row == 0,
+            curves=smooth(losses),
+            initial=losses[:, 0],
+            final=_final(losses),
+            valid=arrays["valid"][row].astype(np.float64),
+            state_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)),
+            num_params=sum(leaf.size for leaf in jax.tree.leaves(params)),
         )
-
-    if not contender.grid:
-        return [result(contender.name, 0)]
-    score = np.nan_to_num(final[:split].reshape(len(rates), tuning_seeds), nan=np.inf).mean(axis=1)
-    best = int(np.argmin(score))
-    results = [result(contender.name, best, on_edge=best in (0, len(rates) - 1))]
-    if contender.default is not None:
-        results.append(result(f"{contender.name}@{contender.default:g}", rates.index(contender.default)))
-    return results
+        for row, (label, losses) in enumerate(zip(labels, arrays["losses"].astype(np.float64), strict=True))
+    ]
 
 
 def run_suite(
     entries: Sequence[Entry],
     contenders: Sequence[Contender],
-    *,
-    steps: int,
-    seeds: int,
-    tuning_seeds: int = 2,
+    plan: Plan,
     show: Callable[..., None] | None = None,
 ) -> list[Result]:
-    """Runs every contender on every task.
+    """Runs every contender on every task, on every local device one after another.
 
     Args:
         entries: the tasks.
         contenders: the optimizers.
-        steps: optimization steps.
-        seeds: reporting seeds.
-        tuning_seeds: seeds for the learning-rate grids.
-        show: called with ``(runs done, text)`` before each, and at the end.
+        plan: how; results that its folder holds are not computed again.
+        show: called with ``(runs done, text)`` after each.
 
     Returns:
-        The results, tasks outermost.
+        The results, tasks outermost, in the order of the arguments.
     """
-    mesh = make_mesh(jax.local_devices())
-    results: list[Result] = []
-    runs = [(entry, contender) for entry in entries for contender in contenders]
-    for done, (entry, contender) in enumerate(runs):
+    jobs = [(entry, contender) for entry in entries for contender in contenders]
+
+    def run(job: tuple[Entry, Contender], device: jax.Device) -> list[Result]:
+        return run_task(job[0], job[1], plan, device)
+
+    found: dict[int, list[Result]] = {}
+    for index, results in on_devices(run, jobs):
+        found[index] = results
         if show:
-            show(done, f"{entry.name}: {contender.name}")
-        results += run_task(entry, contender, steps=steps, seeds=seeds, tuning_seeds=tuning_seeds, mesh=mesh)
-    if show:
-        show(len(runs))
-    return results
+            show(len(found), f"{jobs[index][0].name}: {jobs[index][1].name}")
+    return [result for index in range(len(jobs)) for result in found[index]]
 
 
-def smooth(curve: np.ndarray) -> np.ndarray:
-    """A running mean over a fiftieth of the curve, trailing, shorter at the start."""
-    width = max(len(curve) // 50, 1)
-    padded = np.concatenate([np.zeros(width - 1), curve])
-    sums = np.lib.stride_tricks.sliding_window_view(padded, width).sum(axis=1)
-    return sums / np.minimum(np.arange(1, len(curve) + 1), width)
-
-
-def speed_up(curve: np.ndarray, reference: np.ndarray) -> float:
-    """How many times fewer steps a curve takes to the best loss that the reference reaches; 0 if it never does.
+def on_devices(function: Callable[[Any, jax.Device], Any], jobs: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+    """Calls a function of ``(job, device)`` for every job, a thread a local device; compiling is parallel so too.
 
     Args:
-        curve: [steps], a smoothed training loss.
-        reference: [steps], the reference's.
+        function: called once a job.
+        jobs: any.
 
-    Returns:
-        The steps that the reference takes to its own best value, over the steps that ``curve`` takes to it.
+    Yields:
+        ``(the job's index, its result)`` as they come. An exception of a job ends it all.
     """
-    if not np.isfinite(reference).any():
-        return 0.0
-    target = np.nanmin(reference)
-    own = int(np.nanargmin(reference)) + 1
-    reached = np.flatnonzero(curve <= target)
-    return own / (int(reached[0]) + 1) if reached.size else 0.0
+    devices: queue.SimpleQueue[jax.Device] = queue.SimpleQueue()
+    for device in jax.local_devices():
+        devices.put(device)
+
+    def run(job):
+        device = devices.get()
+        try:
+            return function(job, device)
+        finally:
+            devices.put(device)
+
+    with ThreadPoolExecutor(max_workers=jax.local_device_count()) as pool:
+        pending: dict[Future, int] = {pool.submit(run, job): index for index, job in enumerate(jobs)}
+        try:
+            while pending:
+                done, _ = wait(pending, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield pending.pop(future), future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-def _cosine(rate, num_steps):
-    return lambda count: rate * 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(count / num_steps, 1.0)))
+@functools.lru_cache(maxsize=4)
+def family_of(entry: Entry) -> TaskFamily:
+    """An entry's family, made once for the contenders that meet on it."""
+    return entry.make()
 
 
-def _run(family: TaskFamily, contender: Contender, lanes, steps: int, mesh: Mesh) -> tuple[np.ndarray, np.ndarray]:
-    """Every (rate, seed) lane: training losses [lanes, steps] and validation losses [lanes]."""
+@functools.lru_cache(maxsize=64)
+def _task_key(entry: Entry) -> str:
+    """What a task is: its program and its data."""
+    family = family_of(entry)
+
+    def program(data, seed):
+        task, params, k_train, k_valid = start_of_seed(family, data, seed)
+        return params, [
+            task.loss(params, key, task.batch(key, split))[0] for key, split in ((k_train, "train"), (k_valid, "valid"))
+        ]
+
+    return cache.key(program=cache.program(program, family.data, jnp.uint32(0)), data=cache.contents(family.data))
+
+
+_fingerprint = functools.lru_cache(maxsize=256)(fingerprint)
+
+
+def run_key(entry: Entry, contender: Contender, plan: Plan, device: jax.Device | None = None) -> str:
+    """The hash of everything that the results of a run depend on."""
+    device, steps = device or jax.local_devices()[0], entry.steps or plan.steps
+    return cache.key(
+        version=_VERSION,
+        jax=jax.__version__,
+        optax=optax.__version__,
+        platform=device.platform,
+        precision=str(jnp.result_type(float)),
+        task=_task_key(entry),
+        contender=_fingerprint(contender, steps),
+        grid=contender.grid,
+        default=contender.default,
+        steps=steps,
+        seeds=plan.seeds,
+        tuning_seeds=plan.tuning_seeds,
+    )
+
+
+def start_of_seed(family: TaskFamily, data: Data, seed: jax.Array) -> tuple[Task, Any, jax.Array, jax.Array]:
+    """A seed's task and initial parameters, and the keys of its batches for training and validation."""
+    k_cfg, k_init, k_train, k_valid = jax.random.split(jax.random.PRNGKey(seed), 4)
+    task = family.task(data, family.sample(k_cfg))
+    return task, task.init(k_init), k_train, k_valid
+
+
+def train_step(task: Task, transform: optax.GradientTransformation) -> Callable:
+    """One optimization step, ``((params, state), key) -> ((params, state), loss)``, for ``jax.lax.scan``."""
+    transform = optax.with_extra_args_support(transform)
+
+    def step(carry, key):
+        params, state = carry
+        k_batch, k_loss = jax.random.split(key)
+        batch = task.batch(k_batch, "train")
+        loss, grads = jax.value_and_grad(lambda p: task.loss(p, k_loss, batch)[0])(params)
+        updates, state = transform.update(grads, state, params, value=loss)
+        return (optax.apply_updates(params, updates), state), loss
+
+    return step
+
+
+def _final(losses: np.ndarray) -> np.ndarray:
+    return losses[..., -max(losses.shape[-1] // 20, 1) :].mean(axis=-1)
+
+
+def _compute(
+    family: TaskFamily, contender: Contender, steps: int, plan: Plan, device: jax.Device
+) -> dict[str, np.ndarray]:
+    """The arrays of a run: one compiled call for a few (rate, seed) lanes side by side, called for all of them."""
 
     def lane(data: Data, rate: jax.Array, seed: jax.Array):
-        k_cfg, k_init, k_train, k_valid = jax.random.split(jax.random.PRNGKey(seed), 4)
-        task = family.task(data, family.sample(k_cfg))
-        transform = optax.with_extra_args_support(contender.make(rate, steps))
-        params = task.init(k_init)
-
-        def step(carry, key):
-            params, state = carry
-            k_batch, k_loss = jax.random.split(key)
-            batch = task.batch(k_batch, "train")
-            loss, grads = jax.value_and_grad(lambda p: task.loss(p, k_loss, batch)[0])(params)
-            updates, state = transform.update(grads, state, params, value=loss)
-            return (optax.apply_updates(params, updates), state), loss
-
-        (params, _), losses = jax.lax.scan(step, (params, transform.init(params)), jax.random.split(k_train, steps))
+        task, params, k_train, k_valid = start_of_seed(family, data, seed)
+        transform = contender.make(rate, steps)
+        carry = (params, transform.init(params))
+        (params, state), losses = jax.lax.scan(train_step(task, transform), carry, jax.random.split(k_train, steps))
+        if contender.evaluate is not None:
+            params = contender.evaluate(state, params)
 
         def valid(key):
             k_batch, k_loss = jax.random.split(key)
@@ -243,19 +259,37 @@ def _run(family: TaskFamily, contender: Contender, lanes, steps: int, mesh: Mesh
 
         return losses, jnp.mean(jax.lax.map(valid, jax.random.split(k_valid, _VALID_BATCHES)))
 
-    padding = -len(lanes) % mesh.size
-    padded = list(lanes) + [lanes[-1]] * padding
-    rates = jnp.asarray([rate for rate, _ in padded], jnp.float32)
-    seeds = jnp.asarray([seed for _, seed in padded], jnp.uint32)
-    split = PartitionSpec(AXIS)
-    run = jax.jit(
-        jax.shard_map(
-            jax.vmap(lane, (None, 0, 0)),
-            mesh=mesh,
-            in_specs=(PartitionSpec(), split, split),
-            out_specs=split,
-            check_vma=False,
-        )
-    )
-    losses, valid = jax.device_get(run(place(family.data, mesh), rates, seeds))
-    return losses[: len(lanes)].astype(np.float64), valid[: len(lanes)].astype(np.float64)
+    most = max(len(contender.grid) * plan.tuning_seeds, plan.seeds)
+    width = min(plan.seeds, _MOST_LANES) if device.platform == "cpu" else most
+    data = jax.device_put(family.data, device)
+    lanes = jax.jit(jax.vmap(lane, (None, 0, 0)))
+
+    def run(rates: Sequence[float], seeds: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Every rate with every seed: losses ``[rates, seeds, steps]`` and validation losses ``[rates, seeds]``."""
+        pairs = [(rate, seed) for rate in rates for seed in seeds]
+        parts = []
+        for first in range(0, len(pairs), width):
+            part = pairs[first : first + width]
+            rate, seed = zip(*(part + part[-1:] * (width - len(part))), strict=True)
+            losses, valid = jax.device_get(lanes(data, jnp.asarray(rate, jnp.float32), jnp.asarray(seed, jnp.uint32)))
+            parts.append((losses[: len(part)], valid[: len(part)]))
+        losses, valid = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        return losses.reshape(len(rates), len(seeds), -1), valid.reshape(len(rates), len(seeds))
+
+    best, scores = 0, np.zeros(0)
+    if contender.grid:
+        tuning, _ = run(contender.grid, range(_TUNING, _TUNING + plan.tuning_seeds))
+        scores = np.nan_to_num(_final(tuning.astype(np.float64)), nan=np.inf).mean(axis=1)
+        best = int(np.argmin(scores))
+    rates = [contender.grid[best] if contender.grid else math.nan]
+    if contender.default is not None:
+        rates.append(contender.default)
+    losses, valid = run(list(dict.fromkeys(rates)), range(_REPORTING, _REPORTING + plan.seeds))
+    rows = [list(dict.fromkeys(rates)).index(rate) for rate in rates]
+    return {
+        "rates": np.asarray(rates),
+        "losses": losses[rows],
+        "valid": valid[rows],
+        "scores": scores,  # of the grid, on the tuning seeds
+        "on_edge": np.asarray(bool(contender.grid) and best in (0, len(contender.grid) - 1)),
+    }

@@ -183,9 +183,8 @@ def _train(arguments: argparse.Namespace) -> int:
     elif leader and config.bench_suite:
         shown = None if arguments.json else console
         contenders = [str(workdir / "rule")]
-        result["bench"] = _run_bench(
-            contenders, config.bench_suite, config.bench_steps, config.bench_seeds, workdir / "bench", shown
-        )
+        plan = _pipeline("benchmark").Plan(config.bench_steps, config.bench_seeds)
+        result["bench"] = _run_bench(contenders, config.bench_suite, plan, workdir / "bench", shown, few=True)
     if leader and outcome.finished and not arguments.json:
         print(f"use it:    {_use(config.rule, workdir / 'rule')}\nkeep it:   learned-opt export {workdir} NAME")
     if leader and arguments.json:
@@ -266,8 +265,7 @@ def _pairs(texts: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    for module in ("benchmark", "report", "progress"):
-        _pipeline(module)
+    benchmark, *_ = [_pipeline(module) for module in ("benchmark", "report", "progress")]
     rules = arguments.rules or list(learned_opt.available())
     for name in ("steps", "seeds"):
         if getattr(arguments, name) < 1:
@@ -275,27 +273,42 @@ def _bench(arguments: argparse.Namespace) -> int:
     _use_cores(arguments.devices)
     out = arguments.out or Path("runs") / f"bench-{time.strftime('%Y%m%d-%H%M%S')}"
     shown = None if arguments.json else _console()
-    result = _checked(lambda: _run_bench(rules, arguments.suite, arguments.steps, arguments.seeds, out, shown))
+    plan = benchmark.Plan(arguments.steps, arguments.seeds, folder=_own_tasks("tasks.data").data_dir() / "bench")
+    result = _checked(lambda: _run_bench(rules, arguments.suite, plan, out, shown))
     if arguments.json:
         _print_json(result)
     return 0
 
 
-def _run_bench(rules: Sequence[str], suite: str, steps: int, seeds: int, out: Path, console) -> dict[str, Any]:
-    """Benchmarks saved rules beside the baselines; shows the table unless ``console`` is ``None``."""
-    benchmark, report, progress = (_pipeline(name) for name in ("benchmark", "report", "progress"))
+def _run_bench(rules: Sequence[str], suite: str, plan, out: Path, console, few: bool = False) -> dict[str, Any]:
+    """Benchmarks saved rules beside the baselines; shows the tables unless ``console`` is ``None``.
+
+    ``few``: beside Adam and AdamW alone, and without timing.
+    """
+    benchmark, report, timing, progress = (_pipeline(name) for name in ("benchmark", "report", "timing", "progress"))
     entries = _suite(suite)
-    contenders = benchmark.baselines() + [benchmark.pretrained(rule) for rule in rules]
-    total = len(entries) * len(contenders)
-    with progress.progress(console or _console(), f"bench {suite}", total) as show:
-        results = benchmark.run_suite(entries, contenders, steps=steps, seeds=seeds, show=show)
-    about = {"suite": suite, "steps": steps, "seeds": seeds, "rules": list(rules), "jax": jax.__version__}
-    figures = report.write(out, results, about)
+    contenders = benchmark.few_baselines() if few else benchmark.baselines()
+    contenders += [benchmark.pretrained(rule) for rule in rules]
+    with progress.progress(console or _console(), f"bench {suite}", len(entries) * len(contenders)) as show:
+        results = benchmark.run_suite(entries, contenders, plan, show=show)
+    times = None
+    if not few:
+        with progress.progress(console or _console(), "time of a step", len(entries)) as show:
+            times = timing.time_suite(entries, contenders, plan, show=show)
+    about = {
+        "suite": suite,
+        "steps": plan.steps,
+        "seeds": plan.seeds,
+        "tuning_seeds": plan.tuning_seeds,
+        "rules": list(rules),
+        "jax": jax.__version__,
+    }
+    figures, overview = report.write(out, results, about, times)
     if console is not None:
         rich_console = importlib.import_module("rich.console").Console()
-        rich_console.print(report.table(figures, f"{suite}: {steps} steps, {seeds} seeds"))
+        rich_console.print(report.tables(figures, overview, f"{suite}: {plan.steps} steps, {plan.seeds} seeds"))
         print(f"written:   {out}/results.csv, results.json, curves.png")
-    return {"out": str(out), "about": about, "figures": figures}
+    return {"out": str(out), "about": about, "summary": overview, "figures": figures}
 
 
 def _suite(name: str):

@@ -80,7 +80,8 @@ def speed_ups(curves: np.ndarray, reference: np.ndarray) -> np.ndarray:
         where it never gets there.
     """
     targets = envelope(reference)[..., -1]
-    return np.nan_to_num(steps_to(reference, targets) / steps_to(curves, targets), nan=0.0)
+    own = steps_to(curves, targets)
+    return np.divide(steps_to(reference, targets), own, out=np.zeros_like(own), where=np.isfinite(own))
 
 
 def normalised(initial: np.ndarray, final: np.ndarray, reference: np.ndarray) -> np.ndarray:

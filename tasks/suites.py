@@ -25,12 +25,14 @@ class Entry(NamedTuple):
         family: the factory's name, the kind of network or function.
         dataset: the data set; for a synthetic family, its generator and range.
         make: makes the family; data are read only then.
+        steps: how many optimization steps the benchmark takes on it, whatever is asked for; ``None`` as asked.
     """
 
     name: str
     family: str
     dataset: str
     make: Callable[[], TaskFamily]
+    steps: int | None = None
 
 
 class Description(NamedTuple):
