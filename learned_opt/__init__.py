@@ -9,6 +9,7 @@ import importlib
 from . import mup
 from .base import LearnedOptimizer
 from .local_sgd import local_sgd
+from .precision import bfloat16_params, bfloat16_state
 from .reference import from_reference
 from .rules import RULES
 from .store import StoreError, available, load, load_rule, save
@@ -20,6 +21,8 @@ __all__ = [
     "LearnedOptimizer",
     "StoreError",
     "available",
+    "bfloat16_params",
+    "bfloat16_state",
     "from_reference",
     "load",
     "load_rule",
