@@ -24,8 +24,8 @@ def only(rule: LearnedOptimizer, theta: Theta, names: Sequence[str]) -> Part:
     """The rule with all meta-parameters held fixed but those under some names.
 
     Any estimator and outer optimizer then sees, perturbs and moves the chosen ones alone. For Celo, ``["bank"]`` is the
-    first phase of its meta-training and ``["scheduler"]`` the second; ``["scheduler"]`` of a ``scheduler`` over a trained
-    base schedules that base.
+    first phase of its meta-training and ``["scheduler"]`` the second; ``["scheduler"]`` of a ``scheduler`` over a
+    trained base schedules that base.
 
     Args:
         rule: the rule.
