@@ -23,6 +23,7 @@ class Config:
         rule: a name in ``learned_opt.RULES`` or ``learned_opt.unsupervised.RULES``.
         rule_kwargs: arguments of its factory.
         init: a pretrained name or a saved rule's folder to start from; by default fresh meta-parameters.
+        trainable: the top-level entries of theta that are trained, the others stay as they start; by default all.
         suite: a training suite of ``tasks.suites``; for an unsupervised rule, of ``tasks.representation``.
         estimator: a name in ``meta_train.estimators.ESTIMATORS``.
         meta_steps: number of meta-steps.
@@ -54,6 +55,7 @@ class Config:
     rule: str = "celo2"
     rule_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     init: str | None = None
+    trainable: list[str] = dataclasses.field(default_factory=list)
     suite: str = "quick"
     estimator: str = "pes"
     meta_steps: int = 1000

@@ -5,7 +5,7 @@ import dataclasses
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from rich.console import Console
 import learned_opt
 from learned_opt import store
 from learned_opt.base import LearnedOptimizer, Theta
+from learned_opt.rules import parts
 from learned_opt.unsupervised.rule import RULES as UNSUPERVISED
 from learned_opt.unsupervised.rule import UnsupervisedRule
 from tasks import representation, suites
@@ -42,6 +43,7 @@ class Setup(NamedTuple):
     data: Data
     trainer: Trainer
     inner_steps: int  # of one meta-step
+    whole: Callable[[Theta], Theta]  # all of the rule's meta-parameters, from those that are trained
 
 
 class Outcome(NamedTuple):
@@ -67,7 +69,7 @@ def set_up(config: Config, mesh: Mesh) -> Setup:
             that the devices do not divide.
         DataError: a data set is missing.
     """
-    rule, init_theta = _rule(config)
+    rule, init_theta, whole_theta = _trained(config, *_rule(config))
     if config.estimator not in ESTIMATORS:
         raise ConfigError(f"unknown estimator {config.estimator!r}; estimators: {', '.join(sorted(ESTIMATORS))}")
     try:
@@ -106,7 +108,8 @@ def set_up(config: Config, mesh: Mesh) -> Setup:
     data = place(tuple(family.data for family in families), mesh)
     halves = 1 if "bptt" in config.estimator else 2
     names = tuple(entry.name for entry in entries)
-    return Setup(rule, names, data, trainer, halves * len(families) * config.particles * config.unroll)
+    inner_steps = halves * len(families) * config.particles * config.unroll
+    return Setup(rule, names, data, trainer, inner_steps, whole_theta)
 
 
 def outer_optimizer(config: Config) -> optax.GradientTransformation:
@@ -163,7 +166,7 @@ def run(config: Config, workdir: Path, *, resume: bool = False, console: Console
             state, finished = _steps(state, setup, config, workdir, checkpoints, metrics, stop, console)
     finally:
         checkpoint.finish(checkpoints)
-    return Outcome(jax.tree.map(np.asarray, state.theta), int(state.step), finished)
+    return Outcome(setup.whole(jax.tree.map(np.asarray, state.theta)), int(state.step), finished)
 
 
 def _steps(state: TrainState, setup: Setup, config: Config, workdir, checkpoints, metrics, stop, console: Console):
@@ -186,10 +189,10 @@ def _steps(state: TrainState, setup: Setup, config: Config, workdir, checkpoints
                 show(step, f"loss {values['loss']:.4f}, {values['inner_steps_per_second']:,.0f} inner steps/s")
             stopped = stop() if jax.process_count() == 1 else checkpoints.reached_preemption(step)
             if step % config.checkpoint_every == 0 or step == config.meta_steps or stopped:
-                _save(state, step, config, workdir, checkpoints)
+                _save(state, step, config, workdir, checkpoints, setup.whole)
                 saved = step
     if saved is None:
-        _save_rule(state, step, config, workdir)
+        _save_rule(state, step, config, workdir, setup.whole)
     return state, step >= config.meta_steps
 
 
@@ -205,16 +208,16 @@ def _figures(infos: list[TrainInfo], setup: Setup, seconds: float) -> dict[str, 
     return values | {f"loss/{name}": float(loss) for name, loss in zip(setup.names, mean.losses, strict=True)}
 
 
-def _save(state: TrainState, step: int, config: Config, workdir: Path, checkpoints) -> None:
+def _save(state: TrainState, step: int, config: Config, workdir: Path, checkpoints, whole) -> None:
     if step not in checkpoints.all_steps():
         checkpoint.save(checkpoints, step, state)
-    _save_rule(state, step, config, workdir)
+    _save_rule(state, step, config, workdir, whole)
 
 
-def _save_rule(state: TrainState, step: int, config: Config, workdir: Path) -> None:
+def _save_rule(state: TrainState, step: int, config: Config, workdir: Path, whole) -> None:
     if jax.process_index() == 0:
         card = {"seed": config.seed, "config": dataclasses.asdict(config) | {"meta_steps": step}}
-        theta = jax.tree.map(np.asarray, state.theta)
+        theta = whole(jax.tree.map(np.asarray, state.theta))
         learned_opt.save(workdir / "rule", config.rule, theta, kwargs=config.rule_kwargs, card=card)
 
 
@@ -253,6 +256,20 @@ def _rule(config: Config):
     except (TypeError, ValueError) as error:
         raise ConfigError(f"the rule {config.rule!r} cannot be made with {config.rule_kwargs}: {error}") from None
     return rule, rule.init_theta if isinstance(rule, UnsupervisedRule) else rule.init
+
+
+def _trained(config: Config, rule, init_theta):
+    """The rule, where its theta starts, and all of theta from what is trained of it."""
+    if not config.trainable:
+        return rule, init_theta, lambda theta: theta
+    if isinstance(rule, UnsupervisedRule):
+        raise ConfigError("trainable is for optimizers: an unsupervised rule is trained whole")
+    theta = jax.tree.map(np.asarray, init_theta(jax.random.PRNGKey(config.seed)))
+    try:
+        part = parts.only(rule, theta, config.trainable)
+    except ValueError as error:
+        raise ConfigError(f"trainable: {error}") from None
+    return part.rule, lambda key: part.theta, part.whole
 
 
 def _check_folder(workdir: Path, config: Config, *, resume: bool) -> None:

@@ -1,5 +1,6 @@
 """Runs that are stopped, killed and damaged, and go on as if nothing had happened."""
 
+import dataclasses
 import gc
 import json
 import os
@@ -85,6 +86,19 @@ def test_a_run_leaves_what_it_promises(undisturbed):
     assert config.read(folder / "config.json") == SETTINGS
     _, theta = learned_opt.load_rule(folder / "rule")
     np.testing.assert_array_equal(flat(theta), flat(outcome.theta))
+
+
+def test_what_is_not_trainable_stays(tmp_path):
+    settings = dataclasses.replace(SETTINGS, trainable=["log_learning_rate"], meta_steps=3)
+    outcome = loop.run(settings, tmp_path / "a")
+    start = learned_opt.RULES["adam"]().init(jax.random.key(0))
+    assert {name for name in start if outcome.theta[name] != start[name]} == {"log_learning_rate"}
+    _, saved = learned_opt.load_rule(tmp_path / "a" / "rule")
+    jax.tree.map(np.testing.assert_array_equal, saved, outcome.theta)
+    resumed = loop.run(settings, tmp_path / "a", resume=True)
+    jax.tree.map(np.testing.assert_array_equal, resumed.theta, outcome.theta)
+    with pytest.raises(ConfigError, match=r"trainable: .*log_one_minus_b1.*, not momentum"):
+        loop.run(dataclasses.replace(settings, trainable=["momentum"]), tmp_path / "b")
 
 
 def test_sigterm_saves_and_resuming_ends_bit_identical(undisturbed, tmp_path):

@@ -17,7 +17,7 @@ from learned_opt.rules import parts, recurrent
 from learned_opt.rules.adafac_mlp import adafac_mlp, decays
 from learned_opt.rules.celo import celo
 from learned_opt.rules.mlp import mlp
-from learned_opt.rules.scheduler import scheduler
+from learned_opt.rules.scheduler import over, scheduler
 from learned_opt.rules.velo import tensor_features, velo
 
 # --- NumPy, in float64
@@ -396,6 +396,16 @@ def test_a_fresh_scheduler_is_its_base_at_its_default_rate(rate):
         u, state = tx.update(p, state, p, value=jnp.float32(3 - t))
         expected, bare_state = bare.update(p, bare_state, p)
         np.testing.assert_allclose(u["w"], (rate or RULES["celo2"]().learning_rate) * expected["w"], rtol=1e-5)
+
+
+def test_a_scheduler_over_a_trained_rule_is_saved_and_loaded(tmp_path):
+    trained = {"log_learning_rate": jnp.log(jnp.float32(0.5))}
+    kwargs, theta = over("sgd", trained, jax.random.key(0), base_kwargs={"learning_rate": 0.1}, lstm_size=4)
+    folder = learned_opt.save(tmp_path / "auto", "scheduler", theta, kwargs=kwargs)
+    tx, p = learned_opt.load(folder), jnp.ones(2)
+    updates, _ = tx.update(p, tx.init(p), p, value=jnp.float32(1.0))
+    np.testing.assert_allclose(updates, -0.5)
+    assert describe("scheduler", **kwargs)["needs"] == ["value"]
 
 
 def test_a_scheduler_does_without_the_number_of_steps():

@@ -9,13 +9,13 @@ import optax
 
 from .. import features as ft
 from .. import rules  # the whole registry: read only when a scheduler is made, after it is complete
-from ..base import LearnedOptimizer
+from ..base import LearnedOptimizer, Theta
 from . import recurrent
 from .celo import PAPER
 from .recurrent import FRACTIONS, LOSSES, TIMES, LossBuffer, LSTMState
 from .velo import common_dtype
 
-__all__ = ["PAPER", "SchedulerState", "scheduler"]
+__all__ = ["PAPER", "SchedulerState", "over", "scheduler"]
 
 _INPUTS = TIMES + FRACTIONS + 1 + LOSSES
 _HORIZON = 10_000  # updates, of the slowest mean of the loss
@@ -127,3 +127,33 @@ def scheduler(
         return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
     return LearnedOptimizer(init, build, needs=("value", *(need for need in inner.needs if need != "value")))
+
+
+def over(
+    base: str, theta: Theta, key: jax.Array, *, base_kwargs: Mapping[str, Any] | None = None, **kwargs
+) -> tuple[dict[str, Any], Theta]:
+    """A fresh scheduler over a trained rule: what :func:`learned_opt.save` takes, to meta-train from there.
+
+    Args:
+        base: the trained rule's name.
+        theta: its meta-parameters.
+        key: of the scheduler's.
+        base_kwargs: arguments of the trained rule's factory.
+        **kwargs: other arguments of :func:`scheduler`, such as the ``learning_rate`` that was found for the rule.
+
+    Returns:
+        ``(arguments of scheduler, its theta)``.
+
+    Raises:
+        ValueError: as :func:`scheduler`.
+
+    Example:
+        >>> import learned_opt
+        >>> record, (_, trained) = learned_opt.store.read_record("flagship"), learned_opt.load_rule("flagship")
+        >>> facts = {"base_kwargs": record["kwargs"], "learning_rate": record["learning_rate"]}
+        >>> kwargs, theta = over(record["rule"], trained, jax.random.key(0), **facts)
+        >>> sorted(theta)
+        ['base', 'scheduler']
+    """
+    kwargs = {"base": base, "base_kwargs": dict(base_kwargs or {})} | kwargs
+    return kwargs, scheduler(**kwargs).init(key) | {"base": theta}
