@@ -1,6 +1,8 @@
 """The rules over whole tensors and those with an LSTM: NumPy versions of their formulas, and what they promise."""
 
 import functools
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -261,6 +263,24 @@ def test_meta_parameters_are_as_many_as_published():
     needs = {rule: describe(rule)["needs"] for rule in counts}
     both = ["value", "num_steps"]
     assert needs == {"mlp": [], "adafac_mlp": [], "velo": both, "celo": both, "celo_adam": both}
+
+
+def test_the_table_of_the_rules_tells_the_truth():
+    rows = {}
+    for line in (Path(__file__).parent.parent / "docs" / "rules.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        names = re.findall("`(\\w+)`", cells[0])
+        if len(cells) != 6 or not names:
+            continue
+        for i, name in enumerate(names):  # "a, b" rows have ", " in the columns that differ; thousands have ","
+            rows[name] = [cells[2], *(column.split(", ")[i if len(names) > 1 else 0] for column in cells[3:5])]
+    assert set(rows) == set(RULES)
+    del rows["scheduler"]
+    for name, (needs, state, count) in rows.items():
+        facts = describe(name)
+        assert re.findall("`(\\w+)`", needs) == facts["needs"], name
+        assert int(state) == round(facts["state_bytes_per_parameter"]), name
+        assert int(count.replace(",", "")) == facts["meta_parameters"], name
 
 
 def test_fresh_decays_are_the_published_ones():
