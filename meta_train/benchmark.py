@@ -13,19 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from tasks.base import Data, Task, TaskFamily
 from tasks.suites import Entry
 
 from . import cache
-from .contenders import Contender, baselines, few_baselines, fingerprint, learned, pretrained
+from .contenders import REFERENCE, Contender, baselines, few_baselines, fingerprint, learned, pretrained
 from .measures import smooth
+from .runs import Run, compile_run, family_of, start_of_seed
+from .timing import FLOOR, Timing, machine, take_turns
 
-__all__ = ["Contender", "Result", "baselines", "few_baselines", "learned", "pretrained", "run_suite", "run_task"]
+__all__ = ["Contender", "Plan", "Result", "baselines", "few_baselines", "learned", "pretrained", "run_suite"]
 
 _VERSION = 1  # of what a run does: another number leaves the results kept so far unused
-_VALID_BATCHES = 16
 _TUNING, _REPORTING = 1_000_000, 2_000_000  # seeds of the two start here
-_MOST_LANES = 16  # runs side by side in one compiled call on a CPU
 
 
 class Result(NamedTuple):
@@ -42,11 +41,12 @@ class Result(NamedTuple):
     valid: np.ndarray  # [seeds], validation loss after the last step
     state_bytes: int = 0  # of the optimizer's state
     num_params: int = 0
+    timing: Timing | None = None
 
     @property
     def diverged(self) -> int:
         """How many runs ended non-finite or above their start."""
-        return int(np.sum(~(self.final <= np.where(self.initial > 0, 1.05, 0.95) * self.initial)))
+        return int(np.sum(~(self.final <= self.initial + 0.05 * np.abs(self.initial))))
 
 
 class Plan(NamedTuple):
@@ -56,92 +56,73 @@ class Plan(NamedTuple):
         steps: optimization steps, where a task does not fix its own.
         seeds: reporting seeds.
         tuning_seeds: seeds that choose the learning rate, by the mean of the final training loss, as is reported.
-        folder: where results are kept, or ``None``.
+        timed: whether a step of each contender is timed, too.
+        folder: where results are kept, or ``None``. Those that it holds are not computed again.
     """
 
     steps: int
     seeds: int
     tuning_seeds: int = 2
+    timed: bool = False
     folder: Path | None = None
 
 
-def run_task(entry: Entry, contender: Contender, plan: Plan, device: jax.Device | None = None) -> list[Result]:
-    """Tunes a contender on one task and reports it on other seeds.
-
-    A seed is one task of the family, one initialisation and one stream of batches: the same for all contenders.
-
-    Args:
-        entry: the task.
-        contender: the optimizer.
-        plan: how.
-        device: where; by default the first.
-
-    Returns:
-        The result at the chosen learning rate, and the one at the default, as far as the contender has them.
-    """
-    family, steps = family_of(entry), entry.steps or plan.steps
-    device = device or jax.local_devices()[0]
-    key = run_key(entry, contender, plan, device)
-    arrays = cache.load(plan.folder, key)
-    if arrays is None:
-        with jax.default_device(device):
-            arrays = _compute(family, contender, steps, plan, device)
-        cache.store(plan.folder, key, arrays)
-    params = jax.eval_shape(lambda data: start_of_seed(family, data, jnp.uint32(0))[1], family.data)
-    state = jax.eval_shape(contender.make(0.1, steps).init, params)
-    labels = (
-        [contender.name] if contender.default is None else [contender.name, f"{contender.name}@{contender.default:g}"]
-    )
-    return [
-        Result(
-            task=entry.name,
-            contender=label,
-            baseline=contender.baseline,
-            learning_rate=float(arrays["rates"][row]),
-            on_edge=bool(arrays["on_edge"]) and row == 0,
-            curves=smooth(losses),
-            initial=losses[:, 0],
-            final=_final(losses),
-            valid=arrays["valid"][row].astype(np.float64),
-            state_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)),
-            num_params=sum(leaf.size for leaf in jax.tree.leaves(params)),
-        )
-        for row, (label, losses) in enumerate(zip(labels, arrays["losses"].astype(np.float64), strict=True))
-    ]
-
-
 def run_suite(
-    entries: Sequence[Entry],
-    contenders: Sequence[Contender],
-    plan: Plan,
-    show: Callable[..., None] | None = None,
+    entries: Sequence[Entry], contenders: Sequence[Contender], plan: Plan, show: Callable[..., None] | None = None
 ) -> list[Result]:
-    """Runs every contender on every task, on every local device one after another.
+    """Tunes every contender on every task and reports it on other seeds.
+
+    A seed is one task of the family, one initialisation and one stream of batches: the same for all contenders. The
+    contenders of a task run on the local devices side by side; then, where that is planned, their steps are timed, one
+    at a time with all else at rest.
 
     Args:
         entries: the tasks.
         contenders: the optimizers.
-        plan: how; results that its folder holds are not computed again.
+        plan: how.
         show: called with ``(runs done, text)`` after each.
 
     Returns:
-        The results, tasks outermost, in the order of the arguments.
+        Tasks outermost, both in the order of the arguments: a result at the chosen learning rate, and one at the
+        default, as far as the contender has them.
+
+    Raises:
+        ValueError: steps are to be timed without the reference, tuned Adam, among the contenders.
     """
-    jobs = [(entry, contender) for entry in entries for contender in contenders]
+    if plan.timed and REFERENCE not in {contender.name for contender in contenders}:
+        raise ValueError(f"steps are timed beside {REFERENCE!r}: it must be one of the contenders")
+    results, done = [], 0
+    for entry in entries:
+        outcomes: dict[str, _Outcome] = {}
+        for contender, outcome in _outcomes(entry, contenders, plan):
+            outcomes[contender.name] = outcome
+            if contender is not FLOOR:
+                done += 1
+                if show:
+                    show(done, f"{entry.name}: {contender.name}")
+        timings = _timings(entry, contenders, plan, outcomes) if plan.timed else {}
+        for contender in contenders:
+            results += _results(entry, contender, plan, outcomes[contender.name].arrays, timings.get(contender.name))
+    return results
 
-    def run(job: tuple[Entry, Contender], device: jax.Device) -> list[Result]:
-        return run_task(job[0], job[1], plan, device)
 
-    found: dict[int, list[Result]] = {}
-    for index, results in on_devices(run, jobs):
-        found[index] = results
-        if show:
-            show(len(found), f"{jobs[index][0].name}: {jobs[index][1].name}")
-    return [result for index in range(len(jobs)) for result in found[index]]
+def run_key(entry: Entry, contender: Contender, plan: Plan) -> str:
+    """The hash of everything that the results of a run depend on."""
+    steps = entry.steps or plan.steps
+    return cache.key(
+        **_environment(),
+        task=_task_key(entry),
+        contender=_fingerprint(contender, steps),
+        grid=contender.grid,
+        default=contender.default,
+        steps=steps,
+        seeds=plan.seeds,
+        tuning_seeds=plan.tuning_seeds,
+    )
 
 
 def on_devices(function: Callable[[Any, jax.Device], Any], jobs: Sequence[Any]) -> Iterator[tuple[int, Any]]:
-    """Calls a function of ``(job, device)`` for every job, a thread a local device; compiling is parallel so too.
+    """Calls a function of ``(job, device)`` for every job, a thread a local device; so compiling is parallel too.
 
     Args:
         function: called once a job.
@@ -172,10 +153,132 @@ def on_devices(function: Callable[[Any, jax.Device], Any], jobs: Sequence[Any]) 
             pool.shutdown(cancel_futures=True)
 
 
-@functools.lru_cache(maxsize=4)
-def family_of(entry: Entry) -> TaskFamily:
-    """An entry's family, made once for the contenders that meet on it."""
-    return entry.make()
+class _Outcome(NamedTuple):
+    arrays: dict[str, np.ndarray]  # of _tune_and_report
+    run: Run | None  # compiled, where it is to be timed
+
+
+def _outcomes(entry: Entry, contenders: Sequence[Contender], plan: Plan) -> Iterator[tuple[Contender, _Outcome]]:
+    """The contenders' runs on a task, as they come; those to be timed, and what they are timed against, compiled."""
+    steps = entry.steps or plan.steps
+    untimed = [c for c in contenders if plan.timed and cache.load(plan.folder, _timing_key(entry, c)) is None]
+    to_time = {contender.name for contender in untimed} | ({REFERENCE, FLOOR.name} if untimed else set())
+
+    def work(contender: Contender, device: jax.Device) -> _Outcome:
+        def compiled() -> Run:
+            width = 1 if device.platform == "cpu" else max(len(contender.grid) * plan.tuning_seeds, plan.seeds)
+            return compile_run(entry, contender, steps, device, width)
+
+        run = compiled() if contender.name in to_time else None
+        if contender is FLOOR:
+            return _Outcome({}, run)
+        key = run_key(entry, contender, plan)
+        arrays = cache.load(plan.folder, key)
+        if arrays is None:
+            arrays = _tune_and_report(run or compiled(), contender, plan)
+            cache.store(plan.folder, key, arrays)
+        return _Outcome(arrays, run)
+
+    jobs = [*contenders, FLOOR] if untimed else list(contenders)
+    for index, outcome in on_devices(work, jobs):
+        yield jobs[index], outcome
+
+
+def _timings(
+    entry: Entry, contenders: Sequence[Contender], plan: Plan, outcomes: dict[str, _Outcome]
+) -> dict[str, Timing]:
+    """The contenders' times: those kept, and the others', measured beside the reference's and the floor's."""
+    loops = {name: outcome.run.seconds for name, outcome in outcomes.items() if outcome.run}
+    milliseconds = take_turns(loops)
+    timings = {}
+    for contender in contenders:
+        key = _timing_key(entry, contender)
+        kept = cache.load(plan.folder, key)
+        if kept is None:
+            against = (milliseconds[name] for name in (contender.name, REFERENCE, FLOOR.name))
+            kept = {"milliseconds": np.fromiter(against, float)}
+            cache.store(plan.folder, key, kept)
+        timings[contender.name] = Timing(*map(float, kept["milliseconds"]))
+    return timings
+
+
+def _results(
+    entry: Entry, contender: Contender, plan: Plan, arrays: dict[str, np.ndarray], timing: Timing | None
+) -> list[Result]:
+    family, steps = family_of(entry), entry.steps or plan.steps
+    params = jax.eval_shape(lambda data: start_of_seed(family, data, jnp.uint32(0))[1], family.data)
+    state = jax.eval_shape(contender.make(0.1, steps).init, params)
+    labels = [contender.name] + ([] if contender.default is None else [f"{contender.name}@{contender.default:g}"])
+    return [
+        Result(
+            task=entry.name,
+            contender=label,
+            baseline=contender.baseline,
+            learning_rate=float(arrays["rates"][row]),
+            on_edge=bool(arrays["on_edge"]) and row == 0,
+            curves=smooth(losses),
+            initial=losses[:, 0],
+            final=_final(losses),
+            valid=arrays["valid"][row].astype(np.float64),
+            state_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)),
+            num_params=sum(leaf.size for leaf in jax.tree.leaves(params)),
+            timing=timing,
+        )
+        for row, (label, losses) in enumerate(zip(labels, arrays["losses"].astype(np.float64), strict=True))
+    ]
+
+
+def _tune_and_report(run: Run, contender: Contender, plan: Plan) -> dict[str, np.ndarray]:
+    """Chooses the rate on the tuning seeds; the chosen one's and the default's losses on the reporting seeds."""
+
+    def losses(rates: Sequence[float], first: int, seeds: int) -> tuple[np.ndarray, np.ndarray]:
+        """``[rates, seeds, steps]`` in training and ``[rates, seeds]`` in validation."""
+        pairs = [(rate, first + seed) for rate in rates for seed in range(seeds)]
+        train, valid = run.losses(*zip(*pairs, strict=True))
+        return train.reshape(len(rates), seeds, -1), valid.reshape(len(rates), seeds)
+
+    best, scores = 0, np.zeros(0)
+    if contender.grid:
+        tuning, _ = losses(contender.grid, _TUNING, plan.tuning_seeds)
+        scores = np.nan_to_num(_final(tuning.astype(np.float64)), nan=np.inf).mean(axis=1)
+        best = int(np.argmin(scores))
+    rates = [contender.grid[best] if contender.grid else math.nan]
+    if contender.default is not None:
+        rates.append(contender.default)
+    distinct = list(dict.fromkeys(rates))
+    train, valid = losses(distinct, _REPORTING, plan.seeds)
+    rows = [distinct.index(rate) for rate in rates]
+    return {
+        "rates": np.asarray(rates),
+        "losses": train[rows],
+        "valid": valid[rows],
+        "scores": scores,  # of the grid, on the tuning seeds
+        "on_edge": np.asarray(bool(contender.grid) and best in (0, len(contender.grid) - 1)),
+    }
+
+
+def _final(losses: np.ndarray) -> np.ndarray:
+    return losses[..., -max(losses.shape[-1] // 20, 1) :].mean(axis=-1)
+
+
+def _environment() -> dict[str, Any]:
+    return {
+        "version": _VERSION,
+        "jax": jax.__version__,
+        "optax": optax.__version__,
+        "platform": jax.local_devices()[0].platform,
+        "precision": str(jnp.result_type(float)),
+    }
+
+
+def _timing_key(entry: Entry, contender: Contender) -> str:
+    """The number of steps is left out: it changes a schedule's constants, not what a step costs."""
+    return cache.key(
+        **_environment(), task=_task_key(entry), contender=_fingerprint(contender, 1000), machine=machine()
+    )
+
+
+_fingerprint = functools.lru_cache(maxsize=256)(fingerprint)
 
 
 @functools.lru_cache(maxsize=64)
@@ -190,106 +293,3 @@ def _task_key(entry: Entry) -> str:
         ]
 
     return cache.key(program=cache.program(program, family.data, jnp.uint32(0)), data=cache.contents(family.data))
-
-
-_fingerprint = functools.lru_cache(maxsize=256)(fingerprint)
-
-
-def run_key(entry: Entry, contender: Contender, plan: Plan, device: jax.Device | None = None) -> str:
-    """The hash of everything that the results of a run depend on."""
-    device, steps = device or jax.local_devices()[0], entry.steps or plan.steps
-    return cache.key(
-        version=_VERSION,
-        jax=jax.__version__,
-        optax=optax.__version__,
-        platform=device.platform,
-        precision=str(jnp.result_type(float)),
-        task=_task_key(entry),
-        contender=_fingerprint(contender, steps),
-        grid=contender.grid,
-        default=contender.default,
-        steps=steps,
-        seeds=plan.seeds,
-        tuning_seeds=plan.tuning_seeds,
-    )
-
-
-def start_of_seed(family: TaskFamily, data: Data, seed: jax.Array) -> tuple[Task, Any, jax.Array, jax.Array]:
-    """A seed's task and initial parameters, and the keys of its batches for training and validation."""
-    k_cfg, k_init, k_train, k_valid = jax.random.split(jax.random.PRNGKey(seed), 4)
-    task = family.task(data, family.sample(k_cfg))
-    return task, task.init(k_init), k_train, k_valid
-
-
-def train_step(task: Task, transform: optax.GradientTransformation) -> Callable:
-    """One optimization step, ``((params, state), key) -> ((params, state), loss)``, for ``jax.lax.scan``."""
-    transform = optax.with_extra_args_support(transform)
-
-    def step(carry, key):
-        params, state = carry
-        k_batch, k_loss = jax.random.split(key)
-        batch = task.batch(k_batch, "train")
-        loss, grads = jax.value_and_grad(lambda p: task.loss(p, k_loss, batch)[0])(params)
-        updates, state = transform.update(grads, state, params, value=loss)
-        return (optax.apply_updates(params, updates), state), loss
-
-    return step
-
-
-def _final(losses: np.ndarray) -> np.ndarray:
-    return losses[..., -max(losses.shape[-1] // 20, 1) :].mean(axis=-1)
-
-
-def _compute(
-    family: TaskFamily, contender: Contender, steps: int, plan: Plan, device: jax.Device
-) -> dict[str, np.ndarray]:
-    """The arrays of a run: one compiled call for a few (rate, seed) lanes side by side, called for all of them."""
-
-    def lane(data: Data, rate: jax.Array, seed: jax.Array):
-        task, params, k_train, k_valid = start_of_seed(family, data, seed)
-        transform = contender.make(rate, steps)
-        carry = (params, transform.init(params))
-        (params, state), losses = jax.lax.scan(train_step(task, transform), carry, jax.random.split(k_train, steps))
-        if contender.evaluate is not None:
-            params = contender.evaluate(state, params)
-
-        def valid(key):
-            k_batch, k_loss = jax.random.split(key)
-            return task.loss(params, k_loss, task.batch(k_batch, "valid"))[0]
-
-        return losses, jnp.mean(jax.lax.map(valid, jax.random.split(k_valid, _VALID_BATCHES)))
-
-    most = max(len(contender.grid) * plan.tuning_seeds, plan.seeds)
-    width = min(plan.seeds, _MOST_LANES) if device.platform == "cpu" else most
-    data = jax.device_put(family.data, device)
-    lanes = jax.jit(jax.vmap(lane, (None, 0, 0)))
-
-    def run(rates: Sequence[float], seeds: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Every rate with every seed: losses ``[rates, seeds, steps]`` and validation losses ``[rates, seeds]``."""
-        pairs = [(rate, seed) for rate in rates for seed in seeds]
-        parts = []
-        for first in range(0, len(pairs), width):
-            part = pairs[first : first + width]
-            rate, seed = zip(*(part + part[-1:] * (width - len(part))), strict=True)
-            losses, valid = jax.device_get(lanes(data, jnp.asarray(rate, jnp.float32), jnp.asarray(seed, jnp.uint32)))
-            parts.append((losses[: len(part)], valid[: len(part)]))
-        losses, valid = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-        return losses.reshape(len(rates), len(seeds), -1), valid.reshape(len(rates), len(seeds))
-
-    best, scores = 0, np.zeros(0)
-    if contender.grid:
-        tuning, _ = run(contender.grid, range(_TUNING, _TUNING + plan.tuning_seeds))
-        scores = np.nan_to_num(_final(tuning.astype(np.float64)), nan=np.inf).mean(axis=1)
-        best = int(np.argmin(scores))
-    rates = [contender.grid[best] if contender.grid else math.nan]
-    if contender.default is not None:
-        rates.append(contender.default)
-    losses, valid = run(list(dict.fromkeys(rates)), range(_REPORTING, _REPORTING + plan.seeds))
-    rows = [list(dict.fromkeys(rates)).index(rate) for rate in rates]
-    return {
-        "rates": np.asarray(rates),
-        "losses": losses[rows],
-        "valid": valid[rows],
-        "scores": scores,  # of the grid, on the tuning seeds
-        "on_edge": np.asarray(bool(contender.grid) and best in (0, len(contender.grid) - 1)),
-    }

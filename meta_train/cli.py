@@ -273,7 +273,9 @@ def _bench(arguments: argparse.Namespace) -> int:
     _use_cores(arguments.devices)
     out = arguments.out or Path("runs") / f"bench-{time.strftime('%Y%m%d-%H%M%S')}"
     shown = None if arguments.json else _console()
-    plan = benchmark.Plan(arguments.steps, arguments.seeds, folder=_own_tasks("tasks.data").data_dir() / "bench")
+    plan = benchmark.Plan(
+        arguments.steps, arguments.seeds, folder=_own_tasks("tasks.data").data_dir() / "bench", timed=True
+    )
     result = _checked(lambda: _run_bench(rules, arguments.suite, plan, out, shown))
     if arguments.json:
         _print_json(result)
@@ -283,18 +285,14 @@ def _bench(arguments: argparse.Namespace) -> int:
 def _run_bench(rules: Sequence[str], suite: str, plan, out: Path, console, few: bool = False) -> dict[str, Any]:
     """Benchmarks saved rules beside the baselines; shows the tables unless ``console`` is ``None``.
 
-    ``few``: beside Adam and AdamW alone, and without timing.
+    ``few``: beside Adam and AdamW alone.
     """
-    benchmark, report, timing, progress = (_pipeline(name) for name in ("benchmark", "report", "timing", "progress"))
+    benchmark, report, progress = (_pipeline(name) for name in ("benchmark", "report", "progress"))
     entries = _suite(suite)
     contenders = benchmark.few_baselines() if few else benchmark.baselines()
     contenders += [benchmark.pretrained(rule) for rule in rules]
     with progress.progress(console or _console(), f"bench {suite}", len(entries) * len(contenders)) as show:
         results = benchmark.run_suite(entries, contenders, plan, show=show)
-    times = None
-    if not few:
-        with progress.progress(console or _console(), "time of a step", len(entries)) as show:
-            times = timing.time_suite(entries, contenders, plan, show=show)
     about = {
         "suite": suite,
         "steps": plan.steps,
@@ -303,7 +301,7 @@ def _run_bench(rules: Sequence[str], suite: str, plan, out: Path, console, few: 
         "rules": list(rules),
         "jax": jax.__version__,
     }
-    figures, overview = report.write(out, results, about, times)
+    figures, overview = report.write(out, results, about)
     if console is not None:
         rich_console = importlib.import_module("rich.console").Console()
         rich_console.print(report.tables(figures, overview, f"{suite}: {plan.steps} steps, {plan.seeds} seeds"))

@@ -19,9 +19,6 @@ from rich.table import Table
 from . import measures
 from .benchmark import Result
 from .contenders import REFERENCE
-from .timing import Timing
-
-Times = Mapping[tuple[str, str], Timing]
 
 _COLOURS = {"adam": "#3b6fb6", "adam@0.001": "#9bb8dd", "adamw-cosine": "#e08e2b"}
 _LEARNED_COLOURS = ("#b5202e", "#2e8b57", "#7b4fa3", "#8c6d46", "#d46a9f")
@@ -35,12 +32,11 @@ NAME: at the best of a grid of learning rates; NAME@RATE: at that one."""
 _BY_TASK = "By task: loss and, below it, steps. Where learned rules do worst comes first."
 
 
-def rows(results: Sequence[Result], times: Times | None = None) -> list[dict[str, Any]]:
+def rows(results: Sequence[Result]) -> list[dict[str, Any]]:
     """The benchmark's figures, one dict for each task and contender, tasks where learned rules do worst first.
 
     Args:
         results: from :func:`meta_train.benchmark.run_suite`.
-        times: from :func:`meta_train.timing.time_suite`.
 
     Returns:
         Dicts of JSON values. ``progress`` is the normalised final loss, how far the training loss came down, tuned
@@ -50,7 +46,7 @@ def rows(results: Sequence[Result], times: Times | None = None) -> list[dict[str
     """
     table = []
     for result in results:
-        timing = _timing(result, times)
+        timing = result.timing
         table.append(
             {
                 "task": result.task,
@@ -63,7 +59,7 @@ def rows(results: Sequence[Result], times: Times | None = None) -> list[dict[str
                 "valid_loss": _number(float(np.mean(result.valid))),
                 "valid_loss_stderr": _number(_stderr(result.valid)),
                 "initial_loss": _number(float(np.mean(result.initial))),
-                **_relative(result, reference_of(results, result.task), timing),
+                **_relative(result, reference_of(results, result.task)),
                 "diverged": result.diverged,
                 "seeds": len(result.final),
                 "milliseconds": None if timing is None else _number(timing.step),
@@ -75,12 +71,11 @@ def rows(results: Sequence[Result], times: Times | None = None) -> list[dict[str
     return sorted(table, key=lambda row: _worst(table, row["task"]))
 
 
-def summary(results: Sequence[Result], times: Times | None = None) -> list[dict[str, Any]]:
+def summary(results: Sequence[Result]) -> list[dict[str, Any]]:
     """One dict of JSON values for each contender, over all tasks, best score first.
 
     Args:
         results: from :func:`meta_train.benchmark.run_suite`; the reference must be among them.
-        times: from :func:`meta_train.timing.time_suite`.
 
     Returns:
         Dicts. ``loss``, ``steps`` and ``time`` are ``[interquartile mean, low, high]``; ``at_least_adam`` is the share
@@ -88,11 +83,12 @@ def summary(results: Sequence[Result], times: Times | None = None) -> list[dict[
         profiles; ``worst`` is the task with the least progress and that.
     """
     tasks, names = _names(results)
-    figures = {(row["task"], row["contender"]): row for row in rows(results, times)}
+    figures = {(row["task"], row["contender"]): row for row in rows(results)}
     found = {(result.task, result.contender): result for result in results}
     ratios = profiles(results)
     scores = dict(zip(names, measures.profile_scores(ratios), strict=True))
-    by_clock = dict(zip(names, measures.profile_scores(profiles(results, times)), strict=True)) if times else {}
+    timed = all(result.timing for result in results)
+    by_clock = dict(zip(names, measures.profile_scores(profiles(results, by_clock=True)), strict=True)) if timed else {}
     table = []
     for name in names:
         mine = [found[task, name] for task in tasks]
@@ -114,9 +110,8 @@ def summary(results: Sequence[Result], times: Times | None = None) -> list[dict[
             "runs": sum(len(result.final) for result in mine),
             "state_bytes_per_param": _number(float(np.mean([r.state_bytes / max(r.num_params, 1) for r in mine]))),
         }
-        if times:
-            timings = [times[result.task, base_name(name)] for result in mine]
-            slower = np.array([timing.step / timing.reference for timing in timings])
+        if timed:
+            slower = np.array([_slower(result) for result in mine])
             entry["time"] = _interval(steps / slower[:, None])
             entry["score_time"] = _number(by_clock[name])
             entry["step_time"] = _number(float(np.exp(np.mean(np.log(slower)))))  # geometric mean, Adam's being 1
@@ -124,12 +119,12 @@ def summary(results: Sequence[Result], times: Times | None = None) -> list[dict[
     return sorted(table, key=lambda row: -row["score"])
 
 
-def profiles(results: Sequence[Result], times: Times | None = None) -> np.ndarray:
+def profiles(results: Sequence[Result], by_clock: bool = False) -> np.ndarray:
     """The corners of all performance profiles.
 
     Args:
         results: from :func:`meta_train.benchmark.run_suite`.
-        times: where given, the profiles are by the clock, else by steps.
+        by_clock: by the time that the steps take, and not by their number.
 
     Returns:
         ``[contenders, tasks]`` as :func:`meta_train.measures.profile`, contenders in the order of the results. A task's
@@ -141,7 +136,7 @@ def profiles(results: Sequence[Result], times: Times | None = None) -> np.ndarra
     for column, task in enumerate(tasks):
         targets = measures.envelope(found[task, REFERENCE].curves)[:, -1]
         for line, name in enumerate(names):
-            cost = times[task, base_name(name)].step / times[task, base_name(name)].reference if times else 1.0
+            cost = _slower(found[task, name]) if by_clock else 1.0
             matrix[line, column] = cost * np.median(measures.steps_to(found[task, name].curves, targets))
     return measures.profile(matrix)
 
@@ -158,20 +153,18 @@ def tables(figures: Sequence[dict[str, Any]], overview: Sequence[dict[str, Any]]
         A Rich renderable, at most 80 columns wide for up to four learned rows.
     """
     first = Table(title=title, caption=_OVER_TASKS, box=box.SIMPLE_HEAD, pad_edge=False, caption_justify="left")
-    first.add_column("contender", overflow="fold")
+    first.add_column("contender", overflow="fold", min_width=16)
     timed = any("time" in row for row in overview)
-    for name in ("loss", "≥ Adam", "steps", *(("time",) if timed else ()), "score", "worst task", "diverged"):
-        first.add_column(name, justify="right")
+    for name in ("loss", "≥ Adam", "steps", *(("time",) if timed else ()), "score", "diverged"):
+        first.add_column(name, justify="right", no_wrap=True)
     for row in overview:
-        worst = row["worst"][1]
         first.add_row(
             row["contender"] if row["baseline"] else f"[bold]{row['contender']}[/]",
             _with_interval(row["loss"], 3),
             f"{row['at_least_adam']:.0%}",
-            _with_interval(row["steps"], 2),
-            *((_with_interval(row["time"], 2),) if timed else ()),
+            _with_interval(row["steps"]),
+            *((_with_interval(row["time"]),) if timed else ()),
             f"{row['score']:.2f}",
-            "diverged" if worst is None else f"{worst:.2f}",
             f"{row['diverged']}/{row['runs']}",
         )
     second = Table(caption=_BY_TASK, box=box.SIMPLE_HEAD, pad_edge=False, caption_justify="left")
@@ -189,7 +182,7 @@ def tables(figures: Sequence[dict[str, Any]], overview: Sequence[dict[str, Any]]
 
 
 def write(
-    folder: Path, results: Sequence[Result], about: dict[str, Any], times: Times | None = None
+    folder: Path, results: Sequence[Result], about: dict[str, Any]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Writes ``results.csv``, ``results.json`` and ``curves.png``, each whole or not at all.
 
@@ -197,13 +190,12 @@ def write(
         folder: made if it is not there.
         results: from :func:`meta_train.benchmark.run_suite`.
         about: what was run, JSON values, for ``results.json``.
-        times: from :func:`meta_train.timing.time_suite`.
 
     Returns:
         The figures of :func:`rows` and of :func:`summary`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    figures, overview = rows(results, times), summary(results, times)
+    figures, overview = rows(results), summary(results)
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(figures[0]) if figures else [])
     writer.writeheader()
@@ -252,11 +244,6 @@ def plot(results: Sequence[Result]) -> bytes:
     return buffer.getvalue()
 
 
-def base_name(contender: str) -> str:
-    """The contender that a row is of: ``NAME`` for ``NAME@RATE``."""
-    return contender.partition("@")[0]
-
-
 def best_baseline(figures: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """Of one task's figures the tuned baseline that is first at Adam's best loss, or else furthest down."""
     candidates = [row for row in figures if row["baseline"] and "@" not in row["contender"]]
@@ -284,11 +271,12 @@ def _first_other(names: Sequence[str], colours: Mapping[str, str]) -> str | None
     return next((name for name in names if name not in colours), None)
 
 
-def _timing(result: Result, times: Times | None) -> Timing | None:
-    return times.get((result.task, base_name(result.contender))) if times else None
+def _slower(result: Result) -> float:
+    """A step's time, Adam's being 1."""
+    return result.timing.step / result.timing.reference if result.timing else math.nan
 
 
-def _relative(result: Result, reference: Result | None, timing: Timing | None) -> dict[str, float | None]:
+def _relative(result: Result, reference: Result | None) -> dict[str, float | None]:
     """What is told relative to tuned Adam."""
     if reference is None:
         return {"progress": None, "speed_up": None, "speed_up_time": None}
@@ -297,7 +285,7 @@ def _relative(result: Result, reference: Result | None, timing: Timing | None) -
     return {
         "progress": _number(float(measures.normalised(*means))),
         "speed_up": _number(steps),
-        "speed_up_time": None if timing is None else _number(steps * timing.reference / timing.step),
+        "speed_up_time": _number(steps / _slower(result)),
     }
 
 
@@ -326,9 +314,9 @@ def _scale(panel, curves: Sequence[np.ndarray]) -> None:
         panel.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
 
 
-def _with_interval(values: Sequence[float | None], digits: int) -> str:
-    value, low, high = (f"{value:.{digits}f}" if value is not None else "–" for value in values)
-    return f"{value}\n[dim]{low}–{high}[/]"
+def _with_interval(values: Sequence[float], digits: int = 2) -> str:
+    value, low, high = values
+    return f"{value:.{digits}f}\n[dim]{low:.2f}–{high:.2f}[/]"
 
 
 def _cell(row: dict[str, Any] | None) -> str:

@@ -108,12 +108,13 @@ def soap(
 def _leaf(grad, step, b1, b2, eps, every, mean, square, left, right, left_basis, right_basis):
     """One leaf's Adam direction and its new state; a scalar stands for a side that is not rotated."""
     matrix = grad.reshape(-1, grad.shape[-1]) if grad.ndim > 1 else grad
+    squares = square.reshape(matrix.shape)
     if left.ndim:
         left = b2 * left + (1 - b2) * (matrix @ matrix.T)
-        left_basis = _correct(left, left_basis, step, every)
+        left_basis, squares = _correct(left, left_basis, squares, 0, step, every)
     if right.ndim:
         right = b2 * right + (1 - b2) * (matrix.T @ matrix)
-        right_basis = _correct(right, right_basis, step, every)
+        right_basis, squares = _correct(right, right_basis, squares, 1, step, every)
 
     def rotate(x, back=False):
         if left.ndim:
@@ -121,17 +122,26 @@ def _leaf(grad, step, b1, b2, eps, every, mean, square, left, right, left_basis,
         return x @ (right_basis.T if back else right_basis) if right.ndim else x
 
     mean = b1 * mean + (1 - b1) * grad
-    rotated = rotate(matrix)
-    square = b2 * square + (1 - b2) * jnp.square(rotated).reshape(square.shape)
-    root = jnp.sqrt(square / (1 - b2**step)).reshape(rotated.shape) + eps
+    squares = b2 * squares + (1 - b2) * jnp.square(rotate(matrix))
+    root = jnp.sqrt(squares / (1 - b2**step)) + eps
     direction = rotate(rotate(mean.reshape(matrix.shape) / (1 - b1**step)) / root, back=True)
-    return direction.reshape(grad.shape), mean, square, left, right, left_basis, right_basis
+    return direction.reshape(grad.shape), mean, squares.reshape(square.shape), left, right, left_basis, right_basis
 
 
-def _correct(statistic, basis, step, every):
-    """The eigenvectors, by decomposition at first, by one power step every so often, else as they were."""
-    return jax.lax.cond(
-        step == 1,
-        lambda: jnp.linalg.eigh(statistic)[1],
-        lambda: jax.lax.cond(step % every == 1 % every, lambda: jnp.linalg.qr(statistic @ basis)[0], lambda: basis),
-    )
+def _correct(statistic, basis, squares, axis, step, every):
+    """The eigenvectors, largest first, and the squares in their order: corrected now and then, else as they were."""
+
+    def decompose():
+        return jnp.linalg.eigh(statistic)[1][:, ::-1], squares
+
+    def iterate():
+        turned = statistic @ basis
+        # The power method pulls the first columns towards the largest eigenvalues: they must be there already, or
+        # directions of little curvature would inherit the steps of those of much.
+        order = jnp.argsort(-jnp.sum(basis * turned, axis=0))
+        return jnp.linalg.qr(turned[:, order])[0], jnp.take(squares, order, axis=axis)
+
+    def keep():
+        return basis, squares
+
+    return jax.lax.cond(step == 1, decompose, lambda: jax.lax.cond(step % every == 1 % every, iterate, keep))

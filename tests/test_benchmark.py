@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from meta_train import benchmark, cache, contenders, measures, timing
-from meta_train.benchmark import Plan, run_suite, run_task
+from meta_train.benchmark import Plan, run_suite
 from meta_train.contenders import Contender
 from tasks.suites import Entry
 from tasks.synthetic import quadratic
@@ -77,23 +77,23 @@ def test_the_grid_is_searched_on_other_seeds(results):
 
 def test_a_diverging_rate_is_never_chosen_and_is_counted():
     wild = Contender("wild", lambda rate, num_steps: optax.sgd(rate), (0.1, 100.0, 1e30))
-    (result,) = run_task(ENTRY, wild, PLAN._replace(tuning_seeds=1))
+    (result,) = run_suite([ENTRY], [wild], PLAN._replace(tuning_seeds=1))
     assert result.learning_rate == 0.1
     assert result.diverged == 0
-    (result,) = run_task(ENTRY, wild._replace(grid=(100.0, 1e30)), PLAN._replace(tuning_seeds=1))
+    (result,) = run_suite([ENTRY], [wild._replace(grid=(100.0, 1e30))], PLAN._replace(tuning_seeds=1))
     assert result.diverged == SEEDS
 
 
 def test_a_task_may_fix_its_number_of_steps():
-    (result,) = run_task(ENTRY._replace(steps=7), ADAM._replace(grid=()), PLAN)
+    (result,) = run_suite([ENTRY._replace(steps=7)], [ADAM._replace(grid=())], PLAN)
     assert result.curves.shape == (SEEDS, 7)
     assert np.isnan(result.learning_rate)
 
 
 def test_what_is_evaluated_may_differ_from_what_is_trained():
     still = Contender("still", lambda rate, num_steps: optax.sgd(0.0), ())
-    moved = still._replace(evaluate=lambda state, params: jax.tree.map(lambda p: p + 1e3, params))
-    (before,), (after,) = (run_task(ENTRY, contender, PLAN) for contender in (still, moved))
+    moved = still._replace(name="moved", evaluate=lambda state, params: jax.tree.map(lambda p: p + 1e3, params))
+    before, after = run_suite([ENTRY], [still, moved], PLAN)
     np.testing.assert_array_equal(before.final, after.final)
     assert np.all(after.valid > 1e3 * before.valid)
 
@@ -104,18 +104,18 @@ def test_what_is_evaluated_may_differ_from_what_is_trained():
 def test_a_second_run_computes_nothing(tmp_path, monkeypatch):
     plan = PLAN._replace(folder=tmp_path / "kept")
     first = run_suite([ENTRY], [ADAM], plan)
-    monkeypatch.setattr(benchmark, "_compute", None)  # not called
+    monkeypatch.setattr(benchmark, "compile_run", None)  # not called
     for ours, theirs in zip(first, run_suite([ENTRY], [ADAM], plan), strict=True):
         jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
 def test_a_damaged_file_is_computed_anew(tmp_path):
     plan = PLAN._replace(folder=tmp_path)
-    (first,) = run_task(ENTRY, ADAM, plan)
+    (first,) = run_suite([ENTRY], [ADAM], plan)
     (path,) = tmp_path.iterdir()
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    (again,) = run_task(ENTRY, ADAM, plan)
+    (again,) = run_suite([ENTRY], [ADAM], plan)
     np.testing.assert_array_equal(first.curves, again.curves)
     assert path.read_bytes() == whole
 
@@ -164,7 +164,7 @@ def test_baselines_have_their_grid_and_learn(contender):
     assert len(contender.grid) == (0 if contender.name == "adamw-calibrated" else 7)
     if contender.grid:
         np.testing.assert_allclose(np.diff(np.log10(contender.grid)), 0.5, atol=2e-3)
-    (result, *_) = run_task(ENTRY, contender, Plan(60, 2, 1))
+    result, *_ = run_suite([ENTRY], [contender], Plan(60, 2, 1))
     assert result.diverged == 0
     assert np.all(result.final < 0.9 * result.initial)
 
@@ -195,14 +195,33 @@ def test_muon_orthogonalises_kernels_of_any_rank_over_their_last_axis():
 
 def test_steps_are_timed_once_and_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(timing, "_SECONDS", 1e-4)
-    monkeypatch.setattr(timing, "_ROUNDS", 2)
-    plan = PLAN._replace(folder=tmp_path)
-    first = timing.time_suite([ENTRY], [ADAM], plan)
-    assert set(first) == {("quadratic", "adam")}
-    found = first["quadratic", "adam"]
-    assert min(found) > 0
-    monkeypatch.setattr(timing, "_turns", None)  # not called
-    assert timing.time_suite([ENTRY], [ADAM], plan) == first
+    plan = PLAN._replace(folder=tmp_path, timed=True)
+    (first,) = run_suite([ENTRY], [ADAM], plan)
+    assert first.timing is not None
+    assert first.timing.gradient > 0
+    assert first.timing.step == first.timing.reference > 0
+    compiled = []
+    monkeypatch.setattr(benchmark, "compile_run", lambda *arguments: compiled.append(arguments[1].name))
+    (again,) = run_suite([ENTRY], [ADAM], plan)
+    assert again.timing == first.timing
+    assert not compiled
+    with pytest.raises(ValueError, match="beside 'adam'"):
+        run_suite([ENTRY], [ADAM._replace(name="other")], plan)
+
+
+def test_turns_are_taken_by_all_in_each_round():
+    order = []
+
+    def loop(name, milliseconds):
+        def seconds(number):
+            order.append(name)
+            return number * milliseconds / 1000
+
+        return seconds
+
+    found = timing.take_turns({"slow": loop("slow", 30.0), "quick": loop("quick", 2.0)}, rounds=2)
+    assert found == pytest.approx({"slow": 30.0, "quick": 2.0})
+    assert order == ["slow"] * 2 + ["quick"] * 2 + ["slow", "quick"] * 2
 
 
 def test_jobs_run_on_every_device_and_an_error_ends_them():

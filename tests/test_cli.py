@@ -44,7 +44,7 @@ def test_train_export_info_bench(capsys):
     assert cli.main([*RUN, "--workdir", "run"]) == 0
     shown = capsys.readouterr().out
     assert "steeper" in shown
-    assert "median" in shown
+    assert "score" in shown
     for name in ("results.csv", "results.json", "curves.png"):
         assert (Path("run/bench") / name).stat().st_size > 100
 

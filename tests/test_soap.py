@@ -58,6 +58,29 @@ def test_the_rotation_diagonalises_what_it_should():
             assert np.abs(off).max() < 0.1 * np.diag(inside).max()
 
 
+def test_a_noisy_linear_problem_stays_stable():
+    """Least squares with inputs of very different sizes, where a basis out of order lets small directions leap."""
+    scales = 10.0 ** -jnp.arange(8.0)
+    target = jax.random.normal(jax.random.key(5), (8, 4))
+
+    def loss(w, key):
+        x = jax.random.normal(key, (16, 8)) * scales[None]
+        return jnp.mean(jnp.square(x @ (w - target)))
+
+    transform = soap(0.3)
+    params = jnp.zeros((8, 4))
+
+    def step(carry, key):
+        params, state = carry
+        value, grad = jax.value_and_grad(loss)(params, key)
+        updates, state = transform.update(grad, state, params)
+        return (optax.apply_updates(params, updates), state), value
+
+    _, losses = jax.lax.scan(step, (params, transform.init(params)), jax.random.split(jax.random.key(6), 400))
+    assert losses.max() < 5 * losses[0]
+    assert losses[-50:].mean() < 0.01 * losses[0]
+
+
 def test_empty_trees():
     transform = soap()
     assert transform.update({}, transform.init({}), {})[0] == {}
