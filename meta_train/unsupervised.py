@@ -1,5 +1,6 @@
 """Meta-training of unsupervised rules: how good features are, and the learner that the estimators unroll."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -49,7 +50,7 @@ def feature_learner(
         rule: the rule.
         family: the tasks; its ``data`` may be traced.
         entry: the network's units, activations and batch size.
-        objective: one of :data:`OBJECTIVES`; by default ridge regression.
+        objective: one of :data:`OBJECTIVES`; by default ridge regression with the entry's penalty.
         shots: rows of a class in either half of the few-shot problem.
         lengths: the shortest and the longest episode.
         multiple_of: lengths are rounded to multiples of it.
@@ -57,7 +58,7 @@ def feature_learner(
     Returns:
         A :class:`~meta_train.learners.Learner` whose state is a :class:`FeatureState`.
     """
-    objective = objective or ridge
+    objective = objective or functools.partial(ridge, penalty=entry.penalty)
     activations = jnp.asarray([ACTIVATIONS.index(name) for name in entry.activations], jnp.int32)
 
     def init(theta: Theta, key: jax.Array) -> FeatureState:

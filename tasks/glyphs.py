@@ -26,13 +26,14 @@ _FONTS = (
 _CANVAS = 64
 
 
-@functools.lru_cache(maxsize=4)
-def glyphs(side: int = 8, per_class: int = 200, seed: int = 0) -> np.ndarray:
+@functools.lru_cache(maxsize=8)
+def glyphs(side: int = 8, per_class: int = 200, distortion: float = 1.0, seed: int = 0) -> np.ndarray:
     """Draw every letter ``per_class`` times.
 
     Args:
         side: the images' side.
         per_class: images of each letter, each in a font drawn anew.
+        distortion: factor of the random turns (15 degrees at 1), shears, scales and shifts.
         seed: of fonts and distortions.
 
     Returns:
@@ -73,19 +74,21 @@ def glyphs(side: int = 8, per_class: int = 200, seed: int = 0) -> np.ndarray:
         fonts = _FONTS if letter in _LATIN else _FONTS[:-4]
         for j in range(per_class):
             image = upright(letter, fonts[rng.integers(len(fonts))])
-            image = image.transform(image.size, Image.Transform.AFFINE, _affine(rng), Image.Resampling.BILINEAR)
+            image = image.transform(
+                image.size, Image.Transform.AFFINE, _affine(rng, distortion), Image.Resampling.BILINEAR
+            )
             out[i, j] = np.asarray(image.resize((side, side), Image.Resampling.BOX))
     out.setflags(write=False)
     return out
 
 
-def _affine(rng: np.random.Generator) -> tuple[float, ...]:
+def _affine(rng: np.random.Generator, distortion: float) -> tuple[float, ...]:
     """Six numbers, from the new image's coordinates to the old one's."""
-    angle, shear = rng.uniform(-0.26, 0.26), rng.uniform(-0.25, 0.25)
-    scale = np.exp(rng.uniform(-0.2, 0.2, 2))
+    angle, shear = distortion * rng.uniform(-0.26, 0.26), distortion * rng.uniform(-0.25, 0.25)
+    scale = np.exp(distortion * rng.uniform(-0.2, 0.2, 2))
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     matrix = turn @ np.array([[1, shear], [0, 1]]) / scale
     centre = np.full(2, _CANVAS / 2)
-    offset = centre - matrix @ (centre + rng.uniform(-4, 4, 2))
+    offset = centre - matrix @ (centre + distortion * rng.uniform(-4, 4, 2))
     (a, b), (d, e) = matrix
     return (a, b, offset[0], d, e, offset[1])

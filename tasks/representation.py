@@ -44,12 +44,12 @@ class FeatureFamily(NamedTuple):
 
 
 def letters(side: int = 8, *, classes: int = 10, per_class: int = 200, noise: float = 0.3) -> FeatureFamily:
-    """Ten letters out of 79, see :mod:`tasks.glyphs`; pixels in an order of the task's own.
+    """Ten letters out of 79, see :mod:`tasks.glyphs`, little, more or much distorted; pixels in the task's own order.
 
     Args:
         side: the images' side.
         classes: letters in a task.
-        per_class: images of each letter.
+        per_class: images of each letter at each of the three distortions.
         noise: a task's pixel noise is uniform in [0, noise], in units of the pixels' standard deviation.
 
     Returns:
@@ -58,8 +58,8 @@ def letters(side: int = 8, *, classes: int = 10, per_class: int = 200, noise: fl
     Raises:
         DataError: the fonts are not there.
     """
-    images = glyphs(side, per_class)
-    return _family(images.reshape(*images.shape[:2], -1), classes, noise)
+    images = [glyphs(side, per_class, distortion) for distortion in (0.4, 0.7, 1.0)]
+    return _family(np.stack(images).reshape(3, *images[0].shape[:2], -1), classes, noise)
 
 
 def images(dataset: str, side: int = 8, *, classes: int = 10, noise: float = 0.3) -> FeatureFamily:
@@ -78,7 +78,7 @@ def images(dataset: str, side: int = 8, *, classes: int = 10, noise: float = 0.3
         DataError: the data set is not there or has no images.
     """
     x, y = labelled_images(dataset, side)["train"]
-    return _family(_by_class(x, y), classes, noise)
+    return _family(_by_class(x, y)[None], classes, noise)
 
 
 def table(dataset: str, *, noise: float = 0.3) -> FeatureFamily:
@@ -98,7 +98,7 @@ def table(dataset: str, *, noise: float = 0.3) -> FeatureFamily:
     if "features" not in train or train["label"].dtype.kind == "f":
         raise DataError(f"the data set {dataset!r} is no table with classes")
     rows = _by_class(train["features"], train["label"])
-    return _family(rows, len(rows), noise)
+    return _family(rows[None], len(rows), noise)
 
 
 def labelled_images(dataset: str, side: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -126,16 +126,17 @@ def _by_class(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _family(rows: np.ndarray, classes: int, noise: float) -> FeatureFamily:
-    """``rows``: ``[all classes, rows of each, inputs]``."""
-    total, per_class, inputs = rows.shape
+    """``rows``: ``[variants, all classes, rows of each, inputs]``; a task is of one variant."""
+    variants, total, per_class, inputs = rows.shape
     if classes > total:
         raise ValueError(f"classes {classes}: there are {total}")
     kept = jnp.asarray(rows)  # uint8 stays uint8
     data = {"rows": kept, "mean": jnp.asarray(rows.mean(), jnp.float32), "std": jnp.asarray(rows.std(), jnp.float32)}
 
     def sample(key: jax.Array) -> Cfg:
-        k_classes, k_order, k_noise, k_sign = jax.random.split(key, 4)
+        k_variant, k_classes, k_order, k_noise, k_sign = jax.random.split(key, 5)
         return {
+            "variant": jax.random.randint(k_variant, (), 0, variants),
             "classes": jax.random.permutation(k_classes, total)[:classes],
             "order": jax.random.permutation(k_order, inputs),
             "noise": noise * jax.random.uniform(k_noise),
@@ -145,7 +146,7 @@ def _family(rows: np.ndarray, classes: int, noise: float) -> FeatureFamily:
     def look_up(data: Data, cfg: Cfg, key: jax.Array, label: jax.Array) -> jax.Array:
         k_row, k_noise = jax.random.split(key)
         row = draw(k_row, per_class, label.shape[0])
-        x = data["rows"][cfg["classes"][label], row].astype(jnp.result_type(float))
+        x = data["rows"][cfg["variant"], cfg["classes"][label], row].astype(jnp.result_type(float))
         x = (x - data["mean"]) / data["std"] * cfg["sign"]
         return jnp.take(x, cfg["order"], axis=1) + cfg["noise"] * jax.random.normal(k_noise, x.shape, x.dtype)
 
@@ -170,6 +171,8 @@ class Entry(NamedTuple):
         units: of each layer.
         activations: a task draws one.
         batch_size: unlabelled rows a step.
+        penalty: of the ridge regression that judges the features. Metz et al. have 0.1, which is next to none, so
+            that a rule learns to keep few directions; who uses the features will regularise.
     """
 
     name: str
@@ -177,6 +180,7 @@ class Entry(NamedTuple):
     units: tuple[int, ...]
     activations: tuple[str, ...] = ("relu", "relu", "leaky_relu", "tanh", "swish")
     batch_size: int = 64
+    penalty: float = 3.0
 
 
 _SMALL = Entry("letters-8x8-32-32", letters, (32, 32))
@@ -188,6 +192,7 @@ _CLOTHES = Entry("fashion_mnist_small-8x8-32-32", lambda: images("fashion_mnist_
 # Digits, MNIST and CIFAR-10 are in none of them; Fashion-MNIST only in the last.
 SUITES: dict[str, tuple[Entry, ...]] = {
     "letters_small": (_SMALL,),
+    "letters_two_sizes": (_SMALL, _LARGE),
     "letters": (_SMALL, _DEEP, _LARGE, _TABLE),
     "letters_and_clothes": (_SMALL, _DEEP, _LARGE, _TABLE, _CLOTHES),
 }
