@@ -154,6 +154,17 @@ def test_state_survives_a_checkpoint(rule, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, restored, state)
 
 
+def test_state_may_be_donated_from_the_start(rule):
+    """No two of its arrays are one buffer, and none is theta's."""
+    made, theta, _ = rule
+    params = {k: jnp.copy(PARAMS[k]) for k in ("scalar", "vector")}
+    tx = made.build(theta, num_steps=10)
+    state = tx.init(params)
+    pointers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(state)]
+    assert len(set(pointers)) == len(pointers)
+    assert not {x.unsafe_buffer_pointer() for x in jax.tree.leaves((theta, params))} & set(pointers)
+
+
 def test_what_a_rule_needs_is_named_when_missing(rule):
     made, theta, tx = rule
     params = jnp.ones(3)

@@ -124,9 +124,8 @@ def lstm(*, lstm_size: int = 20, output_scale: float = 0.01) -> LearnedOptimizer
 
         def start(layer: Theta, p: jax.Array) -> LSTMState:
             dtype = ft.compute_dtype(jnp.result_type(p))
-            hidden, cell = (layer[name].astype(dtype) for name in ("hidden", "cell"))
-            repeat = functools.partial(jnp.broadcast_to, shape=(*jnp.shape(p), lstm_size))
-            return LSTMState(*(repeat(x.reshape((1,) * jnp.ndim(p) + (-1,))) for x in (hidden, cell)))
+            memory = (jnp.array(layer[name], dtype) for name in ("hidden", "cell"))
+            return LSTMState(*(jnp.tile(x, (*jnp.shape(p), 1)) for x in memory))
 
         def init_fn(params):
             ft.check_params(params)

@@ -137,7 +137,7 @@ def nn_adam(*, lstm_size: int = 32) -> LearnedOptimizer:
 
         def start(p) -> tuple[jax.Array, LSTMState]:
             dtype = ft.compute_dtype(jnp.result_type(p))
-            return theta["controls"].astype(dtype), lstm_start(theta["lstm"], 1, dtype)
+            return jnp.array(theta["controls"], dtype), lstm_start(theta["lstm"], 1, dtype)
 
         def init_fn(params):
             ft.check_params(params)

@@ -253,15 +253,14 @@ def rnn_mlp(*, lstm_size: int = 64, hidden_size: int = 32) -> LearnedOptimizer:
             ft.check_params(params)
             dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(params))
             dtypes = jax.tree.map(lambda p: ft.compute_dtype(jnp.result_type(p)), params)
-            zero, count = jnp.zeros((), dtype), jnp.zeros((), jnp.int32)
             return RNNMLPState(
-                step=count,
-                loss=LossMean(zero, zero, count),
-                clipper=Clipper(count + 1, zero + 0.01),
-                from_lstm=theta["from_lstm"].astype(dtype),
+                step=jnp.zeros((), jnp.int32),
+                loss=LossMean(jnp.zeros((), dtype), jnp.zeros((), dtype), jnp.zeros((), jnp.int32)),
+                clipper=Clipper(jnp.ones((), jnp.int32), jnp.full((), 0.01, dtype)),
+                from_lstm=jnp.array(theta["from_lstm"], dtype),
                 m=tuple(ft.zeros(params) for _ in DECAYS),
                 r=tuple(ft.zeros(params) for _ in DECAYS),
-                from_mlp=jax.tree.map(theta["from_mlp"].astype, dtypes),
+                from_mlp=jax.tree.map(lambda dtype: jnp.array(theta["from_mlp"], dtype), dtypes),
                 memory=jax.tree.map(lambda dtype: lstm_start(theta["lstm"], 1, dtype), dtypes),
             )
 
