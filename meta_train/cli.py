@@ -122,6 +122,21 @@ def _parser() -> argparse.ArgumentParser:
     _devices(bench)
     _json(bench)
 
+    tune = command("tune", _tune, "tune a network's hyperparameters while it trains, by a self-tuning network")
+    tune.add_argument(
+        "problem", metavar="PRESET", help="char-lstm, cifar-cnn (after `data fetch cifar10`), fashion-cnn"
+    )
+    tune.add_argument("--dataset", metavar="NAME", help="another data set of the same kind, such as fashion_mnist")
+    tune.add_argument("--optimizer", metavar="RULE", help="a pretrained rule to train the weights with (Adam)")
+    tune.add_argument("--cycles", type=int, default=600, metavar="N", help="of 5 training steps each (%(default)s)")
+    tune.add_argument("--learning-rate", type=float, default=1e-3, metavar="X", help="of the weights (%(default)s)")
+    tune.add_argument("--method", choices=("delta_stn", "stn"), default="delta_stn", help="(%(default)s)")
+    tune.add_argument("--seed", type=int, default=0, metavar="N", help="of everything random (%(default)s)")
+    tune.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder for result.json, schedule.json, curves.png (runs/tune-TIME)"
+    )
+    _json(tune)
+
     listing = command("list", _list, "list rules, pretrained rules, suites, estimators, presets")
     listing.add_argument(
         "kind", nargs="?", choices=("rules", "pretrained", "suites", "estimators", "presets", "unsupervised")
@@ -315,6 +330,23 @@ def _suite(name: str):
         return suites.suite(name, held_out=True)
     except ValueError as error:
         raise UsageError(str(error)) from None
+
+
+def _tune(arguments: argparse.Namespace) -> int:
+    tune = _pipeline("tune")
+    settings = ("problem", "dataset", "optimizer", "cycles", "learning_rate", "method", "seed")
+    config = tune.TuneConfig(**{name: getattr(arguments, name) for name in settings})
+    out = arguments.out or Path("runs") / f"tune-{time.strftime('%Y%m%d-%H%M%S')}"
+    try:
+        result = _checked(lambda: tune.run(config, out, _console()))
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    if arguments.json:
+        _print_json(result)
+    else:
+        importlib.import_module("rich.console").Console().print(tune.table(result))
+        print(f"written:   {out}/result.json, schedule.json, curves.png")
+    return 0
 
 
 # --- list, info, data

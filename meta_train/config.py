@@ -43,6 +43,7 @@ class Config:
         outer_learning_rate: its peak learning rate.
         outer_schedule: ``"constant"`` or ``"cosine"`` (to zero at the last meta-step).
         outer_clip: the meta-gradient's global norm is clipped to this.
+        particle_clip: each particle's gradient is clipped to this norm before the mean; by default not at all.
         seed: of everything random.
         checkpoint_every: meta-steps between checkpoints; the last one is always saved.
         keep_checkpoints: how many of the latest checkpoints to keep.
@@ -73,6 +74,7 @@ class Config:
     outer_learning_rate: float = 1e-3
     outer_schedule: str = "cosine"
     outer_clip: float = 1.0
+    particle_clip: float | None = None
     seed: int = 0
     checkpoint_every: int = 100
     keep_checkpoints: int = 3
@@ -92,6 +94,8 @@ class Config:
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be positive, not {getattr(self, name)}")
+        if self.particle_clip is not None and not self.particle_clip > 0:
+            raise ConfigError(f"particle_clip must be positive, not {self.particle_clip}")
         if self.meta_steps < 0 or self.seed < 0:
             raise ConfigError("meta_steps and seed must not be negative")
         if self.max_length < self.min_length:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import os
 import signal
 import time
@@ -103,7 +104,12 @@ def set_up(config: Config, mesh: Mesh) -> Setup:
     if config.particles % mesh.size:
         raise ConfigError(f"particles ({config.particles}) must be a multiple of the number of devices ({mesh.size})")
     trainer = make_trainer(
-        init_theta, lambda data: list(estimators(data)), outer_optimizer(config), particles=config.particles, mesh=mesh
+        init_theta,
+        lambda data: list(estimators(data)),
+        outer_optimizer(config),
+        particles=config.particles,
+        mesh=mesh,
+        particle_clip=math.inf if config.particle_clip is None else config.particle_clip,
     )
     data = place(tuple(family.data for family in families), mesh)
     halves = 1 if "bptt" in config.estimator else 2

@@ -75,6 +75,7 @@ def make_trainer(
     *,
     particles: int,
     mesh: Mesh,
+    particle_clip: float = math.inf,
 ) -> Trainer:
     r"""Builds a meta-training run.
 
@@ -91,6 +92,8 @@ def make_trainer(
         outer: any Optax transform, the outer optimizer.
         particles: per estimator; a multiple of the number of devices.
         mesh: from :func:`make_mesh`.
+        particle_clip: the most that the norm of one particle's gradient counts for: backpropagation through a chaotic
+            stretch gives a gradient that would drown all others.
 
     Returns:
         A :class:`Trainer`.
@@ -121,7 +124,8 @@ def make_trainer(
             grads, state, info = jax.lax.map(lambda x, run=run: run(*x), held, batch_size=together)
             flat = jax.vmap(lambda g: ravel_pytree(g)[0])(grads)
             finite = jnp.all(jnp.isfinite(flat), axis=1) & jnp.isfinite(info.loss)
-            total += jnp.sum(jnp.where(finite[:, None], flat, 0), axis=0)
+            shares = jnp.minimum(1, particle_clip / jnp.maximum(jnp.linalg.norm(flat, axis=1), 1e-30))
+            total += jnp.sum(jnp.where(finite[:, None], shares[:, None] * flat, 0), axis=0)
             new_states.append(state)
             loss = jnp.sum(jnp.where(finite, info.loss, 0))
             figures.append(jnp.stack([loss, jnp.sum(finite), jnp.sum(info.restarts)]))
