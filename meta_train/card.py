@@ -112,3 +112,56 @@ def _failures(figures: Sequence[Mapping[str, Any]]) -> str:
         for row in lost
     ]
     return "It ended behind tuned Adam, or diverged, on:\n\n" + "\n".join(lines) + "\n"
+
+
+_UNSUPERVISED = """\
+# {name}
+
+A learned unsupervised rule of the kind `{rule}`, {size} meta-parameters, meta-trained with
+[learned-opt](../../README.md). It trains networks on rows without labels; it is no optimizer.
+
+```python
+from learned_opt.unsupervised import LearnedFeatures
+features = LearnedFeatures("{name}", sizes=(64, 32)).fit_transform(X)   # scikit-learn; in JAX: docs/unsupervised.md
+```
+
+## How it was made
+
+Meta-trained by the estimator `{estimator}` on the suite `{suite}` of `tasks/representation.py`, {meta_steps:,}
+meta-steps of {particles} particles a family and {unroll} inner steps each, episodes of {min_length} to {max_length} steps,
+seed {seed}{start}. The whole configuration is in `rule.json`; `learned-opt train` with these settings repeats it. Libraries: {libraries}.
+
+## What it is worth
+
+{held_out}
+
+## Licence
+
+Apache-2.0, as the code. The letters that it was meta-trained on are drawn from the fonts that come with matplotlib.
+"""
+
+
+def unsupervised_text(name: str, record: Mapping[str, Any], held_out: str | None = None) -> str:
+    """The card of an unsupervised rule as Markdown.
+
+    Args:
+        name: the rule's name.
+        record: its ``rule.json``.
+        held_out: what it is worth, as Markdown; ``None`` if nobody has looked yet.
+
+    Returns:
+        The text.
+    """
+    config = record.get("config") or {}
+    known = ("estimator", "suite", "meta_steps", "particles", "unroll", "min_length", "max_length")
+    libraries = ", ".join(f"{library} {version}" for library, version in record.get("libraries", {}).items())
+    return _UNSUPERVISED.format(
+        name=name,
+        rule=record["rule"],
+        size=sum(_size(spec["shape"]) for spec in record["theta"].values()),
+        seed=record.get("seed", "unknown"),
+        start="" if config.get("init") is None else ", from an earlier rule",
+        libraries=libraries or "unknown",
+        held_out=held_out or "Not measured yet: `python benchmarks/unsupervised_features.py --rule FOLDER` does.",
+        **{field: config.get(field, 0 if field == "meta_steps" else "unknown") for field in known},
+    )

@@ -235,7 +235,11 @@ def _export(arguments: argparse.Namespace) -> int:
     results = arguments.workdir / "bench" / "results.json"
     if results.is_file():
         card["held_out"] = json.loads(results.read_text())
-    card["readme"] = importlib.import_module(".card", __package__).text(arguments.name, record, card.get("held_out"))
+    cards = importlib.import_module(".card", __package__)
+    if record["rule"] in UNSUPERVISED:
+        card["readme"] = cards.unsupervised_text(arguments.name, record)
+    else:
+        card["readme"] = cards.text(arguments.name, record, card.get("held_out"))
     folder = learned_opt.save(arguments.to / arguments.name, record["rule"], theta, kwargs=record["kwargs"], card=card)
     if arguments.json:
         _print_json({"folder": str(folder), "rule": record["rule"]})

@@ -12,7 +12,7 @@ from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, Transfo
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from ..store import available_unsupervised, load_unsupervised
+from ..store import load_unsupervised
 from . import network
 from .rule import UnsupervisedRule, unsupervised
 
