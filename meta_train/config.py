@@ -24,6 +24,8 @@ class Config:
         rule_kwargs: arguments of its factory.
         init: a pretrained name or a saved rule's folder to start from; by default fresh meta-parameters.
         trainable: the top-level entries of theta that are trained, the others stay as they start; by default all.
+        learner: what a particle runs: ``"optimizer"`` (the rule optimizes tasks), ``"local_sgd"`` (it is the outer step
+            of local SGD; lengths are rounds) or ``"features"`` (an unsupervised rule); by default by the rule's kind.
         suite: a training suite of ``tasks.suites``; for an unsupervised rule, of ``tasks.representation``.
         estimator: a name in ``meta_train.estimators.ESTIMATORS``.
         meta_steps: number of meta-steps.
@@ -57,6 +59,7 @@ class Config:
     rule_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     init: str | None = None
     trainable: list[str] = dataclasses.field(default_factory=list)
+    learner: str | None = None
     suite: str = "quick"
     estimator: str = "pes"
     meta_steps: int = 1000

@@ -29,7 +29,8 @@ from . import checkpoint, progress
 from . import config as configs
 from .config import Config, ConfigError
 from .estimators import ESTIMATORS
-from .learners import SCHEDULES, task_learner
+from .learners import SCHEDULES, Learner, task_learner
+from .local_sgd import local_sgd_learner
 from .trainer import Trainer, TrainInfo, TrainState, make_mesh, make_trainer, place
 from .unsupervised import feature_learner, one_by_one
 
@@ -53,6 +54,38 @@ class Outcome(NamedTuple):
     theta: Theta
     step: int
     finished: bool
+
+
+def _optimizer(config: Config, rule, entry, family, lengths) -> Learner:
+    """The rule optimizes tasks."""
+    del entry
+    return task_learner(
+        rule,
+        family,
+        lengths=lengths,
+        multiple_of=config.unroll,
+        learning_rates=config.learning_rates,
+        schedule=SCHEDULES[config.inner_schedule],
+        max_loss=config.max_loss,
+    )
+
+
+def _outer_step(config: Config, rule, entry, family, lengths) -> Learner:
+    """The rule is the outer step of local SGD."""
+    del entry
+    return local_sgd_learner(rule, family, rounds=lengths, multiple_of=config.unroll, max_loss=config.max_loss)
+
+
+def _features(config: Config, rule, entry, family, lengths) -> Learner:
+    """The rule learns features without labels."""
+    return feature_learner(rule, family, entry, lengths=lengths, multiple_of=config.unroll)
+
+
+LEARNERS: dict[str, Callable[..., Learner]] = {
+    "features": _features,
+    "local_sgd": _outer_step,
+    "optimizer": _optimizer,
+}
 
 
 def set_up(config: Config, mesh: Mesh) -> Setup:
@@ -82,24 +115,16 @@ def set_up(config: Config, mesh: Mesh) -> Setup:
     whole = config.estimator in _WHOLE_EPISODES
     lengths = (config.unroll, config.unroll) if whole else (config.min_length, config.max_length)
 
+    unsupervised = isinstance(rule, UnsupervisedRule)
+    kind = config.learner or ("features" if unsupervised else "optimizer")
+    if kind not in LEARNERS or unsupervised != (kind == "features"):
+        raise ConfigError(f"rule {config.rule!r} has no learner {kind!r}; learners: {', '.join(LEARNERS)}")
+
     def estimators(data: Data):
         for entry, family, held in zip(entries, families, data, strict=True):
-            if isinstance(rule, UnsupervisedRule):
-                learner = feature_learner(
-                    rule, family._replace(data=held), entry, lengths=lengths, multiple_of=config.unroll
-                )
-                yield one_by_one(ESTIMATORS[config.estimator](learner, unroll=config.unroll, sigma=config.sigma))
-                continue
-            learner = task_learner(
-                rule,
-                family._replace(data=held),
-                lengths=lengths,
-                multiple_of=config.unroll,
-                learning_rates=config.learning_rates,
-                schedule=SCHEDULES[config.inner_schedule],
-                max_loss=config.max_loss,
-            )
-            yield ESTIMATORS[config.estimator](learner, unroll=config.unroll, sigma=config.sigma)
+            learner = LEARNERS[kind](config, rule, entry, family._replace(data=held), lengths)
+            estimator = ESTIMATORS[config.estimator](learner, unroll=config.unroll, sigma=config.sigma)
+            yield one_by_one(estimator) if unsupervised else estimator
 
     if config.particles % mesh.size:
         raise ConfigError(f"particles ({config.particles}) must be a multiple of the number of devices ({mesh.size})")
