@@ -22,6 +22,7 @@ class LocalSGDLearnerState(NamedTuple):
     workers: jax.Array  # int32, K of this episode
     delay: jax.Array  # int32, H of this episode
     local_rate: jax.Array  # float, the workers' step size
+    learning_rate: jax.Array  # float, the outer step size
     taken: jax.Array  # int32, rounds taken
     num_rounds: jax.Array  # int32, rounds of this episode
     initial_loss: jax.Array  # float, what the losses are divided by
@@ -36,7 +37,7 @@ def local_sgd_learner(
     local_rates: tuple[float, float] = (0.03, 0.5),
     rounds: tuple[int, int] = (20, 200),
     multiple_of: int = 1,
-    learning_rate: float | None = None,
+    learning_rates: tuple[float, float] | None = None,
     max_loss: float = 4.0,
 ) -> Learner:
     r"""The learner of a learned outer step under local SGD, one round a step.
@@ -58,7 +59,7 @@ def local_sgd_learner(
         local_rates: range of the workers' step size.
         rounds: least and most rounds of an episode.
         multiple_of: rounds are rounded to multiples of it (the estimator's window).
-        learning_rate: :math:`\eta` of a rule that has a free step size; by default its own.
+        learning_rates: range of :math:`\eta`, for a rule that has a free step size; by default always its own.
         max_loss: cap of the meta-loss, in units of the initial loss.
 
     Returns:
@@ -67,10 +68,12 @@ def local_sgd_learner(
     Reference:
         Joseph et al., "Meta-learning optimizers for communication-efficient learning" (LOpt-A), 2024.
     """
-    rate = learning_rate or outer.learning_rate or 1.0
+    if learning_rates is None:
+        default = 1.0 if outer.learning_rate is None else outer.learning_rate
+        learning_rates = (default, default)
 
     def init(theta: Theta, key: jax.Array) -> LocalSGDLearnerState:
-        k_cfg, k_params, k_workers, k_delay, k_rate, k_rounds, k_loss = jax.random.split(key, 7)
+        k_cfg, k_params, k_workers, k_delay, k_local, k_rate, k_rounds, k_loss = jax.random.split(key, 8)
         cfg = family.sample(k_cfg)
         task = family.task(family.data, cfg)
         anchor = task.init(k_params)
@@ -83,7 +86,8 @@ def local_sgd_learner(
             cfg=cfg,
             workers=jax.random.randint(k_workers, (), 1, max_workers + 1),
             delay=jnp.round(log_uniform(k_delay, *delays)).astype(jnp.int32),
-            local_rate=log_uniform(k_rate, *local_rates),
+            local_rate=log_uniform(k_local, *local_rates),
+            learning_rate=log_uniform(k_rate, *learning_rates),
             taken=jnp.zeros((), jnp.int32),
             num_rounds=num_rounds,
             initial_loss=jnp.where(jnp.isfinite(loss), jnp.maximum(jnp.abs(loss), 1e-6), 1.0),
@@ -114,7 +118,7 @@ def local_sgd_learner(
         )
         transform = outer.build(theta, num_steps=state.num_rounds)
         updates, outer_state = transform.update(delta, state.outer, state.anchor, value=loss)
-        anchor = jax.tree.map(lambda p, u: p + (rate * u).astype(p.dtype), state.anchor, updates)
+        anchor = jax.tree.map(lambda p, u: p + (state.learning_rate * u).astype(p.dtype), state.anchor, updates)
         meta_loss = jnp.where(jnp.isfinite(loss), jnp.minimum(loss / state.initial_loss, max_loss), max_loss)
         return state._replace(anchor=anchor, outer=outer_state, taken=state.taken + 1), meta_loss
 

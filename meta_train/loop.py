@@ -73,7 +73,14 @@ def _optimizer(config: Config, rule, entry, family, lengths) -> Learner:
 def _outer_step(config: Config, rule, entry, family, lengths) -> Learner:
     """The rule is the outer step of local SGD."""
     del entry
-    return local_sgd_learner(rule, family, rounds=lengths, multiple_of=config.unroll, max_loss=config.max_loss)
+    return local_sgd_learner(
+        rule,
+        family,
+        rounds=lengths,
+        multiple_of=config.unroll,
+        learning_rates=config.learning_rates,
+        max_loss=config.max_loss,
+    )
 
 
 def _features(config: Config, rule, entry, family, lengths) -> Learner:
@@ -248,6 +255,8 @@ def _save(state: TrainState, step: int, config: Config, workdir: Path, checkpoin
 def _save_rule(state: TrainState, step: int, config: Config, workdir: Path, whole) -> None:
     if jax.process_index() == 0:
         card = {"seed": config.seed, "config": dataclasses.asdict(config) | {"meta_steps": step}}
+        if config.learning_rates is not None:  # the middle of what it was trained at
+            card["learning_rate"] = float(f"{math.sqrt(math.prod(config.learning_rates)):.1g}")
         theta = whole(jax.tree.map(np.asarray, state.theta))
         learned_opt.save(workdir / "rule", config.rule, theta, kwargs=config.rule_kwargs, card=card)
 
