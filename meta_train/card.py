@@ -19,7 +19,7 @@ Needs: {needs}. {rate}
 ## How it was made
 
 Meta-trained by the estimator `{estimator}` on the training suite `{suite}` for {meta_steps:,} meta-steps of {particles}
-{particles} particles a family and {unroll} inner steps each, episodes of {min_length} to {max_length} steps, seed {seed}. The whole
+particles a family and {unroll} inner steps each, episodes of {min_length} to {max_length} steps, seed {seed}. The whole
 configuration is in `rule.json`; `learned-opt train` with these settings repeats it.
 Libraries: {libraries}.
 
@@ -128,8 +128,8 @@ features = LearnedFeatures("{name}", sizes=(64, 32)).fit_transform(X)   # scikit
 ## How it was made
 
 By the estimator `{estimator}` on the suite `{suite}` of `tasks/representation.py`: {meta_steps:,} meta-steps of
-{particles} particles a family and {unroll} inner steps each, episodes of {min_length} to {max_length} steps, seed {seed}{start}.
-The whole configuration is in `rule.json`; `learned-opt train` with these settings repeats it.
+{particles} particles a family and {unroll} inner steps each, episodes of {min_length} to {max_length} steps, seed
+{seed}{start}. The whole configuration is in `rule.json`; `learned-opt train` with these settings repeats it.
 Libraries: {libraries}.
 
 ## What it is worth
