@@ -3,7 +3,8 @@
 No data set of a training suite appears in a held-out suite, whole or in part, nor one range of a synthetic generator in
 another. No kind of family does either, but for those of ``SAME_FAMILY_NEW_DATA``: these are judged on new data *and* at
 other sizes. Checkpoints, settings and ablations are compared on ``VALIDATION`` alone, which shares no data with the
-other two. A test holds the suites to it.
+other two. A test holds the suites to it. The held-out suites are frozen: ``tasks/held_out.json`` describes every
+entry (:mod:`tasks.manifest`), and a test recomputes it.
 """
 
 import functools
@@ -44,8 +45,10 @@ class Description(NamedTuple):
     num_params: int
 
 
-def _on(dataset: str, name: str, factory: Callable[..., TaskFamily], **options: Any) -> Entry:
-    return Entry(f"{dataset}/{name}", factory.__name__, dataset, functools.partial(factory, dataset, **options))
+def _on(
+    dataset: str, name: str, factory: Callable[..., TaskFamily], *, steps: int | None = None, **options: Any
+) -> Entry:
+    return Entry(f"{dataset}/{name}", factory.__name__, dataset, functools.partial(factory, dataset, **options), steps)
 
 
 def _synthetic(factory: Callable[..., TaskFamily], dim: int, **options: Any) -> Entry:
@@ -56,13 +59,14 @@ def _synthetic(factory: Callable[..., TaskFamily], dim: int, **options: Any) -> 
     return Entry(f"{dataset}/{dim}", factory.__name__, dataset, make)
 
 
-def _rescaled(entry: Entry, low: float = 1e-3, high: float = 1e3) -> Entry:
+def _rescaled(entry: Entry, low: float = 1e-3, high: float = 1e3, per_tensor: bool = False) -> Entry:
     """The entry with the scale of its parameters drawn anew for every task."""
-    return entry._replace(name=f"{entry.name}-rescaled", make=functools.partial(_make_rescaled, entry, low, high))
+    make = functools.partial(_make_rescaled, entry, low, high, per_tensor)
+    return entry._replace(name=f"{entry.name}-rescaled", make=make)
 
 
-def _make_rescaled(entry: Entry, low: float, high: float) -> TaskFamily:
-    return reparametrise(entry.make(), low, high)
+def _make_rescaled(entry: Entry, low: float, high: float, per_tensor: bool) -> TaskFamily:
+    return reparametrise(entry.make(), low, high, per_tensor)
 
 
 _FASHION, _SOTU, _MOBY_DICK, _KJV = "fashion_mnist_small", "sotu_small", "moby_dick_small", "kjv_small"
@@ -138,10 +142,27 @@ HELD_OUT: dict[str, tuple[Entry, ...]] = {
     "quick": _QUICK,
     "held_out": (
         *_QUICK,
-        _rescaled(_QUICK[0]),
+        # eight times as wide and three times as deep as what rules are trained on
+        _on("digits", "mlp-64-256-10-relu", image_mlp, side=8, width=256),
+        _on("digits", "mlp-64-9x32-10-tanh", image_mlp, side=8, width=32, depth=9, activation="tanh"),
+        # thirty times the parameters, batches of 8 and 1,024, five times the horizon
+        _on(
+            "digits",
+            "mlp-64-2688-10-gelu-500-steps",
+            image_mlp,
+            side=8,
+            width=2688,
+            activation="gelu",
+            batch_size=16,
+            steps=500,
+        ),
+        _on("digits", "mlp-64-24-10-relu-batch-8", image_mlp, side=8, width=24, batch_size=8),
+        _on("digits", "mlp-64-20-10-tanh-batch-1024", image_mlp, side=8, width=20, activation="tanh", batch_size=1024),
+        _on("digits", "autoencoder-64-24-6-10000-steps", image_autoencoder, side=8, width=24, code=6, steps=10_000),
+        # tensors of one network differ in scale by up to a hundred
+        _rescaled(_QUICK[0], 0.1, 10.0, per_tensor=True),
         _on("digits", "conv-8-16-32-gelu", image_conv, side=8, channels=(8, 16, 32), activation="gelu"),
         _on("diabetes", "mlp-10-32-32-1-relu", tabular_mlp, width=32, depth=2, batch_size=32),
-        _on("wine", "logistic", logistic_regression, batch_size=32),
         _on(_MOBY_DICK, "lstm-24", char_rnn, core="lstm", width=24, embedding=8, length=8, batch_size=16),
         _on(_MOBY_DICK, "transformer-1x16", char_transformer, layers=1, width=16, length=8, batch_size=16),
         _synthetic(quadratic, 64, condition=(1e3, 1e4)),

@@ -1,11 +1,12 @@
 """The suites: training and held-out kept apart, every entry made."""
 
+import functools
 import itertools
 
 import jax
 import pytest
 
-from tasks import data, suites
+from tasks import data, manifest, suites
 from tasks.suites import HELD_OUT, SAME_FAMILY_NEW_DATA, TRAIN, VALIDATION, Entry
 
 TRAINED = {entry.name: entry for entries in TRAIN.values() for entry in entries}
@@ -69,18 +70,42 @@ def test_names_are_unique_and_shared_entries_the_same():
 def test_sizes_of_the_suites():
     assert {name: len(suite) for name, suite in VALIDATION.items()} == {"validation": 5}
     assert {name: len(suite) for name, suite in TRAIN.items()} == {"quick": 2, "small": 1, "standard": 5, "broad": 9}
-    assert {name: len(suite) for name, suite in HELD_OUT.items()} == {"quick": 5, "held_out": 13, "fetched": 6}
+    assert {name: len(suite) for name, suite in HELD_OUT.items()} == {"quick": 5, "held_out": 18, "fetched": 6}
 
 
 @pytest.mark.parametrize("entry", HERE, ids=lambda entry: entry.name)
 def test_entries_describe_themselves(entry):
     described = suites.describe(entry)
     assert described[:3] == entry[:3]
-    assert 0 < described.num_params < 20_000
+    assert 0 < described.num_params <= 300_000
 
 
 def test_the_reference_task_has_its_published_size():
     assert suites.describe(suites.suite("small")[0]).num_params == 2410
+
+
+def test_the_held_out_suites_are_as_frozen():
+    """Whoever changes one must freeze anew, `python -m tasks.manifest`, and run every benchmark that is reported."""
+    frozen = manifest.frozen()
+    assert manifest.digest({"suites": frozen["suites"], "entries": frozen["entries"]}) == frozen["sha256"]
+    now = manifest.compute()
+    for name, description in frozen["entries"].items():
+        assert now["entries"][name] == description, name
+    assert now["sha256"] == frozen["sha256"]
+
+
+def test_the_manifest_notices_every_change():
+    entry = HELD_OUT["held_out"][0]
+    described = manifest.describe(entry)
+    make = entry.make
+    changed = [
+        entry._replace(steps=7),
+        entry._replace(make=functools.partial(make.func, *make.args, **{**make.keywords, "width": 49})),
+        entry._replace(make=functools.partial(make.func, *make.args, **make.keywords, batch_size=65)),
+        entry._replace(dataset="fashion_mnist_small"),
+    ]
+    assert all(manifest.describe(other) != described for other in changed)
+    assert described["parameters"]["hidden_0/w"] == [64, 48]
 
 
 def test_fetched_entries_name_the_command(tmp_path, monkeypatch):
