@@ -28,6 +28,7 @@ _CLIP = 1000.0
 _EPS = 1e-5
 _ROOT_EPS = 1e-6
 _STEP = 1e-3
+_BLOCK = 16384  # elements of one block of a large tensor: its arrays stay in the second-level cache
 _TINY = 1e-20  # of a second moment: below, the derivative of its root may overflow
 
 
@@ -42,6 +43,8 @@ class VeloState(NamedTuple):
         r: the second moment, likewise.
         row: factored second moments by row, see :func:`learned_opt.features.factored_zeros`.
         col: the same by column.
+        moments: of each tensor's ``m`` and ``r``, see :func:`moments`: the LSTM reads them at the next update
+            (``celo``: none).
     """
 
     step: jax.Array
@@ -51,6 +54,7 @@ class VeloState(NamedTuple):
     r: optax.Updates
     row: optax.Updates
     col: optax.Updates
+    moments: optax.Updates
 
 
 # --- the per-parameter part, shared with celo
@@ -126,7 +130,7 @@ def start_state(params: optax.Params, memory: LSTMState) -> VeloState:
     m = tuple(ft.zeros(params) for _ in MOMENTUM)
     loss = recurrent.loss_start(common_dtype(params))
     factored = ft.factored_zeros(params, len(FACTORED))
-    return VeloState(jnp.zeros((), jnp.int32), loss, memory, m, ft.zeros(params), *factored)
+    return VeloState(jnp.zeros((), jnp.int32), loss, memory, m, ft.zeros(params), *factored, moments=())
 
 
 def update_all(updates, params, state: VeloState, loss: LossBuffer, memory: LSTMState, networks: list, mult: jax.Array):
@@ -149,7 +153,7 @@ def update_all(updates, params, state: VeloState, loss: LossBuffer, memory: LSTM
     parts = iter(zip(networks, mult, strict=True)) if networks else iter(())
     given = tree.unflatten([(p, *next(parts)) if p.size else (p, None, None) for p in leaves])
     updates, *m, r, row, col = ft.map_tensors(update_tensor, updates, given, *state.m, state.r, state.row, state.col)
-    return updates, VeloState(optax.safe_increment(state.step), loss, memory, tuple(m), r, row, col)
+    return updates, VeloState(optax.safe_increment(state.step), loss, memory, tuple(m), r, row, col, moments=())
 
 
 def common_dtype(params: optax.Params) -> jnp.dtype:
@@ -161,26 +165,55 @@ def common_dtype(params: optax.Params) -> jnp.dtype:
 
 
 @jax.jit
-def tensor_features(p: jax.Array, m: list[jax.Array], r: jax.Array) -> jax.Array:
+def tensor_features(p: jax.Array, moments: jax.Array) -> jax.Array:
     """What the LSTM sees of a tensor, ``[12]``: its second moment, rank and the spread of its momenta.
 
     With ``q = rsqrt(max(1e-9, mean(p^2)))`` and ``l(x) = clip(ln(1e-8 + |10 x|), -5, 5) / 2``: ``l(mean(q r))``, the
     number of axes longer than 1 as one of five classes, ``l(mean((q m - mean(q m))^2))`` for the three momenta, and as
     published ``l(mean((q r - mean(q m))^2))``.
+
+    Args:
+        p: the parameters, ``[*shape]``.
+        moments: of ``m`` and ``r``, see :func:`moments`.
     """
-    dtype = ft.compute_dtype(p.dtype)
-    p, r = p.astype(dtype), r.astype(dtype)
-
-    def logs(x):
-        return 0.5 * jnp.clip(jnp.log(1e-8 + jnp.abs(10 * x)), -5, 5)
-
+    p = p.astype(moments.dtype)
+    mean_m, mean_r, var_m, var_r = jnp.split(moments, (3, 4, 7))
     q = jax.lax.rsqrt(jnp.maximum(1e-9, jnp.mean(p * p)))
-    mean_m = jnp.stack([jnp.mean(q * x) for x in m])
-    var_m = jnp.stack([jnp.mean((q * x - mean) ** 2) for x, mean in zip(m, mean_m, strict=True)])
-    mean_r = jnp.mean(q * r)
-    var_r = jnp.mean((q * r - mean_r) ** 2) + (mean_r - mean_m) ** 2
-    rank = jax.nn.one_hot(sum(size > 1 for size in p.shape), _RANKS, dtype=dtype)
-    return jnp.concatenate([logs(mean_r)[None], rank, logs(var_m), logs(var_r)])
+    rank = jax.nn.one_hot(sum(size > 1 for size in p.shape), _RANKS, dtype=p.dtype)
+    seen = jnp.concatenate([q * mean_r, q * q * var_m, q * q * (var_r + (mean_r - mean_m) ** 2)])
+    logs = 0.5 * jnp.clip(jnp.log(1e-8 + jnp.abs(10 * seen)), -5, 5)
+    return jnp.concatenate([logs[:1], rank, logs[1:]])
+
+
+@jax.jit
+def moments(r: jax.Array, *m: jax.Array) -> jax.Array:
+    """Means of the three momenta and of ``r``, then their variances: ``[8]``.
+
+    They are taken right after an update and kept for the next one. The accumulators are then not yet buffers that the
+    caller lends: of those, the compiler makes copies for the loop below.
+    """
+    xs = [*m, r]
+    if not r.size:
+        return jnp.zeros(8, r.dtype)
+    if r.size < 4 * _BLOCK:
+        means = jnp.stack([jnp.mean(x) for x in xs])
+        return jnp.concatenate([means, jnp.stack([jnp.mean((x - y) ** 2) for x, y in zip(xs, means, strict=True)])])
+    flat = [x.reshape(-1) for x in xs]
+
+    def terms(start, size):
+        block = [jax.lax.dynamic_slice_in_dim(x, start, size) for x in flat]
+        return [*block, *(x * x for x in block)]
+
+    def add(total, start):  # a running sum for each place in a block: one loop over what the cache holds
+        return [x + y for x, y in zip(total, terms(start, _BLOCK), strict=True)], None
+
+    count = r.size // _BLOCK
+    total, _ = jax.lax.scan(add, [jnp.zeros(_BLOCK, r.dtype)] * 8, _BLOCK * jnp.arange(count))
+    rest = terms(count * _BLOCK, r.size - count * _BLOCK)
+    means, squares = jnp.split(
+        jnp.stack([jnp.sum(x) + jnp.sum(y) for x, y in zip(total, rest, strict=True)]) / r.size, 2
+    )
+    return jnp.concatenate([means, jnp.maximum(squares - means**2, 0)])  # of so many, the mean is small
 
 
 def velo(
@@ -245,7 +278,8 @@ def velo(
             ft.check_params(params)
             recurrent.required_num_steps(num_steps, "velo")
             rows = sum(p.size > 0 for p in jax.tree.leaves(params))
-            return start_state(params, recurrent.lstm_start(theta["lstm"], rows, common_dtype(params)))
+            state = start_state(params, recurrent.lstm_start(theta["lstm"], rows, common_dtype(params)))
+            return state._replace(moments=jax.tree.map(lambda r: jnp.zeros(8, r.dtype), state.r))
 
         def update_fn(updates, state, params=None, *, value=None, **extra_args):
             del extra_args
@@ -255,10 +289,10 @@ def velo(
             horizon = total if loss_horizon is None else loss_horizon
             losses, loss = recurrent.loss_update(state.loss, value, horizon)
             dtype = common_dtype(params)
-            tensors = [x for x in zip(*map(jax.tree.leaves, (params, state.r, *state.m)), strict=True) if x[0].size]
-            seen = [tensor_features(p, m, r).astype(dtype) for p, r, *m in tensors]
+            pairs = zip(jax.tree.leaves(params), jax.tree.leaves(state.moments), strict=True)
+            seen = [tensor_features(p, x).astype(dtype) for p, x in pairs if p.size]
             if not seen:
-                return update_all(updates, params, state, loss, state.memory, [], jnp.zeros((0,), dtype))
+                return updates, state._replace(step=optax.safe_increment(state.step), loss=loss)
             shared = jnp.concatenate([recurrent.fraction_embedding(state.step, total, dtype), losses.astype(dtype)])
             x = jnp.stack([jnp.concatenate([shared, y]) for y in seen])
             memory = recurrent.pooled_lstm(theta, x, state.memory)
@@ -267,7 +301,8 @@ def velo(
             flat = settle(mix(theta["bank"], controls), jax.tree.leaves(updates))
             networks = [unmix(weights, theta["bank"]) for weights in flat]
             memory = memory if recurrent_memory else state.memory
-            return update_all(updates, params, state, loss, memory, networks, mult)
+            updates, state = update_all(updates, params, state, loss, memory, networks, mult)
+            return updates, state._replace(moments=jax.tree.map(moments, state.r, *state.m))
 
         return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
