@@ -426,7 +426,8 @@ def main():
         "supervised, straight-through": (partial(supervised, straight_through=True), by_labels),
     }
     plain = {name: _NO_RULE[name] for name in ("hand-set rule", "random init")}
-    methods = {"table": ours | _NO_RULE, "step": ours | plain | step, "transfer": ours | plain}
+    by_hand_few = {"hand-set rule": (by_hand, grid(steps=(300,), rate=(3e-4, 1e-3), decorrelation=(0.1,)))}
+    methods = {"table": ours | _NO_RULE, "step": ours | plain | step, "transfer": ours | plain | by_hand_few}
 
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / "results.json"

@@ -66,7 +66,7 @@ class LearnedFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         sizes: Sequence[int] = (64, 32),
         activation: str = "relu",
         *,
-        steps: int = 200,
+        steps: int = 300,
         batch_size: int = 64,
         random_state: int | np.random.RandomState | None = 0,
         verbose: bool = False,
