@@ -7,7 +7,7 @@ rule, write a module with the factory and a ``PAPER`` string, and add a row.
 from collections.abc import Callable
 
 from ..base import LearnedOptimizer
-from . import adafac_mlp, celo, celo2, celo_adam, lstm, mlp, nn_adam, rnn_mlp, scheduler, tuned, velo
+from . import adafac_mlp, celo, celo2, celo_adam, lstm, mlp, nn_adam, outer, rnn_mlp, scheduler, tuned, velo
 
 RULES: dict[str, Callable[..., LearnedOptimizer]] = {
     "adafac_mlp": adafac_mlp.adafac_mlp,
@@ -19,6 +19,7 @@ RULES: dict[str, Callable[..., LearnedOptimizer]] = {
     "mlp": mlp.mlp,
     "nadamw": tuned.nadamw,
     "nn_adam": nn_adam.nn_adam,
+    "outer": outer.outer,
     "rnn_mlp": rnn_mlp.rnn_mlp,
     "scheduler": scheduler.scheduler,
     "sgd": tuned.sgd,
