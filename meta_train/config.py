@@ -39,6 +39,7 @@ class Config:
             the rule's own.
         max_learning_rate: upper end.
         inner_schedule: the step size over an episode, ``"constant"`` or ``"cosine"``.
+        told_length: share of the episodes in which the rule is told their length (see ``task_learner``).
         max_loss: cap of the meta-loss in units of the initial loss; what a non-finite loss counts as.
         outer_optimizer: the name of an Optax optimizer that takes a learning rate.
         outer_kwargs: its other arguments.
@@ -71,6 +72,7 @@ class Config:
     min_learning_rate: float | None = None
     max_learning_rate: float | None = None
     inner_schedule: str = "constant"
+    told_length: float = 1.0
     max_loss: float = 4.0
     outer_optimizer: str = "adam"
     outer_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -99,6 +101,8 @@ class Config:
                 raise ConfigError(f"{name} must be positive, not {getattr(self, name)}")
         if self.particle_clip is not None and not self.particle_clip > 0:
             raise ConfigError(f"particle_clip must be positive, not {self.particle_clip}")
+        if not 0 <= self.told_length <= 1:
+            raise ConfigError(f"told_length must be between 0 and 1, not {self.told_length}")
         if self.meta_steps < 0 or self.seed < 0:
             raise ConfigError("meta_steps and seed must not be negative")
         if self.max_length < self.min_length:

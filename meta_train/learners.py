@@ -57,6 +57,14 @@ class TaskState(NamedTuple):
     initial_loss: jax.Array  # float, what the losses are divided by
 
 
+def _told(state: TaskState, share: float) -> jax.Array:
+    """The episode's length, or 0 where the rule is not told: a coin for each episode, the same at all its steps."""
+    if share >= 1:
+        return state.num_steps
+    bits = jax.lax.bitcast_convert_type(state.initial_loss.astype(jnp.float32), jnp.uint32)
+    return jnp.where(jax.random.bernoulli(jax.random.fold_in(jax.random.key(0), bits), share), state.num_steps, 0)
+
+
 def task_learner(
     rule: LearnedOptimizer,
     family: TaskFamily,
@@ -66,6 +74,7 @@ def task_learner(
     learning_rates: tuple[float, float] | None = None,
     schedule: Callable[[jax.Array], jax.Array] = SCHEDULES["constant"],
     max_loss: float = 4.0,
+    told_length: float = 1.0,
 ) -> Learner:
     r"""The learner that optimizes tasks drawn from a family with a learned rule.
 
@@ -85,6 +94,8 @@ def task_learner(
         learning_rates: range of the step size, for a rule that has a free one; by default always its own default.
         schedule: the shape ``s`` of the step size over an episode, a function of the fraction done.
         max_loss: cap of the meta-loss, in units of the initial loss.
+        told_length: share of the episodes in which the rule is told their length; in the others it is told 0, which
+            the rule ``scheduler`` takes for an unknown length.
 
     Returns:
         A :class:`Learner` whose state is a :class:`TaskState`.
@@ -125,7 +136,7 @@ def task_learner(
         batch = task.batch(k_batch, "train")
         loss, grads = jax.value_and_grad(lambda p: task.loss(p, k_loss, batch)[0])(state.params)
         grads = jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), g, 0), grads)
-        transform = rule.build(theta, num_steps=state.num_steps)
+        transform = rule.build(theta, num_steps=_told(state, told_length))
         updates, opt_state = transform.update(grads, state.opt_state, state.params, value=loss)
         rate = state.learning_rate * schedule(state.taken / state.num_steps)
         params = jax.tree.map(lambda p, u: p + (rate * u).astype(p.dtype), state.params, updates)

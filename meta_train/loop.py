@@ -67,6 +67,7 @@ def _optimizer(config: Config, rule, entry, family, lengths) -> Learner:
         learning_rates=config.learning_rates,
         schedule=SCHEDULES[config.inner_schedule],
         max_loss=config.max_loss,
+        told_length=config.told_length,
     )
 
 

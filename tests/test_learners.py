@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import learned_opt
@@ -114,3 +115,27 @@ def test_the_step_size_follows_its_schedule_over_the_episode():
         before, (state, _) = state.params, learner.step(theta, state, jax.random.key(2))
         moved.append(float(before - state.params))
     np.testing.assert_allclose(moved, [1, (1 + 0.5**0.5) / 2, 0.5, (1 - 0.5**0.5) / 2], rtol=1e-5)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_the_share_of_episodes_whose_length_is_told(share):
+    """A rule whose update is the length that it is told."""
+
+    def build(theta, num_steps=None):
+        del theta
+        fill = optax.stateless(lambda grads, params: jax.tree.map(lambda g: jnp.full_like(g, num_steps), grads))
+        return optax.with_extra_args_support(fill)
+
+    stub = learned_opt.LearnedOptimizer(lambda key: (), build)
+    learner = task_learner(stub, smooth_family(), lengths=(10, 10), told_length=share)
+
+    def told(key):
+        start = learner.init((), key)
+        once, _ = learner.step((), start, key)
+        twice, _ = learner.step((), once, jax.random.fold_in(key, 1))
+        return once.params["w"] - start.params["w"], twice.params["w"] - once.params["w"]
+
+    first, second = jax.jit(jax.vmap(told))(jax.random.split(jax.random.key(0), 400))
+    np.testing.assert_allclose(first, second, atol=1e-4)  # the same all through an episode
+    np.testing.assert_allclose(np.mean(first) / 10, share, atol=4 * np.sqrt(share * (1 - share) / 400) + 1e-5)
+    assert set(np.unique(np.round(first))) <= {0.0, 10.0}
