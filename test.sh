@@ -5,4 +5,4 @@ cd "$(dirname "$0")"
 ruff check .
 ruff format --check .
 mypy
-pytest -n "${TEST_WORKERS:-2}" --dist loadfile "$@"
+pytest -n "${TEST_WORKERS:-2}" --dist loadgroup "$@"

@@ -8,7 +8,16 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llv
 
 import jax
 import matplotlib
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 matplotlib.use("Agg")
+
+
+def pytest_collection_modifyitems(items):
+    """Files stay on one worker, which shares what they compile; the contract suite splits by rule."""
+    for item in items:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        rule = f"/{params['rule']}" if "rule" in params and item.path.name == "test_rules_contract.py" else ""
+        item.add_marker(pytest.mark.xdist_group(item.path.name + rule))
