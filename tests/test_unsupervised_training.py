@@ -121,8 +121,9 @@ def test_objectives_prefer_features_that_tell_the_classes_apart(name):
 # --- the learner
 
 
-@pytest.mark.parametrize("objective", [training.ridge, training.nearest_centroid])
-@pytest.mark.parametrize("estimator", ["bptt", "truncated_bptt"])
+@pytest.mark.parametrize(
+    ("objective", "estimator"), [(training.ridge, "bptt"), (training.nearest_centroid, "truncated_bptt")]
+)
 def test_the_meta_gradient_equals_finite_differences(objective, estimator):
     with jax.enable_x64(True):
         rule, learner = small_learner(objective)
