@@ -310,7 +310,3 @@ def test_on_the_command_line(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["unsupervised"]["rules"] == ["unsupervised"]
     assert main(["train", "--rule", "unsupervised", "--workdir", str(tmp_path / "run")]) == 2
     assert "is no optimizer" in capsys.readouterr().err
-    assert main(["bench", str(folder), "--suite", "quick"]) == 2
-    message = capsys.readouterr().err
-    assert "is an unsupervised rule" in message
-    assert message.count("\n") == 1
