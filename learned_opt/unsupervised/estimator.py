@@ -120,12 +120,11 @@ class LearnedFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
             X: ``[rows, columns]``, the columns of ``fit``.
 
         Returns:
-            ``[rows, sizes[-1]]``, of the dtype of ``X``, float32 at least.
+            ``[rows, sizes[-1]]``, computed in float32, of the dtype of ``X`` where that is floating.
         """
         check_is_fitted(self)
         X = validate_data(self, X, dtype=[np.float32, np.float64], reset=False)
-        # In float64 on the host: a row's features must not depend on the rows beside it, nor on their number.
-        return _features(self.network_, self.moments_, self._scaled(X)).astype(X.dtype)
+        return np.asarray(_features(self.network_, self.moments_, self._scaled(X))).astype(X.dtype)
 
     def _scaled(self, X: np.ndarray) -> np.ndarray:
         return ((X - self.shift_) / self.scale_).astype(np.float32)
