@@ -16,14 +16,15 @@ import optax
 from tasks.suites import Entry
 
 from . import cache
-from .contenders import REFERENCE, Contender, baselines, few_baselines, fingerprint, learned, pretrained
+from .contenders import REFERENCE, Contender, baselines, fingerprint, learned, pretrained
 from .measures import smooth
 from .runs import Run, compile_run, family_of, start_of_seed
 from .timing import FLOOR, Timing, machine, take_turns
 
-__all__ = ["Contender", "Plan", "Result", "baselines", "few_baselines", "learned", "pretrained", "run_suite"]
+__all__ = ["Contender", "Plan", "Result", "baselines", "learned", "pretrained", "run_suite"]
 
-_VERSION = 1  # of what a run does: another number leaves the results kept so far unused
+_VERSION = 2  # of what a run does: another number leaves the results kept so far unused
+_AHEAD = 3  # learning rates that go on from the first tuning seed to the others
 _TUNING, _REPORTING = 1_000_000, 2_000_000  # seeds of the two start here
 
 
@@ -55,7 +56,8 @@ class Plan(NamedTuple):
     Attributes:
         steps: optimization steps, where a task does not fix its own.
         seeds: reporting seeds.
-        tuning_seeds: seeds that choose the learning rate, by the mean of the final training loss, as is reported.
+        tuning_seeds: seeds that choose the learning rate, by the mean of the final training loss, as is reported: the
+            first tries the whole grid, the others the three rates that did best on it.
         timed: whether a step of each contender is timed, too.
         folder: where results are kept, or ``None``. Those that it holds are not computed again.
     """
@@ -166,7 +168,7 @@ def _outcomes(entry: Entry, contenders: Sequence[Contender], plan: Plan) -> Iter
 
     def work(contender: Contender, device: jax.Device) -> _Outcome:
         def compiled() -> Run:
-            width = 1 if device.platform == "cpu" else max(len(contender.grid) * plan.tuning_seeds, plan.seeds)
+            width = 1 if device.platform == "cpu" else max(len(contender.grid), plan.seeds)
             return compile_run(entry, contender, steps, device, width)
 
         run = compiled() if contender.name in to_time else None
@@ -237,11 +239,15 @@ def _tune_and_report(run: Run, contender: Contender, plan: Plan) -> dict[str, np
         train, valid = run.losses(*zip(*pairs, strict=True))
         return train.reshape(len(rates), seeds, -1), valid.reshape(len(rates), seeds)
 
-    best, scores = 0, np.zeros(0)
+    best, scores = 0, np.zeros((0, 1))
     if contender.grid:
-        tuning, _ = losses(contender.grid, _TUNING, plan.tuning_seeds)
-        scores = np.nan_to_num(_final(tuning.astype(np.float64)), nan=np.inf).mean(axis=1)
-        best = int(np.argmin(scores))
+        scores = _final(losses(contender.grid, _TUNING, 1)[0].astype(np.float64))
+        if plan.tuning_seeds > 1:
+            ahead = np.argsort(np.nan_to_num(scores[:, 0], nan=np.inf), kind="stable")[:_AHEAD]
+            more, _ = losses([contender.grid[i] for i in ahead], _TUNING + 1, plan.tuning_seeds - 1)
+            scores = np.concatenate([scores, np.full((len(scores), plan.tuning_seeds - 1), np.inf)], axis=1)
+            scores[ahead, 1:] = _final(more.astype(np.float64))
+        best = int(np.argmin(np.nan_to_num(scores, nan=np.inf).mean(axis=1)))
     rates = [contender.grid[best] if contender.grid else math.nan]
     if contender.default is not None:
         rates.append(contender.default)
@@ -252,7 +258,7 @@ def _tune_and_report(run: Run, contender: Contender, plan: Plan) -> dict[str, np
         "rates": np.asarray(rates),
         "losses": train[rows],
         "valid": valid[rows],
-        "scores": scores,  # of the grid, on the tuning seeds
+        "scores": scores,  # [grid, tuning seeds], inf where a rate was no longer tried
         "on_edge": np.asarray(bool(contender.grid) and best in (0, len(contender.grid) - 1)),
     }
 

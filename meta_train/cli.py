@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -38,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, or 2 after a user's mistake, or 130 after Ctrl-C.
     """
     arguments = _parser().parse_args(argv)
+    arguments.typed = shlex.join(["learned-opt", *(sys.argv[1:] if argv is None else argv)])
     try:
         return arguments.command(arguments)
     except (ConfigError, UsageError, store.StoreError) as error:
@@ -111,14 +113,19 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "rules", nargs="*", metavar="RULE", help="pretrained names or folders; by default all pretrained"
     )
-    bench.add_argument(
-        "--suite", default="held_out", metavar="NAME", help="see `learned-opt list suites` (%(default)s)"
-    )
-    bench.add_argument("--steps", type=int, default=1000, metavar="N", help="optimization steps (%(default)s)")
-    bench.add_argument("--seeds", type=int, default=5, metavar="N", help="reporting seeds (%(default)s)")
-    bench.add_argument(
-        "--out", type=Path, metavar="DIR", help="folder for results.csv, results.json, curves.png (runs/bench-TIME)"
-    )
+    bench.add_argument("--suite", metavar="NAME", help="see `learned-opt list suites` (held_out)")
+    bench.add_argument("--steps", type=int, metavar="N", help="optimization steps (1000)")
+    bench.add_argument("--seeds", type=int, metavar="N", help="reporting seeds (5)")
+    bench.add_argument("--quick", action="store_true", help="suite quick, 300 steps, 3 seeds, the four main baselines")
+    bench.add_argument("--baselines", metavar="NAME,...", help="only these, beside Adam (all)")
+    for kind, more in (
+        ("task", "instead of the suite, or beside the one named"),
+        ("optimizer", "beside the rules named"),
+    ):
+        bench.add_argument(
+            f"--{kind}", action="append", default=[], metavar="FILE.py:FUNCTION", help=f"one of your own, {more}"
+        )
+    bench.add_argument("--out", type=Path, metavar="DIR", help="folder for report.html and figures (runs/bench-TIME)")
     _devices(bench)
     _json(bench)
 
@@ -177,7 +184,9 @@ def _train(arguments: argparse.Namespace) -> int:
     if config.bench_suite and not optimizer:
         raise UsageError(f"{config.rule!r} is no optimizer, so there is nothing to benchmark: --set bench_suite=")
     if config.bench_suite:
-        _suite(config.bench_suite)  # a mistake there must not wait for the end of the run
+        _pipeline("bench_command").choose_tasks(
+            config.bench_suite
+        )  # a mistake there must not wait for the end of the run
     workdir = arguments.workdir or Path("runs") / f"{arguments.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     _use_cores(arguments.devices, config.particles)
     if arguments.distributed:
@@ -198,8 +207,13 @@ def _train(arguments: argparse.Namespace) -> int:
     elif leader and config.bench_suite:
         shown = None if arguments.json else console
         contenders = [str(workdir / "rule")]
-        plan = _pipeline("benchmark").Plan(config.bench_steps, config.bench_seeds)
-        result["bench"] = _run_bench(contenders, config.bench_suite, plan, workdir / "bench", shown, few=True)
+        bench = _pipeline("bench_command")
+        chosen = bench.choose_contenders(bench.FEW, contenders)
+        plan = bench.Plan(config.bench_steps, config.bench_seeds)
+        entries = bench.choose_tasks(config.bench_suite)
+        result["bench"] = _checked(
+            lambda: bench.run(config.bench_suite, entries, chosen, plan, workdir / "bench", shown)
+        )
     if leader and outcome.finished and not arguments.json:
         print(f"use it:    {_use(config.rule, workdir / 'rule')}\nkeep it:   learned-opt export {workdir} NAME")
     if leader and arguments.json:
@@ -284,56 +298,33 @@ def _pairs(texts: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    benchmark, *_ = [_pipeline(module) for module in ("benchmark", "report", "progress")]
-    rules = arguments.rules or list(learned_opt.available())
-    for name in ("steps", "seeds"):
-        if getattr(arguments, name) < 1:
+    command = _pipeline("bench_command")
+    quick = arguments.quick
+    rules = arguments.rules or ([] if arguments.optimizer else list(learned_opt.available()))
+    suite = arguments.suite or (None if arguments.task else "quick" if quick else "held_out")
+    steps = 300 if arguments.steps is None and quick else 1000 if arguments.steps is None else arguments.steps
+    seeds = 3 if arguments.seeds is None and quick else 5 if arguments.seeds is None else arguments.seeds
+    for name, value in (("steps", steps), ("seeds", seeds)):
+        if value < 1:
             raise UsageError(f"--{name} must be at least 1")
     _use_cores(arguments.devices)
-    out = arguments.out or Path("runs") / f"bench-{time.strftime('%Y%m%d-%H%M%S')}"
-    shown = None if arguments.json else _console()
-    plan = benchmark.Plan(
-        arguments.steps, arguments.seeds, folder=_own_tasks("tasks.data").data_dir() / "bench", timed=True
+    names = arguments.baselines.split(",") if arguments.baselines else list(command.QUICK) if quick else None
+    plan = command.Plan(
+        steps, seeds, 1 if quick else 2, timed=True, folder=_own_tasks("tasks.data").data_dir() / "bench"
     )
-    result = _checked(lambda: _run_bench(rules, arguments.suite, plan, out, shown))
+    out = arguments.out or Path("runs") / f"bench-{time.strftime('%Y%m%d-%H%M%S')}"
+
+    def run():
+        entries = command.choose_tasks(suite, arguments.task)
+        contenders = command.choose_contenders(names, rules, arguments.optimizer)
+        shown = None if arguments.json else _console()
+        label = suite or "own tasks"
+        return command.run(label, entries, contenders, plan, out, shown, command=arguments.typed, rules=rules)
+
+    result = _checked(run)
     if arguments.json:
         _print_json(result)
     return 0
-
-
-def _run_bench(rules: Sequence[str], suite: str, plan, out: Path, console, few: bool = False) -> dict[str, Any]:
-    """Benchmarks saved rules beside the baselines; shows the tables unless ``console`` is ``None``.
-
-    ``few``: beside Adam and AdamW alone.
-    """
-    benchmark, report, progress = (_pipeline(name) for name in ("benchmark", "report", "progress"))
-    entries = _suite(suite)
-    contenders = benchmark.few_baselines() if few else benchmark.baselines()
-    contenders += [benchmark.pretrained(rule) for rule in rules]
-    with progress.progress(console or _console(), f"bench {suite}", len(entries) * len(contenders)) as show:
-        results = benchmark.run_suite(entries, contenders, plan, show=show)
-    about = {
-        "suite": suite,
-        "steps": plan.steps,
-        "seeds": plan.seeds,
-        "tuning_seeds": plan.tuning_seeds,
-        "rules": list(rules),
-        "jax": jax.__version__,
-    }
-    figures, overview = report.write(out, results, about)
-    if console is not None:
-        rich_console = importlib.import_module("rich.console").Console()
-        rich_console.print(report.tables(figures, overview, f"{suite}: {plan.steps} steps, {plan.seeds} seeds"))
-        print(f"written:   {out}/results.csv, results.json, curves.png")
-    return {"out": str(out), "about": about, "summary": overview, "figures": figures}
-
-
-def _suite(name: str):
-    suites = importlib.import_module("tasks.suites")
-    try:
-        return suites.suite(name, held_out=True)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
 
 
 def _tune(arguments: argparse.Namespace) -> int:
@@ -482,6 +473,7 @@ def _use_cores(devices: int | None, particles: int | None = None) -> None:
     if devices is not None and devices < 1:
         raise UsageError(f"--devices must be at least 1, not {devices}")
     number = devices or max(n for n in range(1, cores + 1) if (particles or cores) % n == 0)
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # LAPACK's threads would fight the devices' for the cores
     jax.config.update("jax_num_cpu_devices", number)
 
 

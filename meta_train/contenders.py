@@ -28,6 +28,8 @@ def around(usual: float) -> tuple[float, ...]:
 # Small networks want larger rates than the usual 1e-3: the middle is half a decade above it.
 GRID = around(10**-2.5)
 REFERENCE = "adam"  # what losses and speed-ups are relative to: tuned, at a constant rate
+FEW = (REFERENCE, "adamw-cosine")  # for the look at the end of a meta-training run
+QUICK = (*FEW, "muon", "soap")  # for `learned-opt bench --quick`
 _WEIGHT_DECAY = 1e-4
 # benchmarks/calibrate_adamw.py: the best single setting on the training suite
 CALIBRATED = {"learning_rate": 1e-2, "weight_decay": 1e-4}
@@ -101,14 +103,6 @@ def baselines() -> list[Contender]:
         cosine("prodigy", lambda rate: optax.contrib.prodigy(rate, **decay), 1.0, "Prodigy"),
         calibrated,
     ]
-
-
-FEW = (REFERENCE, "adamw-cosine")
-
-
-def few_baselines() -> list[Contender]:
-    """Adam and AdamW alone, for a first look."""
-    return [contender for contender in baselines() if contender.name in FEW]
 
 
 def learned(name: str, rule: LearnedOptimizer, theta: Theta, learning_rate: float | None) -> Contender:

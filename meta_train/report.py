@@ -244,7 +244,7 @@ def plot(results: Sequence[Result]) -> bytes:
     return buffer.getvalue()
 
 
-def best_baseline(figures: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+def best_baseline(figures: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
     """Of one task's figures the tuned baseline that is first at Adam's best loss, or else furthest down."""
     candidates = [row for row in figures if row["baseline"] and "@" not in row["contender"]]
     return max(candidates, key=_rank, default=None)
@@ -319,7 +319,7 @@ def _with_interval(values: Sequence[float], digits: int = 2) -> str:
     return f"{value:.{digits}f}\n[dim]{low:.2f}–{high:.2f}[/]"
 
 
-def _cell(row: dict[str, Any] | None) -> str:
+def _cell(row: Mapping[str, Any] | None) -> str:
     if row is None:
         return "–"
     progress = "diverged" if row["progress"] is None else f"{row['progress']:.3f}"
@@ -327,7 +327,7 @@ def _cell(row: dict[str, Any] | None) -> str:
     return f"{progress}\n{steps}"
 
 
-def _rank(row: dict[str, Any]) -> tuple[float, float]:
+def _rank(row: Mapping[str, Any]) -> tuple[float, float]:
     """How well a contender did on a task: by its speed-up, then, where Adam's loss is not reached, by its own."""
     return row["speed_up"] or 0.0, -math.inf if row["progress"] is None else row["progress"]
 

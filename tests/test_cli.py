@@ -45,7 +45,7 @@ def test_train_export_info_bench(capsys):
     shown = capsys.readouterr().out
     assert "steeper" in shown
     assert "score" in shown
-    for name in ("results.csv", "results.json", "curves.png"):
+    for name in ("report.html", "results.csv", "results.json", "curves.png"):
         assert (Path("run/bench") / name).stat().st_size > 100
 
     assert cli.main(["export", "run", "mine", "--to", "kept"]) == 0
