@@ -68,10 +68,10 @@ def test_update_is_the_formula_s(shapes, hidden):
         np.testing.assert_allclose(updates[i], expected, atol=5e-5, err_msg=str(shape))
 
 
-@pytest.mark.parametrize("shape", [(4115, 64), (1100, 129)])
-def test_large_matrices_go_by_blocks_and_give_the_same(shape):
+@pytest.mark.parametrize(("shape", "hidden"), [((4115, 64), 8), ((1100, 129), 8), ((4115, 64), 16)])
+def test_large_matrices_go_by_blocks_and_give_the_same(shape, hidden):
     rng = np.random.default_rng(0)
-    rule = celo2()
+    rule = celo2(hidden_size=hidden)
     theta = rule.init(jax.random.key(1))
     p, g = (jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(2))
     tx = rule.build(theta)

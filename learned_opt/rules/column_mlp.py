@@ -25,6 +25,7 @@ from ..base import Theta
 _UNROLL = 4  # length of the axis that a fused sum reduces
 _SUMS = 9  # sums in one fused reduction: with more, the unrolled body grows past what the compiler takes
 _BLOCK = 16384  # elements of one block of rows: its arrays stay in the second-level cache
+_BLOCK_OF_PRODUCTS = 4096  # the same where every element has a column of hidden units
 _WIDE = 12  # hidden units from which on a matrix product is the better code
 _LANES = 8  # a loop over rows of another length wastes much of the vector unit
 
@@ -167,6 +168,22 @@ def _network_of_products(columns: list[jax.Array], extra: list[jax.Array], layer
     return list(h)
 
 
+def _by_rows(function: Callable[..., list[jax.Array]], inputs: tuple, shape: tuple[int, ...]) -> list[jax.Array]:
+    """``function(*inputs)``, arrays of a large matrix's shape, by blocks of rows small enough for their layers."""
+    rows = max(1, _BLOCK_OF_PRODUCTS // shape[1])
+
+    def block(start, count):
+        return function(*jax.tree.map(lambda x: _rows(x, start, count), inputs))
+
+    count = shape[0] // rows
+    _, blocks = jax.lax.scan(lambda none, start: (none, block(start, rows)), None, rows * jnp.arange(count))
+    whole = [x.reshape(count * rows, shape[1]) for x in blocks]
+    if shape[0] % rows:
+        rest = block(count * rows, shape[0] % rows)
+        whole = [jnp.concatenate([x, y]) for x, y in zip(whole, rest, strict=True)]
+    return whole
+
+
 @jax.custom_jvp
 def _network_of_sums(
     columns: list[jax.Array], extra: list[jax.Array], layers: Layers, zero: jax.Array
@@ -235,7 +252,13 @@ def column_mlp(
     layers = Layers((folded, b), layers.hidden, (w[:, :outputs], c[:outputs]))
     columns = [columns[i] for i in full]
     if b.size >= _WIDE:
-        return _network_of_products(columns, extra, layers)
+        if not _block_rows(shape):
+            return _network_of_products(columns, extra, layers)
+        return _by_rows(
+            lambda *block: _network_of_products([features(*block[:-1])[i] for i in full], block[-1], layers),
+            (*inputs, extra),
+            shape,
+        )
     if is_short(shape):
         columns = [c.reshape(-1) for c in columns]
         extra = [spread(x, shape).reshape(b.size, -1) for x in extra]
