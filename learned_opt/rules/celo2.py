@@ -10,6 +10,7 @@ import optax
 from .. import features as ft
 from ..base import LearnedOptimizer, Theta
 from .column_mlp import Layers, column_mlp, is_short, settle, spread
+from .networks import network_init
 
 PAPER = "Celo2, 2026, after Moudgil et al. 2025 (Celo), arXiv:2501.12670"
 
@@ -18,6 +19,7 @@ RMS = 0.95
 FACTORED = (0.9, 0.99, 0.999)
 INPUTS = 30  # columns of the first layer
 VECTOR_INPUTS = 15  # of which tensors below rank 2 have the first
+_NORMALISED_MOMENTUM = 7  # the column m_.9 rsqrt(r)
 OUTPUTS = 3  # only the first moves the parameters
 _CLIP = 1000.0
 _EPS = 1e-9
@@ -126,15 +128,7 @@ def celo2(*, hidden_size: int = 8, orthogonalize: bool = False) -> LearnedOptimi
         raise ValueError(f"celo2 needs hidden_size >= 2, got {hidden_size}")
 
     def init(key):
-        k0, k1, k2 = jax.random.split(key, 3)
-        w0 = ft.truncated_normal(k0, (INPUTS, hidden_size), INPUTS)
-        w1 = ft.truncated_normal(k1, (hidden_size, hidden_size), hidden_size)
-        w2 = 0.1 * ft.truncated_normal(k2, (hidden_size, OUTPUTS), hidden_size)
-        w0 = w0.at[:, :2].set(0).at[7, :2].set(jnp.array([1.0, -1.0]))
-        w1 = w1.at[:, :2].set(jnp.eye(hidden_size, 2))
-        w2 = w2.at[:2, 0].set(jnp.array([1.0, -1.0]))
-        zeros = jnp.zeros((hidden_size,))
-        return {"w0": w0, "b0": zeros, "w1": w1, "b1": zeros, "w2": w2, "b2": jnp.zeros((OUTPUTS,))}
+        return network_init(key, INPUTS, hidden_size, OUTPUTS, through=_NORMALISED_MOMENTUM)
 
     @jax.jit  # traced once for all tensors of a shape
     def update_tensor(theta, gradient, p, *accumulators):
