@@ -31,5 +31,6 @@ def test_finetune():
 
 def test_no_example_goes_untested():
     tested = {"haiku_loop.py", "flax_loop.py", "equinox_loop.py", "finetune.py"}
-    elsewhere = {"local_sgd_multihost.py"}  # tests/test_local_sgd_multihost.py
+    # tests/test_local_sgd_multihost.py, tests/test_own.py
+    elsewhere = {"local_sgd_multihost.py", "my_task.py", "my_optimizer.py"}
     assert {path.name for path in (ROOT / "examples").glob("*.py")} == tested | elsewhere
