@@ -226,20 +226,22 @@ def _parse(name: str, text: str) -> Any:
         return None if text == "none" else text
 
 
-_FLAGSHIP = Config(  # the settings of `pretrained/flagship`, which was stopped early
+# Meta-trained as it will be used: under a cosine schedule from the rates that tuning finds.
+_QUICK = Config(meta_steps=300, min_learning_rate=1e-3, max_learning_rate=3e-2, inner_schedule="cosine")
+_FLAGSHIP = dataclasses.replace(  # the settings of `pretrained/flagship`
+    _QUICK,
     suite="standard",
     estimator="nres",
     particles=8,
-    meta_steps=7000,
+    meta_steps=8000,
     max_length=2000,
-    min_learning_rate=3e-4,
-    max_learning_rate=3e-3,
+    outer_learning_rate=2e-3,
     bench_suite="held_out",
     bench_steps=1000,
 )
 
 PRESETS: dict[str, Config] = {
-    "quick": Config(meta_steps=300),
+    "quick": _QUICK,
     "cpu": _FLAGSHIP,
     "accelerator": dataclasses.replace(
         _FLAGSHIP, suite="broad", meta_steps=100_000, particles=128, checkpoint_every=1000, log_every=100
