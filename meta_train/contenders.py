@@ -66,7 +66,7 @@ def baselines() -> list[Contender]:
 
     def cosine(name, make, usual=10**-2.5, about=""):
         def scheduled(rate, num_steps):
-            return make(_cosine(rate, num_steps))
+            return make(cosine_schedule(rate, num_steps))
 
         return Contender(name, scheduled, around(usual), baseline=True, about=f"{about}, cosine schedule")
 
@@ -77,7 +77,7 @@ def baselines() -> list[Contender]:
     calibrated = Contender(
         "adamw-calibrated",
         lambda rate, num_steps: optax.adamw(
-            _cosine(CALIBRATED["learning_rate"], num_steps), weight_decay=CALIBRATED["weight_decay"]
+            cosine_schedule(CALIBRATED["learning_rate"], num_steps), weight_decay=CALIBRATED["weight_decay"]
         ),
         (),
         baseline=True,
@@ -123,7 +123,7 @@ def learned(name: str, rule: LearnedOptimizer, theta: Theta, learning_rate: floa
         )
 
     def make(rate, num_steps):
-        step_size = optax.scale_by_learning_rate(_cosine(rate, num_steps), flip_sign=False)
+        step_size = optax.scale_by_learning_rate(cosine_schedule(rate, num_steps), flip_sign=False)
         return optax.chain(rule.build(theta, num_steps=num_steps), step_size)
 
     return Contender(name, make, GRID, default=learning_rate, about="learned, cosine schedule")
@@ -165,7 +165,8 @@ def fingerprint(contender: Contender, num_steps: int) -> str:
     return cache.key(init=cache.program(init, rate), update=cache.program(update, rate, params, state, loss))
 
 
-def _cosine(rate, num_steps):
+def cosine_schedule(rate, num_steps: int) -> optax.Schedule:
+    """The schedule from ``rate``, which may be traced, to 0 at the last step."""
     return lambda count: rate * 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(count / num_steps, 1.0)))
 
 
