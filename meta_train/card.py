@@ -3,6 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .config import ConfigError
+from .measures import best_baseline
+
 _TEMPLATE = """\
 # {name}
 
@@ -45,14 +48,13 @@ def text(name: str, record: Mapping[str, Any], held_out: Mapping[str, Any] | Non
     Args:
         name: the rule's name.
         record: its ``rule.json``.
-        held_out: the benchmark's ``results.json``, or ``None`` if there was none.
+        held_out: of :func:`own_results`, or ``None`` if there was no benchmark.
 
     Returns:
         The text.
     """
     config = record.get("config") or {}
     rate = record.get("learning_rate")
-    figures = [] if held_out is None else held_out["figures"]
     known = ("estimator", "suite", "meta_steps", "particles", "unroll", "min_length", "max_length")
     libraries = ", ".join(f"{library} {version}" for library, version in record.get("libraries", {}).items())
     return _TEMPLATE.format(
@@ -65,10 +67,50 @@ def text(name: str, record: Mapping[str, Any], held_out: Mapping[str, Any] | Non
         rate="It sets its own step size." if rate is None else f"Its learning rate is free, {rate:g} by default.",
         seed=record.get("seed", "unknown"),
         libraries=libraries or "unknown",
-        held_out="No benchmark was run." if held_out is None else _table(held_out["about"], figures),
-        failures=_failures(figures),
+        held_out="No benchmark was run." if held_out is None else _worth(held_out),
+        failures=_failures(held_out["figures"] if held_out else []),
         **{field: config.get(field, 0 if field == "meta_steps" else "unknown") for field in known},
     )
+
+
+def own_results(results: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """What a benchmark says of one rule.
+
+    Args:
+        results: a benchmark's ``results.json``.
+        name: the rule's. Where no contender is called so, it is the one that a run calls ``rule``, or the only learned
+            one.
+
+    Returns:
+        ``about``; ``summary``, all contenders; ``figures``, the rule's own, each with its task's ``best_baseline``. The
+        rule is called ``name`` in them.
+
+    Raises:
+        ConfigError: the benchmark is not of this rule, or of an earlier format.
+    """
+    if "summary" not in results:
+        raise ConfigError("the benchmark's results are of an earlier version: run `learned-opt bench` again")
+    learned = dict.fromkeys(row["contender"].partition("@")[0] for row in results["summary"] if not row["baseline"])
+    called = name if name in learned else "rule" if "rule" in learned else next(iter(learned), None)
+    if called is None or (called not in (name, "rule") and len(learned) > 1):
+        raise ConfigError(f"the benchmark has no rule {name!r}; it has {', '.join(learned) or 'none'}")
+
+    def renamed(row: Mapping[str, Any]) -> dict[str, Any]:
+        base, at, rate = row["contender"].partition("@")
+        return {**row, "contender": f"{name if base == called else base}{at}{rate}"}
+
+    def is_own(row: Mapping[str, Any]) -> bool:
+        return row["contender"].partition("@")[0] == called
+
+    def best(task: str) -> dict[str, Any] | None:
+        row = best_baseline([row for row in results["figures"] if row["task"] == task])
+        return None if row is None else {field: row[field] for field in ("contender", "progress", "speed_up")}
+
+    return {
+        "about": {field: value for field, value in results["about"].items() if field != "contenders"},
+        "summary": [{**renamed(row), "ours": is_own(row)} for row in results["summary"]],
+        "figures": [{**renamed(row), "best_baseline": best(row["task"])} for row in results["figures"] if is_own(row)],
+    }
 
 
 def _size(shape: Sequence[int]) -> int:
@@ -78,20 +120,46 @@ def _size(shape: Sequence[int]) -> int:
     return size
 
 
-def _table(about: Mapping[str, Any], figures: Sequence[Mapping[str, Any]]) -> str:
-    contenders = list(dict.fromkeys(row["contender"] for row in figures))
+def _worth(held_out: Mapping[str, Any]) -> str:
+    """The rule among all contenders, then task by task."""
+    about = held_out["about"]
+    rates = sorted((row["contender"] for row in held_out["summary"] if row["ours"]), key=len)  # NAME before NAME@RATE
+    timed = "time" in held_out["summary"][0]
     lines = [
-        f"Held-out suite `{about['suite']}`, {about['steps']} steps, {about['seeds']} seeds: how far the training loss "
-        "came down, tuned Adam's way being 1 (in brackets, how many times fewer steps tuned Adam's best loss took). "
-        "Tuned on a grid of learning rates, or @ the one given. The worst tasks come first.",
+        f"Held-out suite `{about['suite']}`, {about['steps']:,} steps, {about['seeds']} seeds"
+        + (f", frozen as `{about['manifest'][:12]}`" if about.get("manifest") else "")
+        + ". Every optimizer with a learning rate is tuned on each task, on other seeds; NAME@RATE is at that rate "
+        "everywhere. Interquartile means over tasks and seeds with 95% intervals; *final loss*: how far the training "
+        "loss came down, tuned Adam's way being 1; *steps*, *clock*: in how many times fewer steps, and how many times "
+        "faster, tuned Adam's best loss was reached, 0 where never; *score*: area under the performance profile in "
+        "steps.",
         "",
-        "| task | " + " | ".join(contenders) + " |",
-        "|---|" + "---|" * len(contenders),
+        f"| | final loss | ≥ Adam | steps |{' clock |' if timed else ''} score | diverged |",
+        f"|---|---|---|---|{'---|' if timed else ''}---|---|",
     ]
-    for task in dict.fromkeys(row["task"] for row in figures):
-        cells = {row["contender"]: row for row in figures if row["task"] == task}
-        lines.append(f"| {task} | " + " | ".join(_cell(cells.get(name)) for name in contenders) + " |")
+    for row in held_out["summary"]:
+        label = f"**{row['contender']}**" if row["ours"] else row["contender"]
+        clock = f" {_interval(row['time'])} |" if timed else ""
+        figures = f"{_interval(row['loss'], 3)} | {row['at_least_adam']:.0%} | {_interval(row['steps'])} |{clock}"
+        lines.append(f"| {label} | {figures} {row['score']:.2f} | {row['diverged']} of {row['runs']} |")
+    lines += [
+        "",
+        "Task by task, the worst first: final loss (times fewer steps).",
+        "",
+        f"| task | {' | '.join(rates)} | best baseline |",
+        "|---|" + "---|" * (len(rates) + 1),
+    ]
+    for task in dict.fromkeys(row["task"] for row in held_out["figures"]):
+        cells = {row["contender"]: row for row in held_out["figures"] if row["task"] == task}
+        best = cells[rates[0]]["best_baseline"]
+        shown = [_cell(cells.get(rate)) for rate in rates] + [f"{best['contender']} {_cell(best)}" if best else "–"]
+        lines.append(f"| {task} | {' | '.join(shown)} |")
     return "\n".join(lines)
+
+
+def _interval(values: Sequence[float], digits: int = 2) -> str:
+    value, low, high = values
+    return f"{value:.{digits}f} ({low:.2f}–{high:.2f})"
 
 
 def _cell(row: Mapping[str, Any] | None) -> str:
@@ -101,17 +169,25 @@ def _cell(row: Mapping[str, Any] | None) -> str:
 
 
 def _failures(figures: Sequence[Mapping[str, Any]]) -> str:
-    ours = [row for row in figures if not row["baseline"]]
-    lost = [row for row in ours if row["progress"] is None or row["progress"] < 1 or row["diverged"]]
-    if not ours:
+    def lost(row: Mapping[str, Any]) -> bool:
+        return row["progress"] is None or row["progress"] < 1 or not row["speed_up"] or row["diverged"] > 0
+
+    tuned = [row for row in figures if "@" not in row["contender"]]
+    if not tuned:
         return "Unknown: no benchmark was run."
-    if not lost:
-        return "On none of the benchmark's tasks did it end behind tuned Adam."
-    lines = [
-        f"- {row['task']}, as {row['contender']}: {_cell(row)}, {row['diverged']} of {row['seeds']} seeds diverged"
-        for row in lost
-    ]
-    return "It ended behind tuned Adam, or diverged, on:\n\n" + "\n".join(lines) + "\n"
+    lines = []
+    if behind := [row for row in tuned if lost(row)]:
+        lines += ["It ended behind tuned Adam, never reached its best loss, or diverged, on:", ""]
+        for row in behind:
+            diverged = f", {row['diverged']} of {row['seeds']} seeds diverged" if row["diverged"] else ""
+            lines.append(f"- {row['task']}: {_cell(row)}{diverged}")
+    else:
+        lines.append("On none of the benchmark's tasks did it end behind tuned Adam.")
+    for label in dict.fromkeys(row["contender"] for row in figures if "@" in row["contender"]):
+        mine = [row for row in figures if row["contender"] == label]
+        number = sum(map(lost, mine))
+        lines += ["", f"At its default rate, {label}, it did on {number} of {len(mine)} tasks."]
+    return "\n".join(lines) + "\n"
 
 
 _UNSUPERVISED = """\

@@ -98,6 +98,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--to", type=Path, default=Path("pretrained"), metavar="DIR", help="writes DIR/NAME (%(default)s)"
     )
+    export.add_argument(
+        "--bench", type=Path, metavar="DIR", help="a folder of `learned-opt bench` for the model card (WORKDIR/bench)"
+    )
     _json(export)
 
     published = command("import", _import, "make a published checkpoint a folder that learned_opt.load reads")
@@ -246,10 +249,10 @@ def _export(arguments: argparse.Namespace) -> int:
     record = store.read_record(arguments.workdir / "rule")
     kept = ("learning_rate", "seed", "config", "libraries")
     card: dict[str, Any] = {field: record[field] for field in kept if field in record}
-    results = arguments.workdir / "bench" / "results.json"
-    if results.is_file():
-        card["held_out"] = json.loads(results.read_text())
     cards = importlib.import_module(".card", __package__)
+    results = (arguments.bench or arguments.workdir / "bench") / "results.json"
+    if arguments.bench or results.is_file():
+        card["held_out"] = cards.own_results(_read_json(results), arguments.name)
     if record["rule"] in UNSUPERVISED:
         card["readme"] = cards.unsupervised_text(arguments.name, record)
     else:
@@ -295,6 +298,13 @@ def _pairs(texts: Sequence[str]) -> Iterator[tuple[str, str]]:
         if not found:
             raise UsageError(f"--set takes KEY=VALUE, not {text!r}")
         yield name.strip(), value.strip()
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot read {path}: {error}") from None
 
 
 def _bench(arguments: argparse.Namespace) -> int:

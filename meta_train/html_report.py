@@ -12,7 +12,7 @@ import numpy as np
 from . import measures, svg
 from .benchmark import Result
 from .contenders import REFERENCE
-from .report import best_baseline, profiles
+from .report import profiles
 
 _OURS, _BASELINES = 4, 12  # as many colours as style.css has of each
 Row = Mapping[str, Any]
@@ -99,7 +99,7 @@ def _losses(figures: Sequence[Row], overview: Sequence[Row]) -> str:
 
 
 def _loss(row: Row, figures: Sequence[Row]) -> str:
-    best = best_baseline([other for other in figures if other["task"] == row["task"]])
+    best = measures.best_baseline([other for other in figures if other["task"] == row["task"]])
     why = [
         *([f"{row['diverged']} of {row['seeds']} seeds diverged"] if row["diverged"] else []),
         *([f"final loss {_three(row['progress'])}"] if row["progress"] is not None else []),

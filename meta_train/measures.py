@@ -3,7 +3,9 @@
 Everything is NumPy on arrays of runs, ``[tasks, seeds]`` or ``[seeds, steps]``; nothing here knows an optimizer.
 """
 
-from typing import NamedTuple
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -136,6 +138,25 @@ def bootstrap(values: np.ndarray, *, resamples: int = 2000, seed: int = 0) -> In
     means = interquartile_mean(drawn.reshape(resamples, -1))
     low, high = np.percentile(means, [2.5, 97.5])
     return Interval(float(interquartile_mean(values.reshape(-1))), float(low), float(high))
+
+
+def rank(row: Mapping[str, Any]) -> tuple[float, float]:
+    """How well a contender did on a task: by its speed-up, then, where Adam's loss is not reached, by its own.
+
+    Args:
+        row: one of :func:`meta_train.report.rows`.
+    """
+    return row["speed_up"] or 0.0, -math.inf if row["progress"] is None else row["progress"]
+
+
+def best_baseline(figures: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """Of one task's figures the baseline that is first at Adam's best loss, or else furthest down; none at its default.
+
+    Args:
+        figures: of :func:`meta_train.report.rows`.
+    """
+    candidates = [row for row in figures if row["baseline"] and "@" not in row["contender"]]
+    return max(candidates, key=rank, default=None)
 
 
 def profile(times: np.ndarray) -> np.ndarray:

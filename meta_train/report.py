@@ -175,7 +175,7 @@ def tables(figures: Sequence[dict[str, Any]], overview: Sequence[dict[str, Any]]
     second.add_column("best baseline", justify="right", overflow="fold")
     for task in dict.fromkeys(row["task"] for row in figures):
         by_name = {row["contender"]: row for row in figures if row["task"] == task}
-        best = best_baseline(list(by_name.values()))
+        best = measures.best_baseline(list(by_name.values()))
         cells = [_cell(by_name.get(name)) for name in ours or [REFERENCE]]
         second.add_row(task.replace("/", "/\n"), *cells, "–" if best is None else f"{best['contender']}\n{_cell(best)}")
     return Group(first, second)
@@ -242,12 +242,6 @@ def plot(results: Sequence[Result]) -> bytes:
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=100)
     return buffer.getvalue()
-
-
-def best_baseline(figures: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """Of one task's figures the tuned baseline that is first at Adam's best loss, or else furthest down."""
-    candidates = [row for row in figures if row["baseline"] and "@" not in row["contender"]]
-    return max(candidates, key=_rank, default=None)
 
 
 def reference_of(results: Sequence[Result], task: str) -> Result | None:
@@ -327,16 +321,11 @@ def _cell(row: Mapping[str, Any] | None) -> str:
     return f"{progress}\n{steps}"
 
 
-def _rank(row: Mapping[str, Any]) -> tuple[float, float]:
-    """How well a contender did on a task: by its speed-up, then, where Adam's loss is not reached, by its own."""
-    return row["speed_up"] or 0.0, -math.inf if row["progress"] is None else row["progress"]
-
-
 def _worst(table: Sequence[dict[str, Any]], task: str) -> tuple[float, float]:
     """The rank of the learned rule that did worst on the task, at its tuned rate where it has one."""
     ours = [row for row in table if row["task"] == task and not row["baseline"]]
     tuned = [row for row in ours if "@" not in row["contender"]]
-    return min(map(_rank, tuned or ours), default=(math.inf, math.inf))
+    return min(map(measures.rank, tuned or ours), default=(math.inf, math.inf))
 
 
 def _stderr(values: np.ndarray) -> float:

@@ -73,8 +73,7 @@ class Axis(NamedTuple):
             step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)
             first = math.ceil(self.low / step - 1e-9)
             candidates = [step * (first + k) for k in range(20)]
-        slack = 1e-9 * (self.high - self.low)
-        return [value for value in candidates if self.low - slack <= value <= self.high + slack]
+        return [value for value in candidates if -1e-9 <= self.place(value) <= 1 + 1e-9]
 
 
 def lines(series: Sequence[Line], x: Axis, y: Axis, title: str) -> str:

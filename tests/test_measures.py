@@ -4,7 +4,7 @@ import doctest
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
@@ -25,6 +25,7 @@ def test_smooth_is_a_trailing_mean():
     np.testing.assert_allclose(smoothed[2], 1.0)
 
 
+@settings(deadline=None)
 @given(LOSSES)
 def test_smoothing_rows_is_smoothing_each(curves):
     np.testing.assert_allclose(measures.smooth(curves), [measures.smooth(curve) for curve in curves])
@@ -38,6 +39,7 @@ def test_what_is_not_finite_spoils_no_step_before_it():
     assert np.isinf(smoothed[120])
 
 
+@settings(deadline=None)
 @given(LOSSES)
 def test_envelopes_fall_and_stay_below(curves):
     below = measures.envelope(curves)
@@ -46,6 +48,7 @@ def test_envelopes_fall_and_stay_below(curves):
     np.testing.assert_array_equal(below[..., -1], curves.min(axis=-1))
 
 
+@settings(deadline=None)
 @given(LOSSES)
 def test_everybody_is_as_fast_as_himself(curves):
     np.testing.assert_array_equal(measures.speed_ups(curves, curves), 1.0)
@@ -69,6 +72,7 @@ def test_normalised():
     np.testing.assert_array_equal(found, [1.0, 1.5, np.nan, np.nan])
 
 
+@settings(deadline=None)
 @given(arrays.arrays(float, st.integers(1, 40), elements=st.floats(-1e3, 1e3)))
 def test_the_interquartile_mean_lies_between_the_quartiles(values):
     found = measures.interquartile_mean(values)
@@ -107,6 +111,7 @@ def test_profiles():
     np.testing.assert_allclose(measures.profile_scores(ratios), [(1 + 2 / 3) / 4, (2 + 2 / 3) / 4])
 
 
+@settings(deadline=None)
 @given(arrays.arrays(float, (3, 6), elements=st.floats(1.0, 100.0)))
 def test_the_score_is_the_area_under_the_profile(times):
     ratios = measures.profile(times)
