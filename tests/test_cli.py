@@ -82,7 +82,7 @@ def test_list(capsys):
     assert "pes" in everything["estimators"]
     assert "small" in everything["suites"]["train"]
     assert cli.main(["list", "presets"]) == 0
-    assert capsys.readouterr().out == "presets: quick, cpu, accelerator\n"
+    assert capsys.readouterr().out == "presets: quick, cpu, accelerator, unsupervised\n"
 
 
 def test_data(capsys, monkeypatch, tmp_path):
