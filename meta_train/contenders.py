@@ -32,7 +32,7 @@ FEW = (REFERENCE, "adamw-cosine")  # for the look at the end of a meta-training 
 QUICK = (*FEW, "muon", "soap")  # for `learned-opt bench --quick`
 _WEIGHT_DECAY = 1e-4
 # benchmarks/calibrate_adamw.py: the best single setting on the training suite
-CALIBRATED = {"learning_rate": 1e-2, "weight_decay": 1e-4}
+CALIBRATED = {"learning_rate": 0.0316, "weight_decay": 1e-2}
 
 
 class Contender(NamedTuple):
