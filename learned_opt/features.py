@@ -16,6 +16,7 @@ import numpy as np
 VERSION = 1
 
 Tree = Any
+Squares = list[Any]  # see factored_squares
 
 _LARGE = 1 << 16  # elements from which on a matrix is summed by blocks of rows
 _BLOCK = 1 << 14  # elements of a block
@@ -216,13 +217,54 @@ def factored_columns(g, p, m, r, R, C, row, col, *, eps: float) -> list[jax.Arra
         col: the same by column.
         eps: under the root.
     """
-    s = jax.lax.rsqrt(r + eps)
     scales = [a * b for a, b in zip(R, C, strict=True)] if C else R
-    columns = [g, jnp.clip(g, -0.1, 0.1), p, *m, r, *(x * s for x in m), s, *(g * x for x in scales), g * s]
+    columns, last = _factored_products(g, jnp.clip(g, -0.1, 0.1), p, m, r, jax.lax.rsqrt(r + eps), scales)
     if row:
-        columns += [*row, *col, *(jax.lax.rsqrt(x + 1e-8) for x in (*row, *col))]
-        columns += [x * y for x, y in zip(m, scales, strict=True)]
+        columns += [*row, *col, *(jax.lax.rsqrt(x + 1e-8) for x in (*row, *col)), *last]
     return columns
+
+
+def factored_squares(g, p, m, r, R, C, row, col, *, eps: float) -> Squares:
+    """Squares of :func:`factored_columns`, without roots and with the columns' factors ``C^2`` left for last.
+
+    Args:
+        g: and the others as there.
+        p: see above.
+        m: see above.
+        r: see above.
+        R: see above.
+        C: see above.
+        row: see above.
+        col: see above.
+        eps: see above.
+
+    Returns:
+        For each column ``(x, c)``, its square ``x c``, ``c`` one row or ``None`` for 1.
+    """
+    g, p, m = g * g, p * p, [x * x for x in m]
+    split = [_row_apart(a * a, b * b) for a, b in zip(R, C, strict=True)] if C else [(a * a, None) for a in R]
+    scales, factors = zip(*split, strict=True)
+    columns, last = _factored_products(g, jnp.minimum(g, 0.01), p, m, r * r, 1 / (r + eps), scales)
+    of_g = [*[None] * 11, *factors, None]
+    pairs: Squares = list(zip(columns, of_g, strict=True))
+    if row:
+        both = [*row, *col]
+        pairs += [(x, None) for x in (*(x * x for x in both), *(1 / (x + 1e-8) for x in both))]
+        pairs += zip(last, factors, strict=True)
+    return pairs
+
+
+def _row_apart(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """The product of two arrays of rank >= 2 as ``(x, c)`` with ``c`` one row, or ``None`` where neither is one."""
+    if b.shape[-2] == 1:
+        return a, b
+    return (b, a) if a.shape[-2] == 1 else (a * b, None)
+
+
+def _factored_products(g, clipped, p, m, r, s, scales) -> tuple[list[jax.Array], list[jax.Array]]:
+    """The columns that are products, the last three apart."""
+    columns = [g, clipped, p, *m, r, *(x * s for x in m), s, *(g * x for x in scales), g * s]
+    return columns, [x * y for x, y in zip(m, scales, strict=True)]
 
 
 def as_matrix(x: jax.Array) -> jax.Array:

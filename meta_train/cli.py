@@ -23,6 +23,7 @@ from . import config as configs
 from .config import Config, ConfigError
 
 _EXTRA = "pip install 'learned-opt[train]'"
+_THREADS = "xla_cpu_multi_thread_eigen"
 
 
 class UsageError(ValueError):
@@ -484,6 +485,9 @@ def _use_cores(devices: int | None, particles: int | None = None) -> None:
         raise UsageError(f"--devices must be at least 1, not {devices}")
     number = devices or max(n for n in range(1, cores + 1) if (particles or cores) % n == 0)
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # LAPACK's threads would fight the devices' for the cores
+    flags = os.environ.get("XLA_FLAGS", "")
+    if number >= cores and _THREADS not in flags:  # likewise those of single operations
+        os.environ["XLA_FLAGS"] = f"{flags} --{_THREADS}=false".strip()
     jax.config.update("jax_num_cpu_devices", number)
 
 

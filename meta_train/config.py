@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+_MEASURES = ("log", "relative")
 _SCHEDULES = ("constant", "cosine")
 
 
@@ -41,6 +42,7 @@ class Config:
         inner_schedule: the step size over an episode, ``"constant"`` or ``"cosine"``.
         told_length: share of the episodes in which the rule is told their length (see ``task_learner``).
         max_loss: cap of the meta-loss in units of the initial loss; what a non-finite loss counts as.
+        measure: the meta-loss, ``"relative"`` (the loss in units of the initial loss) or ``"log"`` (its logarithm).
         outer_optimizer: the name of an Optax optimizer that takes a learning rate.
         outer_kwargs: its other arguments.
         outer_learning_rate: its peak learning rate.
@@ -74,6 +76,7 @@ class Config:
     inner_schedule: str = "constant"
     told_length: float = 1.0
     max_loss: float = 4.0
+    measure: str = "relative"
     outer_optimizer: str = "adam"
     outer_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     outer_learning_rate: float = 1e-3
@@ -111,6 +114,8 @@ class Config:
             raise ConfigError("set both of min_learning_rate and max_learning_rate, or neither")
         if self.learning_rates is not None and not 0 < self.learning_rates[0] <= self.learning_rates[1]:
             raise ConfigError("min_learning_rate must be positive and at most max_learning_rate")
+        if self.measure not in _MEASURES:
+            raise ConfigError(f"measure must be one of {', '.join(_MEASURES)}, not {self.measure!r}")
         for name, schedule in (("inner_schedule", self.inner_schedule), ("outer_schedule", self.outer_schedule)):
             if schedule not in _SCHEDULES:
                 raise ConfigError(f"{name} must be one of {', '.join(_SCHEDULES)}, not {schedule!r}")

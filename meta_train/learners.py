@@ -24,6 +24,13 @@ SCHEDULES: dict[str, Callable[[jax.Array], jax.Array]] = {
     "cosine": lambda done: 0.5 * (1 + jnp.cos(jnp.pi * done)),
 }
 
+_FLOOR = 0.01  # share of the initial loss below which less is hardly better
+# Name -> meta-loss of a training loss that is given as a share of the initial one.
+MEASURES: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "log": lambda share: jnp.log(jnp.maximum(share, 0) + _FLOOR),
+    "relative": lambda share: share,
+}
+
 
 def _endless(state: LearnerState) -> jax.Array:
     del state
@@ -57,6 +64,13 @@ class TaskState(NamedTuple):
     initial_loss: jax.Array  # float, what the losses are divided by
 
 
+def meta_loss_of(
+    loss: jax.Array, initial_loss: jax.Array, max_loss: float, measure: Callable[[jax.Array], jax.Array]
+) -> jax.Array:
+    """``measure(min(loss / initial_loss, max_loss))``; a non-finite loss counts as ``max_loss``."""
+    return measure(jnp.where(jnp.isfinite(loss), jnp.minimum(loss / initial_loss, max_loss), max_loss))
+
+
 def _told(state: TaskState, share: float) -> jax.Array:
     """The episode's length, or 0 where the rule is not told: a coin for each episode, the same at all its steps."""
     if share >= 1:
@@ -74,6 +88,7 @@ def task_learner(
     learning_rates: tuple[float, float] | None = None,
     schedule: Callable[[jax.Array], jax.Array] = SCHEDULES["constant"],
     max_loss: float = 4.0,
+    measure: Callable[[jax.Array], jax.Array] = MEASURES["relative"],
     told_length: float = 1.0,
 ) -> Learner:
     r"""The learner that optimizes tasks drawn from a family with a learned rule.
@@ -81,7 +96,7 @@ def task_learner(
     An episode draws a task, its length :math:`T` log-uniform in ``lengths`` and a step size :math:`\eta` log-uniform
     in ``learning_rates``; step :math:`t` draws a training batch and takes
     :math:`p_{t+1} = p_t + s(t/T)\, \eta\, u(\theta, \nabla L_t(p_t), L_t(p_t))`. The meta-loss of the step is
-    :math:`\min(L_t(p_t) / L_0, c)`, with :math:`L_0` the loss at the start on a batch of its own, so that tasks of
+    :math:`f(\min(L_t(p_t) / L_0, c))`, with :math:`L_0` the loss at the start on a batch of its own, so that tasks of
     different scale weigh alike, and :math:`c` = ``max_loss``, which a non-finite loss counts as too. Non-finite
     entries of the inner gradient count as 0.
 
@@ -93,7 +108,8 @@ def task_learner(
             episodes).
         learning_rates: range of the step size, for a rule that has a free one; by default always its own default.
         schedule: the shape ``s`` of the step size over an episode, a function of the fraction done.
-        max_loss: cap of the meta-loss, in units of the initial loss.
+        max_loss: cap of the loss, in units of the initial loss.
+        measure: ``f``; the logarithm weighs what is gained late, where losses are small, like what is gained early.
         told_length: share of the episodes in which the rule is told their length; in the others it is told 0, which
             the rule ``scheduler`` takes for an unknown length.
 
@@ -140,7 +156,7 @@ def task_learner(
         updates, opt_state = transform.update(grads, state.opt_state, state.params, value=loss)
         rate = state.learning_rate * schedule(state.taken / state.num_steps)
         params = jax.tree.map(lambda p, u: p + (rate * u).astype(p.dtype), state.params, updates)
-        meta_loss = jnp.where(jnp.isfinite(loss), jnp.minimum(loss / state.initial_loss, max_loss), max_loss)
+        meta_loss = meta_loss_of(loss, state.initial_loss, max_loss, measure)
         return state._replace(params=params, opt_state=opt_state, taken=state.taken + 1), meta_loss
 
     return Learner(init, step, remaining=lambda state: state.num_steps - state.taken)

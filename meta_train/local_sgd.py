@@ -1,5 +1,6 @@
 """The learner whose inner process is local SGD: what a learned outer optimizer is meta-trained on."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ from learned_opt.base import LearnedOptimizer, Theta
 from tasks.base import Cfg, Params, TaskFamily
 from tasks.networks import log_uniform
 
-from .learners import Learner
+from .learners import MEASURES, Learner, meta_loss_of
 
 
 class LocalSGDLearnerState(NamedTuple):
@@ -39,6 +40,7 @@ def local_sgd_learner(
     multiple_of: int = 1,
     learning_rates: tuple[float, float] | None = None,
     max_loss: float = 4.0,
+    measure: Callable[[jax.Array], jax.Array] = MEASURES["relative"],
 ) -> Learner:
     r"""The learner of a learned outer step under local SGD, one round a step.
 
@@ -60,7 +62,8 @@ def local_sgd_learner(
         rounds: least and most rounds of an episode.
         multiple_of: rounds are rounded to multiples of it (the estimator's window).
         learning_rates: range of :math:`\eta`, for a rule that has a free step size; by default always its own.
-        max_loss: cap of the meta-loss, in units of the initial loss.
+        max_loss: cap of the loss, in units of the initial loss.
+        measure: the meta-loss of the loss in units of the initial one, of :data:`meta_train.learners.MEASURES`.
 
     Returns:
         A :class:`~meta_train.learners.Learner` whose state is a :class:`LocalSGDLearnerState`.
@@ -119,7 +122,7 @@ def local_sgd_learner(
         transform = outer.build(theta, num_steps=state.num_rounds)
         updates, outer_state = transform.update(delta, state.outer, state.anchor, value=loss)
         anchor = jax.tree.map(lambda p, u: p + (state.learning_rate * u).astype(p.dtype), state.anchor, updates)
-        meta_loss = jnp.where(jnp.isfinite(loss), jnp.minimum(loss / state.initial_loss, max_loss), max_loss)
+        meta_loss = meta_loss_of(loss, state.initial_loss, max_loss, measure)
         return state._replace(anchor=anchor, outer=outer_state, taken=state.taken + 1), meta_loss
 
     return Learner(init, step, remaining=lambda state: state.num_rounds - state.taken)

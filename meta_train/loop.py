@@ -29,7 +29,7 @@ from . import checkpoint, progress
 from . import config as configs
 from .config import Config, ConfigError
 from .estimators import ESTIMATORS
-from .learners import SCHEDULES, Learner, task_learner
+from .learners import MEASURES, SCHEDULES, Learner, task_learner
 from .local_sgd import local_sgd_learner
 from .trainer import Trainer, TrainInfo, TrainState, make_mesh, make_trainer, place
 from .unsupervised import feature_learner, one_by_one
@@ -67,6 +67,7 @@ def _optimizer(config: Config, rule, entry, family, lengths) -> Learner:
         learning_rates=config.learning_rates,
         schedule=SCHEDULES[config.inner_schedule],
         max_loss=config.max_loss,
+        measure=MEASURES[config.measure],
         told_length=config.told_length,
     )
 
@@ -81,6 +82,7 @@ def _outer_step(config: Config, rule, entry, family, lengths) -> Learner:
         multiple_of=config.unroll,
         learning_rates=config.learning_rates,
         max_loss=config.max_loss,
+        measure=MEASURES[config.measure],
     )
 
 

@@ -69,6 +69,12 @@ def columns(g, p, m, r, R, C, row, col) -> list[jax.Array]:
     ]
 
 
+def matrix_squares(*inputs) -> ft.Squares:
+    """The squares of :func:`columns` from rank 2 on."""
+    pairs = ft.factored_squares(*inputs, eps=_ROOT_EPS)
+    return [pairs[0], *pairs[2:14], *pairs[15:]]  # without those of clip(g) and g s
+
+
 def adafac_mlp(*, hidden_size: int = 4) -> LearnedOptimizer:
     """A small MLP that sees Adafactor's statistics of each parameter, with learned decays ("small_fc_lopt").
 
@@ -117,10 +123,11 @@ def adafac_mlp(*, hidden_size: int = 4) -> LearnedOptimizer:
         R, C = scale_lists(row, col, shape)
         layers = with_time(network(theta), t, COLUMNS)
         if p.ndim >= 2:
-            inputs, order = (g, p, m, r, R, C, list(row), list(col)), _ORDER
+            inputs, more = (g, p, m, r, R, C, list(row), list(col)), {"order": _ORDER, "squares": matrix_squares}
         else:
-            inputs, order, layers = (g, p, m, r, R, C, list(row), []), _VECTOR_ORDER, without_factors(layers, 13)
-        u = step_of(whole_tensor_mlp(columns, inputs, layers, eps=_EPS, outputs=2, order=order))
+            inputs, more = (g, p, m, r, R, C, list(row), []), {"order": _VECTOR_ORDER}
+            layers = without_factors(layers, 13)
+        u = step_of(whole_tensor_mlp(columns, inputs, layers, eps=_EPS, outputs=2, **more))
         return u.astype(gradient.dtype), *m, r, row, col
 
     def build(theta, num_steps=None):

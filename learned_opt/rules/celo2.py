@@ -67,7 +67,8 @@ def direction(theta: Theta, g, p, m, r, row, col) -> jax.Array:
 
     def run(*inputs):
         features = functools.partial(ft.factored_columns, eps=_ROOT_EPS)
-        return column_mlp(features, inputs, layers, eps=_EPS, order=ft.FACTORED_COLUMNS_ORDER)[0]
+        squares = functools.partial(ft.factored_squares, eps=_ROOT_EPS)
+        return column_mlp(features, inputs, layers, eps=_EPS, order=ft.FACTORED_COLUMNS_ORDER, squares=squares)[0]
 
     if g.ndim == 2 and is_short(shape) and not is_short(shape[::-1]):
         inputs = (g, p, m, r, *(list(x) for x in ft.factored_scales(row, col, shape)), list(row), list(col))

@@ -21,9 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..base import Theta
+from ..features import Squares
 
 _UNROLL = 4  # length of the axis that a fused sum reduces
-_SUMS = 9  # sums in one fused reduction: with more, the unrolled body grows past what the compiler takes
+_SUMS = 18  # sums in one fused reduction: with more, the unrolled body grows past what the compiler takes
 _BLOCK = 16384  # elements of one block of rows: its arrays stay in the second-level cache
 _BLOCK_OF_PRODUCTS = 4096  # the same where every element has a column of hidden units
 _WIDE = 12  # hidden units from which on a matrix product is the better code
@@ -83,12 +84,18 @@ def _fused_sums_jvp(primals, tangents):
     return _fused_sums(*primals), [jnp.sum(t, 0) for t in tangents[0]]
 
 
-def _sums(xs: list[jax.Array]) -> jax.Array:
-    """``[k]`` sums of ``k`` arrays of one shape."""
+def _shrink(xs: list[jax.Array]) -> list[jax.Array]:
+    """Sums over ``_UNROLL`` equal parts of the rows."""
+    *lead, rows, cols = xs[0].shape
+    xs = [jnp.moveaxis(x.reshape(*lead, _UNROLL, rows // _UNROLL, cols), len(lead), 0) for x in xs]
+    return [y for i in range(0, len(xs), _SUMS) for y in _fused_sums(xs[i : i + _SUMS])]
+
+
+def _sums(xs: list[jax.Array], factors: list[jax.Array | None]) -> jax.Array:
+    """``[k]`` sums of ``k`` arrays of one shape, each times a row if one is given."""
     while xs[0].ndim >= 2 and xs[0].shape[-2] % _UNROLL == 0 and xs[0].size >= 128:
-        *lead, rows, cols = xs[0].shape
-        xs = [jnp.moveaxis(x.reshape(*lead, _UNROLL, rows // _UNROLL, cols), len(lead), 0) for x in xs]
-        xs = [y for i in range(0, len(xs), _SUMS) for y in _fused_sums(xs[i : i + _SUMS])]
+        xs = _shrink(xs)
+    xs = [x if c is None else x * c for x, c in zip(xs, factors, strict=True)]
     if xs[0].size <= 512:
         return jnp.stack(_fused_sums([x.reshape(-1) for x in xs]))
     return jnp.sum(jnp.stack(xs).reshape(len(xs), -1), 1)
@@ -122,24 +129,31 @@ def spread(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jnp.matmul(x.reshape(x.shape[0], -1), one_hot.astype(x.dtype), precision=_HIGHEST).reshape(-1, A, B)
 
 
-def _mean_squares(features: Features, inputs: tuple, full: list[int], shape: tuple[int, ...], dtype) -> jax.Array:
-    """``[k]`` mean squares of the ``k`` columns of full shape; large matrices by blocks of rows."""
+def _mean_squares(terms: Callable[..., tuple], inputs: tuple, shape: tuple[int, ...]) -> jax.Array:
+    """``[k]`` mean squares of ``k`` columns of full shape; large matrices by blocks of rows.
 
-    def sums(*block):
-        columns = features(*block)
-        return _sums([columns[i] * columns[i] for i in full])
-
+    Args:
+        terms: ``(*inputs) -> (k arrays, k factors)``, the squares, see :func:`learned_opt.features.factored_squares`.
+        inputs: as of :func:`column_mlp`.
+        shape: of the tensor.
+    """
     rows = _block_rows(shape)
     if not rows:
-        return sums(*inputs) / math.prod(shape)
+        return _sums(*terms(*inputs)) / math.prod(shape)
 
-    def add(total, start):
-        return total + sums(*jax.tree.map(lambda x: _rows(x, start, rows), inputs)), None
+    def block(start, count):
+        return terms(*jax.tree.map(lambda x: _rows(x, start, count), inputs))
 
-    count = shape[0] // rows
-    total, _ = jax.lax.scan(add, jnp.zeros(len(full), dtype), rows * jnp.arange(count))
-    if shape[0] % rows:
-        total += sums(*jax.tree.map(lambda x: _rows(x, count * rows, shape[0] % rows), inputs))
+    def add(totals, start):
+        return [total + x for total, x in zip(totals, _shrink(block(start, rows)[0]), strict=True)], None
+
+    count, rest = divmod(shape[0], rows)
+    xs, factors = block(0, rows)  # of which only the factors, the same in all blocks, are computed
+    zeros = [jnp.zeros((rows // _UNROLL, shape[1]), x.dtype) for x in xs]
+    totals, _ = jax.lax.scan(add, zeros, rows * jnp.arange(count))
+    total = _sums(totals, factors)
+    if rest:
+        total += _sums(*block(count * rows, rest))
     return total / math.prod(shape)
 
 
@@ -215,6 +229,7 @@ def column_mlp(
     eps: float,
     outputs: int = 1,
     order: Sequence[int] | None = None,
+    squares: Callable[..., Squares] | None = None,
 ) -> list[jax.Array]:
     """Apply a ReLU network to every parameter of a tensor.
 
@@ -228,6 +243,8 @@ def column_mlp(
         eps: see above.
         outputs: how many of the last layer's outputs to compute.
         order: the columns in an order that puts those with costly common parts (a root) next to each other.
+        squares: the columns' squares, where they are cheaper than the columns are: ``(*inputs) -> pairs`` as
+            :func:`learned_opt.features.factored_squares`.
 
     Returns:
         ``outputs`` arrays of the tensor's shape.
@@ -235,9 +252,15 @@ def column_mlp(
     shape, dtype = inputs[0].shape, inputs[0].dtype
     shapes = [c.shape for c in jax.eval_shape(features, *inputs)]
     full = [i for i in order or range(len(shapes)) if i < len(shapes) and shapes[i] == shape]
-    squares = _mean_squares(features, inputs, full, shape, dtype)
+
+    def terms(*block):
+        pairs = [(c * c, None) for c in features(*block)] if squares is None else squares(*block)
+        xs, factors = zip(*(pairs[i] for i in full), strict=True)
+        return list(xs), list(factors)
+
+    means = _mean_squares(terms, inputs, shape)
     layers = jax.tree.map(lambda w: w.astype(dtype), layers)
-    zero = jax.lax.stop_gradient(0 * jax.lax.rsqrt(eps + squares[0]))
+    zero = jax.lax.stop_gradient(0 * jax.lax.rsqrt(eps + means[0]))
     w, b = layers.first
     # not the very arrays that the statistics were taken of: the compiler would store every column for both to share
     columns = features(*jax.tree.map(lambda x: x + zero, inputs))
@@ -247,7 +270,7 @@ def column_mlp(
         x = jnp.stack([columns[i].reshape(-1) for i in where])
         x = x * jax.lax.rsqrt(eps + jnp.mean(x * x, 1, keepdims=True))
         extra.append(jnp.matmul(w[np.array(where)].T, x, precision=_HIGHEST).reshape(-1, *s))
-    folded = w[np.array(full)] * jax.lax.rsqrt(eps + squares)[:, None]
+    folded = w[np.array(full)] * jax.lax.rsqrt(eps + means)[:, None]
     w, c = layers.last
     layers = Layers((folded, b), layers.hidden, (w[:, :outputs], c[:outputs]))
     columns = [columns[i] for i in full]

@@ -84,6 +84,7 @@ def unmix(flat: jax.Array, bank: Theta) -> Theta:
 
 
 matrix_columns = functools.partial(ft.factored_columns, eps=_ROOT_EPS)
+matrix_squares = functools.partial(ft.factored_squares, eps=_ROOT_EPS)
 
 
 def vector_columns(g, p, m, r, R, v) -> list[jax.Array]:
@@ -117,7 +118,8 @@ def update_tensor(gradient: jax.Array, given: tuple, *accumulators: jax.Array):
     R, C = scale_lists(row, col, shape)
     apply = functools.partial(whole_tensor_mlp, eps=_EPS, outputs=2, order=ft.FACTORED_COLUMNS_ORDER)
     if p.ndim >= 2:
-        d, a = apply(matrix_columns, (g, p, m, r, R, C, list(row), list(col)), network(weights))
+        inputs = (g, p, m, r, R, C, list(row), list(col))
+        d, a = apply(matrix_columns, inputs, network(weights), squares=matrix_squares)
     else:
         d, a = apply(vector_columns, (g, p, m, r, R, list(row)), without_factors(network(weights), 15))
     scale = multiplier.astype(dtype) * _STEP * jnp.sqrt(jnp.mean(p * p) + 1e-9)
