@@ -75,29 +75,35 @@ _MLP = _on(_FASHION, "mlp-64-32-10-relu", image_mlp, side=8, width=32)
 _DEEP = _on(_FASHION, "mlp-64-16-16-16-10-swish", image_mlp, side=8, width=16, depth=3, activation="swish")
 _TABULAR = _on("breast_cancer", "mlp-30-24-24-2-tanh", tabular_mlp, width=24, depth=2, activation="tanh", batch_size=32)
 
+_GRU = _on(_SOTU, "gru-16", char_rnn, core="gru", width=16, embedding=8, length=8, batch_size=16)
+_QUADRATIC = _synthetic(quadratic, 32, condition=(1.0, 100.0), noise=0.01)
+_STANDARD = (
+    _MLP,
+    _on(
+        _FASHION,
+        "mlp-8x8-drawn-32",
+        image_mlp,
+        side=8,
+        width=32,
+        depth=(1, 2),
+        activation=("relu", "tanh", "gelu"),
+        init_scale=(0.5, 2.0),
+        batch_size=32,
+    ),
+    _DEEP,
+    _on(_FASHION, "mlp-196-32-10-relu-batch-32", image_mlp, side=14, width=32, batch_size=32),
+    _TABULAR,
+)
+
 TRAIN: dict[str, tuple[Entry, ...]] = {
     # two shapes, quick to compile, with different activations and widths
     "quick": (_MLP, _on(_FASHION, "mlp-64-16-10-tanh", image_mlp, side=8, width=16, activation="tanh")),
     # the reference task of the literature
     "small": (_MLP,),
-    # image classifiers of several shapes and a tabular one: the widest mix that two cores carry
-    "standard": (
-        _MLP,
-        _on(
-            _FASHION,
-            "mlp-8x8-drawn-32",
-            image_mlp,
-            side=8,
-            width=32,
-            depth=(1, 2),
-            activation=("relu", "tanh", "gelu"),
-            init_scale=(0.5, 2.0),
-            batch_size=32,
-        ),
-        _DEEP,
-        _on(_FASHION, "mlp-196-32-10-relu-batch-32", image_mlp, side=14, width=32, batch_size=32),
-        _TABULAR,
-    ),
+    # image classifiers of several shapes and a tabular one
+    "standard": _STANDARD,
+    # the widest mix that two cores carry
+    "mixed": (*_STANDARD, _GRU, _QUADRATIC),
     "broad": (
         _MLP,
         _on(
@@ -115,8 +121,8 @@ TRAIN: dict[str, tuple[Entry, ...]] = {
         _rescaled(_MLP),
         _TABULAR,
         _rescaled(_TABULAR),
-        _on(_SOTU, "gru-16", char_rnn, core="gru", width=16, embedding=8, length=8, batch_size=16),
-        _synthetic(quadratic, 32, condition=(1.0, 100.0), noise=0.01),
+        _GRU,
+        _QUADRATIC,
     ),
 }
 
