@@ -46,9 +46,10 @@ class WindowState(NamedTuple):
     phase: jax.Array  # float: `until` of the first episode as a fraction of its length, to stagger the particles
 
 
-def _begin(learner: LearnerState, noise: Theta, key: jax.Array) -> WindowState:
-    """Before the first window. ``learner`` only lends its shapes: the window starts an episode of its own."""
-    return WindowState(learner, noise, jnp.asarray(True), jnp.zeros((), jnp.int32), jax.random.uniform(key))
+def _begin(init: Callable[[], LearnerState], noise: Theta, key: jax.Array) -> WindowState:
+    """Before the first window, which starts an episode of its own: zeros of the shapes that ``init`` gives."""
+    blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(init))
+    return WindowState(blank, noise, jnp.asarray(True), jnp.zeros((), jnp.int32), jax.random.uniform(key))
 
 
 def _episode(state: WindowState, fresh: LearnerState, remaining: Callable) -> tuple[LearnerState, jax.Array]:
@@ -125,8 +126,7 @@ def truncated_bptt(learner: Learner, *, unroll: int) -> GradientEstimator:
     """
 
     def init(theta, key):
-        k_init, k_phase = jax.random.split(key)
-        return _begin(learner.init(theta, k_init), (), k_phase)
+        return _begin(lambda: learner.init(theta, key), (), key)
 
     def estimate(theta, state, key):
         k_init, k_steps = jax.random.split(key)
@@ -176,9 +176,8 @@ def _windowed_es(learner: Learner, unroll: int, sigma: float, draw: Callable) ->
         return learner.remaining(jax.tree.map(lambda x: x[0], pair))  # the halves share their episode's length
 
     def init(theta, key):
-        k_init, k_phase = jax.random.split(key)
         zeros = jax.tree.map(jnp.zeros_like, theta)
-        return _begin(jax.vmap(learner.init, (0, None))(_pair(theta, zeros, sigma), k_init), zeros, k_phase)
+        return _begin(lambda: jax.vmap(learner.init, (0, None))(_pair(theta, zeros, sigma), key), zeros, key)
 
     def estimate(theta, state, key):
         k_noise, k_init, k_steps = jax.random.split(key, 3)

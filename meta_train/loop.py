@@ -31,7 +31,7 @@ from .config import Config, ConfigError
 from .estimators import ESTIMATORS
 from .learners import MEASURES, SCHEDULES, Learner, task_learner
 from .local_sgd import local_sgd_learner
-from .trainer import Trainer, TrainInfo, TrainState, make_mesh, make_trainer, place
+from .trainer import Trainer, TrainInfo, TrainState, begin, make_mesh, make_trainer, place
 from .unsupervised import feature_learner, one_by_one
 
 _WHOLE_EPISODES = ("bptt", "es")  # the estimators whose window is a whole episode
@@ -195,29 +195,35 @@ def run(config: Config, workdir: Path, *, resume: bool = False, console: Console
     setup = set_up(config, make_mesh())
     if leader:
         _claim(workdir, config)
-    trainer = setup.trainer
     checkpoints = checkpoint.manager(workdir, config.keep_checkpoints)
     try:
-        state = _start(checkpoints, trainer, config, setup.data, resume=resume)
+
+        def saved(like: TrainState) -> TrainState | None:
+            found = checkpoint.restore(checkpoints, like) if resume else None
+            return None if found is None else found[1]
+
+        state, meta_step = begin(setup.trainer, jax.random.PRNGKey(config.seed), setup.data, saved)
         with contextlib.ExitStack() as stack:
             metrics = progress.Metrics(workdir, int(state.step) + 1) if leader else None
             if metrics:
                 stack.callback(metrics.close)
             stop = stack.enter_context(_stop_signals())
-            state, finished = _steps(state, setup, config, workdir, checkpoints, metrics, stop, console)
+            state, finished = _steps(state, meta_step, setup, config, workdir, checkpoints, metrics, stop, console)
     finally:
         checkpoint.finish(checkpoints)
     return Outcome(setup.whole(jax.tree.map(np.asarray, state.theta)), int(state.step), finished)
 
 
-def _steps(state: TrainState, setup: Setup, config: Config, workdir, checkpoints, metrics, stop, console: Console):
+def _steps(
+    state: TrainState, meta_step, setup: Setup, config: Config, workdir, checkpoints, metrics, stop, console: Console
+):
     """The loop. The host reads a step's figures one step late, so that the devices never wait for it."""
     step, saved = int(state.step), None
     pending: list[TrainInfo] = []
     window_start, stopped = time.monotonic(), False
     with progress.progress(console, "meta-train", config.meta_steps, step) as show:
         while step < config.meta_steps and not stopped:
-            state, info = setup.trainer.meta_step(state, setup.data)
+            state, info = meta_step(state, setup.data)
             step += 1
             if pending:
                 jax.block_until_ready(pending[-1])
@@ -257,28 +263,12 @@ def _save(state: TrainState, step: int, config: Config, workdir: Path, checkpoin
 
 def _save_rule(state: TrainState, step: int, config: Config, workdir: Path, whole) -> None:
     if jax.process_index() == 0:
-        card = {"seed": config.seed, "config": dataclasses.asdict(config) | {"meta_steps": step}}
+        start = None if config.init is None else Path(config.init).name  # a rule's file tells nothing of this machine
+        card = {"seed": config.seed, "config": dataclasses.asdict(config) | {"meta_steps": step, "init": start}}
         if config.learning_rates is not None:  # the middle of what it was trained at
             card["learning_rate"] = float(f"{math.sqrt(math.prod(config.learning_rates)):.1g}")
         theta = whole(jax.tree.map(np.asarray, state.theta))
         learned_opt.save(workdir / "rule", config.rule, theta, kwargs=config.rule_kwargs, card=card)
-
-
-def _start(checkpoints, trainer: Trainer, config: Config, data: Data, *, resume: bool) -> TrainState:
-    key = jax.random.PRNGKey(config.seed)
-    if resume:
-        shapes = jax.eval_shape(trainer.init, key, data)
-        like = TrainState(
-            *(
-                jax.tree.map(
-                    lambda x, sharding=sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), part
-                )
-                for part, sharding in zip(shapes, trainer.state_sharding, strict=True)
-            )
-        )
-        if (found := checkpoint.restore(checkpoints, like)) is not None:
-            return found[1]
-    return trainer.init(key, data)
 
 
 def _rule(config: Config):

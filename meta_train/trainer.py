@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -46,12 +47,12 @@ class Trainer(NamedTuple):
 
     Attributes:
         init: ``(key, data) -> state``.
-        meta_step: ``(state, data) -> (state, info)``, compiled; ``state`` is donated.
+        meta_step: ``(state, data) -> (state, info)``, a ``jax.jit``; ``state`` is donated.
         state_sharding: a :class:`TrainState` prefix of shardings, to place a restored state.
     """
 
     init: Callable[[jax.Array, Data], TrainState]
-    meta_step: Callable[[TrainState, Data], tuple[TrainState, TrainInfo]]
+    meta_step: Any
     state_sharding: TrainState
 
 
@@ -167,6 +168,39 @@ def make_trainer(
         meta_step=jax.jit(meta_step, donate_argnums=0, out_shardings=(state_sharding, replicated)),
         state_sharding=state_sharding,
     )
+
+
+def abstract_state(trainer: Trainer, key: jax.Array, data: Data) -> TrainState:
+    """The shapes, dtypes and shardings of a run's state."""
+    shapes = jax.eval_shape(trainer.init, key, data)
+    parts = zip(shapes, trainer.state_sharding, strict=True)
+    return TrainState(
+        *(
+            jax.tree.map(lambda x, s=sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), part)
+            for part, sharding in parts
+        )
+    )
+
+
+def begin(
+    trainer: Trainer, key: jax.Array, data: Data, start: Callable[[TrainState], TrainState | None] = lambda like: None
+) -> tuple[TrainState, Callable[[TrainState, Data], tuple[TrainState, TrainInfo]]]:
+    """The state that a run starts from, while its meta-step is compiled at the same time.
+
+    Args:
+        trainer: the run's.
+        key: of a fresh start.
+        data: data sets, on the devices.
+        start: ``abstract state -> state`` to go on from, or ``None`` for a fresh start.
+
+    Returns:
+        ``(state, meta_step)``.
+    """
+    like = abstract_state(trainer, key, data)
+    with ThreadPoolExecutor(1) as beside:
+        meta_step = beside.submit(lambda: trainer.meta_step.lower(like, data).compile())
+        state = start(like)
+        return trainer.init(key, data) if state is None else state, meta_step.result()
 
 
 def place(data: Data, mesh: Mesh) -> Data:

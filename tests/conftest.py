@@ -1,10 +1,18 @@
 """Strict settings for all tests, and eight CPU devices, so that meshes of 1 to 8 are tested in one process."""
 
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Compilation is most of the tests' time: this makes it three times faster. The processes that tests start inherit it.
+# Compilation is most of the tests' time: this makes it three times faster, and what one process compiled the others
+# need not. The workers and the processes that tests start inherit it.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _cache = tempfile.mkdtemp(prefix="learned-opt-tests-")
+    os.environ |= {"JAX_COMPILATION_CACHE_DIR": _cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05"}
+else:
+    _cache = None
 
 import jax
 import matplotlib
@@ -13,6 +21,12 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 matplotlib.use("Agg")
+
+
+def pytest_unconfigure():
+    """The cache goes with the process that made it."""
+    if _cache:
+        shutil.rmtree(_cache, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items):

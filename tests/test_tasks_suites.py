@@ -69,7 +69,13 @@ def test_names_are_unique_and_shared_entries_the_same():
 
 def test_sizes_of_the_suites():
     assert {name: len(suite) for name, suite in VALIDATION.items()} == {"validation": 5}
-    assert {name: len(suite) for name, suite in TRAIN.items()} == {"quick": 2, "small": 1, "standard": 5, "broad": 9}
+    assert {name: len(suite) for name, suite in TRAIN.items()} == {
+        "quick": 2,
+        "small": 1,
+        "standard": 5,
+        "mixed": 7,
+        "broad": 9,
+    }
     assert {name: len(suite) for name, suite in HELD_OUT.items()} == {"quick": 5, "held_out": 18, "fetched": 6}
 
 
@@ -116,7 +122,7 @@ def test_fetched_entries_name_the_command(tmp_path, monkeypatch):
 
 
 def test_unknown_suites():
-    with pytest.raises(ValueError, match="known: quick, small, standard, broad"):
+    with pytest.raises(ValueError, match="known: quick, small, standard, mixed, broad"):
         suites.suite("nonsense")
     with pytest.raises(ValueError, match="known: quick, held_out, fetched, validation"):
         suites.suite("small", held_out=True)
