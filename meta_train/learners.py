@@ -12,17 +12,12 @@ import jax.numpy as jnp
 import optax
 
 from learned_opt.base import LearnedOptimizer, Theta
+from learned_opt.rules.scheduler import SCHEDULES
 from tasks.base import Cfg, Params, TaskFamily
 from tasks.networks import log_uniform
 
 LearnerState = Any
 ENDLESS = jnp.iinfo(jnp.int32).max
-
-# Name -> step size at a fraction of the episode, as a share of the episode's own.
-SCHEDULES: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "constant": jnp.ones_like,
-    "cosine": lambda done: 0.5 * (1 + jnp.cos(jnp.pi * done)),
-}
 
 _FLOOR = 0.01  # share of the initial loss below which less is hardly better
 # Name -> meta-loss of a training loss that is given as a share of the initial one.

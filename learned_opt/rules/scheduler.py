@@ -1,6 +1,6 @@
 """A learned step-size schedule, driven by the loss, for any other rule."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +19,11 @@ __all__ = ["PAPER", "SchedulerState", "over", "scheduler"]
 
 _INPUTS = TIMES + FRACTIONS + 1 + LOSSES
 _HORIZON = 10_000  # updates, of the slowest mean of the loss
+# Name -> step size at a fraction of the run, as a share of the run's own.
+SCHEDULES: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "constant": jnp.ones_like,
+    "cosine": lambda done: 0.5 * (1 + jnp.cos(jnp.pi * done)),
+}
 
 
 class SchedulerState(NamedTuple):
@@ -57,16 +62,17 @@ def scheduler(
     base_kwargs: Mapping[str, Any] | None = None,
     learning_rate: float | None = None,
     lstm_size: int = 16,
+    schedule: str = "constant",
 ) -> LearnedOptimizer:
     """Any rule under a learned step-size schedule that reads the loss.
 
-    ``update = mult lr u`` with ``u`` the update of ``base`` and ``mult = exp(linear(h))``, ``h`` the output of an LSTM
-    over time as in Celo. It reads the number ``t`` of updates done (``tanh(t / tau - 1)`` for eleven ``tau`` from 1 to
-    100,000), how much of the run is done, and how the loss stands to its running means
-    (:func:`learned_opt.rules.recurrent.loss_update`, of horizons from 10 to 10,000 updates whatever the run's length).
-    The planned number of updates is optional: without it, or with 0, the nine inputs for the fraction done are 0 and
-    one more says so. A schedule that shall do without it should have met that in meta-training (``told_length`` of
-    ``meta_train.learners.task_learner``).
+    ``update = mult s(t / T) lr u`` with ``u`` the update of ``base``, ``s`` a fixed schedule over the run's ``T``
+    updates and ``mult = exp(linear(h))``, ``h`` the output of an LSTM over time as in Celo. It reads the number
+    ``t`` of updates done (``tanh(t / tau - 1)`` for eleven ``tau`` from 1 to 100,000), how much of the run is done,
+    and how the loss stands to its running means (:func:`learned_opt.rules.recurrent.loss_update`, of horizons from
+    10 to 10,000 updates whatever the run's length). The planned number of updates is optional: without it, or with
+    0, ``s`` is 1, the nine inputs for the fraction done are 0 and one more says so. A schedule that shall do
+    without it should have met that in meta-training (``told_length`` of ``meta_train.learners.task_learner``).
 
     The fresh multiplier is 1. ``theta["base"]`` and ``theta["scheduler"]`` may be trained together or apart
     (:func:`learned_opt.rules.parts.only`). Losses that are not finite count as twice their largest running mean. State:
@@ -77,6 +83,7 @@ def scheduler(
         base_kwargs: arguments of its factory.
         learning_rate: ``lr``; by default the base's own default, 1 for a base that sets its own step size.
         lstm_size: units of the LSTM.
+        schedule: ``s``, where learning starts from: ``"constant"``, or ``"cosine"``, from 1 to 0.
 
     Returns:
         A rule that needs ``value`` and what ``base`` needs; theta is ``{"base": ..., "scheduler": ...}``.
@@ -93,6 +100,8 @@ def scheduler(
         raise ValueError(f"unknown base {base!r} of a scheduler; rules: {', '.join(sorted(rules.RULES))}")
     if lstm_size < 1 or (learning_rate is not None and not learning_rate > 0):
         raise ValueError("scheduler needs lstm_size >= 1 and a positive learning_rate")
+    if schedule not in SCHEDULES:
+        raise ValueError(f"unknown schedule {schedule!r}; schedules: {', '.join(SCHEDULES)}")
     try:
         inner = rules.RULES[base](**(base_kwargs or {}))
     except TypeError as error:
@@ -121,6 +130,10 @@ def scheduler(
             losses, loss = recurrent.loss_update(state.loss, value, _HORIZON)
             memory = recurrent.pooled_lstm(layers, inputs(state.step, num_steps, losses), state.memory)
             scale = rate * jnp.exp(recurrent.linear(layers["step_size"], memory.hidden)[0, 0])
+            if num_steps is not None:
+                total = jnp.asarray(num_steps)
+                done = jnp.minimum(state.step / jnp.maximum(total, 1), 1).astype(scale.dtype)
+                scale = jnp.where(total > 0, SCHEDULES[schedule](done), 1) * scale
             updates, inner_state = transform.update(updates, state.base, params, value=value, **extra_args)
             updates = jax.tree.map(lambda u: (scale.astype(ft.compute_dtype(u.dtype)) * u).astype(u.dtype), updates)
             return updates, SchedulerState(optax.safe_increment(state.step), loss, memory, inner_state)
