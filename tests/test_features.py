@@ -60,6 +60,28 @@ def test_a_mean_over_rows_that_do_not_fill_the_blocks():
     np.testing.assert_allclose(col[0, :, 0], np.mean(np.square(g), 1), rtol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(4, 6), (6, 4), (1, 5), (5, 1)])
+@pytest.mark.parametrize("joined", [False, True])
+def test_squares_of_columns_are_the_columns_squared(shape, joined):
+    """Whichever of the two factors is a row, and where their products are given."""
+    rng = np.random.default_rng(0)
+
+    def positive(*shape):
+        return jnp.asarray(rng.uniform(0.1, 2, shape), jnp.float32)
+
+    g, p, *m = (jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(5))
+    axes = [(shape[0], 1), (1, shape[1])] if shape[0] <= shape[1] else [(1, shape[1]), (shape[0], 1)]
+    row, col, R, C = ([positive(*axis) for _ in range(3)] for axis in (*axes, *axes))
+    if joined:
+        R, C = [a * b for a, b in zip(R, C, strict=True)], []
+    inputs = (g, p, m, positive(*shape), R, C, row, col)
+    columns = ft.factored_columns(*inputs, eps=1e-6)
+    squares = ft.factored_squares(*inputs, eps=1e-6)
+    for column, (x, factor) in zip(columns, squares, strict=True):
+        assert factor is None or factor.shape == (1, shape[1])
+        np.testing.assert_allclose(x if factor is None else x * factor, column * column, rtol=3e-6)
+
+
 def test_clean_counts_non_finite_entries_as_zero_and_clips_the_rest():
     g = jnp.array([jnp.nan, jnp.inf, -jnp.inf, 5.0, -1e30])
     np.testing.assert_array_equal(ft.clean(g, 1000.0, jnp.float32), [0, 0, 0, 5, -1000])

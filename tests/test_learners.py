@@ -8,7 +8,7 @@ import pytest
 
 import learned_opt
 from meta_train import estimators
-from meta_train.learners import SCHEDULES, task_learner
+from meta_train.learners import MEASURES, SCHEDULES, task_learner
 from tasks.base import Task, TaskFamily
 from tasks.networks import log_uniform
 
@@ -90,6 +90,17 @@ def test_a_loss_that_is_not_finite_counts_as_the_cap_and_does_not_move_the_param
     state, loss = learner.step(theta, state, jax.random.key(2))
     assert loss == 7.0
     assert state.params == 2.0
+
+
+def test_the_logarithm_of_the_loss_as_meta_loss():
+    rule, family = learned_opt.RULES["sgd"](), smooth_family()
+    theta = rule.init(jax.random.key(0))
+    steps = {}
+    for name, measure in MEASURES.items():
+        learner = task_learner(rule, family, lengths=(10, 10), measure=measure)
+        steps[name] = learner.step(theta, learner.init(theta, jax.random.key(1)), jax.random.key(2))[1]
+    np.testing.assert_allclose(steps["log"], np.log(steps["relative"] + 0.01), rtol=1e-6)
+    assert np.isfinite(MEASURES["log"](jnp.float32(-1.0)))  # a loss may be negative
 
 
 def test_the_step_size_is_drawn_for_a_rule_that_has_a_free_one():

@@ -448,6 +448,25 @@ def test_a_scheduler_does_without_the_number_of_steps():
     assert abs(last(None) / last(None, (3.0, 4.0, 5.0, 6.0)) - 1) > 1e-4  # and the loss
 
 
+def test_a_scheduler_may_start_from_a_cosine():
+    params = jnp.ones(2)
+
+    def sizes(num_steps):
+        rule = scheduler(base="sgd", lstm_size=4, schedule="cosine")
+        tx = rule.build(rule.init(jax.random.key(0)), num_steps=num_steps)
+        state, found = tx.init(params), []
+        for _ in range(5):
+            updates, state = tx.update(jnp.ones(2), state, params, value=jnp.float32(1.0))
+            found.append(float(updates[0]))
+        return np.asarray(found)
+
+    unknown = sizes(None)
+    np.testing.assert_allclose(unknown, unknown[0])
+    np.testing.assert_array_equal(sizes(jnp.int32(0)), unknown)
+    cosine = 0.5 * (1 + np.cos(np.pi * np.array([0, 1, 2, 3, 4]) / 4))  # 0 from the last step on
+    np.testing.assert_allclose(sizes(4), cosine * unknown, atol=1e-7 * abs(unknown[0]))
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
@@ -455,6 +474,7 @@ def test_a_scheduler_does_without_the_number_of_steps():
         ({"base": "adam", "base_kwargs": {"x": 1}}, "cannot be made"),
         ({"learning_rate": -1.0}, "positive"),
         ({"lstm_size": 0}, "lstm_size"),
+        ({"schedule": "linear"}, "unknown schedule 'linear'"),
     ],
 )
 def test_a_scheduler_s_mistakes(kwargs, message):
