@@ -1,0 +1,81 @@
+"""How the optimizers of pretrained/ were meta-trained, stage by stage, and the command that does it again.
+
+    python scripts/pretrain.py flagship [--workdir runs/pretrain]
+
+Each stage goes on from the rule of the one before; a run that was cut off goes on where it was. Where a released rule
+was stopped before the end that is planned here, its model card says so.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")  # one thread a device, one device a core
+
+import jax
+
+import learned_opt
+from learned_opt.rules import scheduler
+from meta_train import loop
+from meta_train.config import Config, preset, replace
+
+_CPU = replace(preset("cpu"), bench_suite="")
+_OWN_RATE = {"min_learning_rate": None, "max_learning_rate": None, "inner_schedule": "constant"}
+_SHORT = {"suite": "mixed", "measure": "log", "particles": 4, "outer_learning_rate": 3e-3, **_OWN_RATE}
+_ORTHOGONAL = {"rule_kwargs": {"orthogonalize": True}, "measure": "log"}
+_ADAM = {"base": "adam", "base_kwargs": {"learning_rate": 0.01}, "schedule": "cosine"}
+
+STAGES: dict[str, list[dict]] = {
+    "flagship": [
+        {"meta_steps": 1490, "max_length": 1000, "outer_learning_rate": 1e-3, "outer_schedule": "constant"},
+        {"meta_steps": 8000},
+        {"meta_steps": 1400, **_ORTHOGONAL},
+        {"meta_steps": 5000, "suite": "mixed", **_ORTHOGONAL},
+    ],
+    "flagship-auto": [
+        {"meta_steps": 800, "rule": "scheduler", "trainable": ["scheduler"], "told_length": 0.7, **_SHORT}
+    ],
+    "scheduler-adam": [
+        {"meta_steps": 800, "rule": "scheduler", "rule_kwargs": _ADAM, "told_length": 0.7, **_SHORT},
+    ],
+    "adafac-mlp": [{"meta_steps": 1000, "rule": "adafac_mlp", **_SHORT}],
+}
+
+
+def over_flagship(folder: Path) -> tuple[Path, dict]:
+    """A fresh scheduler over the flagship, saved: where it is and its arguments."""
+    record, (_, theta) = learned_opt.store.read_record("flagship"), learned_opt.load_rule("flagship")
+    facts = {"base_kwargs": record["kwargs"], "learning_rate": record["learning_rate"], "schedule": "cosine"}
+    kwargs, theta = scheduler.over(record["rule"], theta, jax.random.key(0), **facts)
+    return learned_opt.save(folder, "scheduler", theta, kwargs=kwargs), kwargs
+
+
+def main() -> None:
+    """Run the stages of one rule."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=list(STAGES))
+    parser.add_argument("--workdir", type=Path, default=Path("runs/pretrain"))
+    options = parser.parse_args()
+    jax.config.update("jax_num_cpu_devices", 2)
+    start = None
+    for number, changes in enumerate(STAGES[options.name]):
+        folder = options.workdir / f"{options.name}-{number}"
+        config: Config = replace(_CPU, **changes)
+        if options.name == "flagship-auto":
+            start, kwargs = over_flagship(options.workdir / "flagship-auto-start")
+            config = replace(config, rule_kwargs=kwargs)
+        elif start is not None:  # the weights of another stage's rule may be those of other arguments
+            theta = learned_opt.load_rule(start)[1]
+            start = learned_opt.save(
+                folder.with_name(f"{folder.name}-start"), config.rule, theta, kwargs=config.rule_kwargs
+            )
+        config = replace(config, init=None if start is None else str(start))
+        outcome = loop.run(config, folder, resume=(folder / "config.json").exists())
+        if not outcome.finished:
+            raise SystemExit(f"stopped at meta-step {outcome.step}; the same command goes on from there")
+        start = folder / "rule"
+    print(f"learned-opt export {folder} {options.name}")
+
+
+if __name__ == "__main__":
+    main()
