@@ -233,7 +233,10 @@ def _config(arguments: argparse.Namespace) -> Config:
         config = configs.read(arguments.workdir / "config.json")
     else:
         config = configs.preset(arguments.preset)
-    config = configs.with_settings(config, dict(_pairs(arguments.set)))
+    settings = dict(_pairs(arguments.set))
+    if arguments.rule not in (None, config.rule):  # the arguments of the preset's rule are not those of another
+        settings = {"rule_kwargs": "{}"} | settings
+    config = configs.with_settings(config, settings)
     named = ("rule", "suite", "estimator", "meta_steps", "particles", "unroll", "seed")
     given = {name: getattr(arguments, name) for name in named if getattr(arguments, name) is not None}
     return configs.replace(config, **given)

@@ -39,7 +39,7 @@ class Config:
         min_learning_rate: lower end of the log-uniform inner step size of a rule that has a free one; by default
             the rule's own.
         max_learning_rate: upper end.
-        inner_schedule: the step size over an episode, ``"constant"`` or ``"cosine"``.
+        inner_schedule: such a step size over an episode, ``"constant"`` or ``"cosine"``.
         told_length: share of the episodes in which the rule is told their length (see ``task_learner``).
         max_loss: cap of the meta-loss in units of the initial loss; what a non-finite loss counts as.
         measure: the meta-loss, ``"relative"`` (the loss in units of the initial loss) or ``"log"`` (its logarithm).
@@ -233,9 +233,11 @@ def _parse(name: str, text: str) -> Any:
 
 # Meta-trained as it will be used: under a cosine schedule from the rates that tuning finds.
 _QUICK = Config(meta_steps=300, min_learning_rate=1e-3, max_learning_rate=3e-2, inner_schedule="cosine")
-_FLAGSHIP = dataclasses.replace(  # the settings of `pretrained/flagship`
+_FLAGSHIP = dataclasses.replace(  # the settings of the last stage of `pretrained/flagship`
     _QUICK,
-    suite="standard",
+    rule_kwargs={"orthogonalize": True},
+    suite="mixed",
+    measure="log",
     estimator="nres",
     particles=8,
     meta_steps=8000,

@@ -57,15 +57,16 @@ class Outcome(NamedTuple):
 
 
 def _optimizer(config: Config, rule, entry, family, lengths) -> Learner:
-    """The rule optimizes tasks."""
+    """The rule optimizes tasks; one that sets its own step size is given neither rate nor schedule."""
     del entry
+    free = rule.learning_rate is not None
     return task_learner(
         rule,
         family,
         lengths=lengths,
         multiple_of=config.unroll,
-        learning_rates=config.learning_rates,
-        schedule=SCHEDULES[config.inner_schedule],
+        learning_rates=config.learning_rates if free else None,
+        schedule=SCHEDULES[config.inner_schedule if free else "constant"],
         max_loss=config.max_loss,
         measure=MEASURES[config.measure],
         told_length=config.told_length,
@@ -236,10 +237,10 @@ def _steps(
                 show(step, f"loss {values['loss']:.4f}, {values['inner_steps_per_second']:,.0f} inner steps/s")
             stopped = stop() if jax.process_count() == 1 else checkpoints.reached_preemption(step)
             if step % config.checkpoint_every == 0 or step == config.meta_steps or stopped:
-                _save(state, step, config, workdir, checkpoints, setup.whole)
+                _save(state, step, config, workdir, checkpoints, setup)
                 saved = step
     if saved is None:
-        _save_rule(state, step, config, workdir, setup.whole)
+        _save_rule(state, step, config, workdir, setup)
     return state, step >= config.meta_steps
 
 
@@ -255,19 +256,20 @@ def _figures(infos: list[TrainInfo], setup: Setup, seconds: float) -> dict[str, 
     return values | {f"loss/{name}": float(loss) for name, loss in zip(setup.names, mean.losses, strict=True)}
 
 
-def _save(state: TrainState, step: int, config: Config, workdir: Path, checkpoints, whole) -> None:
+def _save(state: TrainState, step: int, config: Config, workdir: Path, checkpoints, setup: Setup) -> None:
     if step not in checkpoints.all_steps():
         checkpoint.save(checkpoints, step, state)
-    _save_rule(state, step, config, workdir, whole)
+    _save_rule(state, step, config, workdir, setup)
 
 
-def _save_rule(state: TrainState, step: int, config: Config, workdir: Path, whole) -> None:
+def _save_rule(state: TrainState, step: int, config: Config, workdir: Path, setup: Setup) -> None:
     if jax.process_index() == 0:
         start = None if config.init is None else Path(config.init).name  # a rule's file tells nothing of this machine
         card = {"seed": config.seed, "config": dataclasses.asdict(config) | {"meta_steps": step, "init": start}}
-        if config.learning_rates is not None:  # the middle of what it was trained at
+        if config.learning_rates is not None and getattr(setup.rule, "learning_rate", None) is not None:
+            # the middle of what it was trained at
             card["learning_rate"] = float(f"{math.sqrt(math.prod(config.learning_rates)):.1g}")
-        theta = whole(jax.tree.map(np.asarray, state.theta))
+        theta = setup.whole(jax.tree.map(np.asarray, state.theta))
         learned_opt.save(workdir / "rule", config.rule, theta, kwargs=config.rule_kwargs, card=card)
 
 

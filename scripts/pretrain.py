@@ -20,25 +20,24 @@ from meta_train import loop
 from meta_train.config import Config, preset, replace
 
 _CPU = replace(preset("cpu"), bench_suite="")
-_OWN_RATE = {"min_learning_rate": None, "max_learning_rate": None, "inner_schedule": "constant"}
-_SHORT = {"suite": "mixed", "measure": "log", "particles": 4, "outer_learning_rate": 3e-3, **_OWN_RATE}
-_ORTHOGONAL = {"rule_kwargs": {"orthogonalize": True}, "measure": "log"}
+_PLAIN = {"rule_kwargs": {}, "suite": "standard", "measure": "relative"}
+_SHORT = {"rule_kwargs": {}, "particles": 4, "outer_learning_rate": 3e-3}
 _ADAM = {"base": "adam", "base_kwargs": {"learning_rate": 0.01}, "schedule": "cosine"}
 
 STAGES: dict[str, list[dict]] = {
     "flagship": [
-        {"meta_steps": 1490, "max_length": 1000, "outer_learning_rate": 1e-3, "outer_schedule": "constant"},
-        {"meta_steps": 8000},
-        {"meta_steps": 1400, **_ORTHOGONAL},
-        {"meta_steps": 5000, "suite": "mixed", **_ORTHOGONAL},
+        {**_PLAIN, "meta_steps": 1490, "max_length": 1000, "outer_learning_rate": 1e-3, "outer_schedule": "constant"},
+        {**_PLAIN, "meta_steps": 8000},
+        {"meta_steps": 1400, "suite": "standard"},
+        {"meta_steps": 5000},
     ],
     "flagship-auto": [
-        {"meta_steps": 800, "rule": "scheduler", "trainable": ["scheduler"], "told_length": 0.7, **_SHORT}
+        {**_SHORT, "meta_steps": 800, "rule": "scheduler", "trainable": ["scheduler"], "told_length": 0.7}
     ],
     "scheduler-adam": [
-        {"meta_steps": 800, "rule": "scheduler", "rule_kwargs": _ADAM, "told_length": 0.7, **_SHORT},
+        {**_SHORT, "meta_steps": 800, "rule": "scheduler", "rule_kwargs": _ADAM, "told_length": 0.7},
     ],
-    "adafac-mlp": [{"meta_steps": 1000, "rule": "adafac_mlp", **_SHORT}],
+    "adafac-mlp": [{**_SHORT, "meta_steps": 1000, "rule": "adafac_mlp"}],
 }
 
 

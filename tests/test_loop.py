@@ -88,6 +88,23 @@ def test_a_run_leaves_what_it_promises(undisturbed):
     np.testing.assert_array_equal(flat(theta), flat(outcome.theta))
 
 
+def test_a_rule_that_sets_its_own_step_size_is_given_none(tmp_path):
+    plain = dataclasses.replace(SETTINGS, meta_steps=2)
+    rates = {"min_learning_rate": 1e-3, "max_learning_rate": 1e-2, "inner_schedule": "cosine"}
+    outcomes = [
+        loop.run(settings, tmp_path / name)
+        for name, settings in (("plain", plain), ("rates", dataclasses.replace(plain, **rates)))
+    ]
+    jax.tree.map(np.testing.assert_array_equal, outcomes[0].theta, outcomes[1].theta)
+    assert learned_opt.store.read_record(tmp_path / "rates" / "rule")["learning_rate"] is None
+
+
+def test_where_a_run_started_is_recorded_by_name(tmp_path):
+    start = learned_opt.save(tmp_path / "start", "adam", learned_opt.RULES["adam"]().init(jax.random.key(0)))
+    loop.run(dataclasses.replace(SETTINGS, meta_steps=1, init=str(start)), tmp_path / "run")
+    assert learned_opt.store.read_record(tmp_path / "run" / "rule")["config"]["init"] == "start"
+
+
 def test_what_is_not_trainable_stays(tmp_path):
     settings = dataclasses.replace(SETTINGS, trainable=["log_learning_rate"], meta_steps=3)
     outcome = loop.run(settings, tmp_path / "a")
