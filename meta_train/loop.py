@@ -203,28 +203,27 @@ def run(config: Config, workdir: Path, *, resume: bool = False, console: Console
             found = checkpoint.restore(checkpoints, like) if resume else None
             return None if found is None else found[1]
 
-        state, meta_step = begin(setup.trainer, jax.random.PRNGKey(config.seed), setup.data, saved)
+        state, compiled = begin(setup.trainer, jax.random.PRNGKey(config.seed), setup.data, saved)
+        setup = setup._replace(trainer=setup.trainer._replace(meta_step=compiled))
         with contextlib.ExitStack() as stack:
             metrics = progress.Metrics(workdir, int(state.step) + 1) if leader else None
             if metrics:
                 stack.callback(metrics.close)
             stop = stack.enter_context(_stop_signals())
-            state, finished = _steps(state, meta_step, setup, config, workdir, checkpoints, metrics, stop, console)
+            state, finished = _steps(state, setup, config, workdir, checkpoints, metrics, stop, console)
     finally:
         checkpoint.finish(checkpoints)
     return Outcome(setup.whole(jax.tree.map(np.asarray, state.theta)), int(state.step), finished)
 
 
-def _steps(
-    state: TrainState, meta_step, setup: Setup, config: Config, workdir, checkpoints, metrics, stop, console: Console
-):
+def _steps(state: TrainState, setup: Setup, config: Config, workdir, checkpoints, metrics, stop, console: Console):
     """The loop. The host reads a step's figures one step late, so that the devices never wait for it."""
     step, saved = int(state.step), None
     pending: list[TrainInfo] = []
     window_start, stopped = time.monotonic(), False
     with progress.progress(console, "meta-train", config.meta_steps, step) as show:
         while step < config.meta_steps and not stopped:
-            state, info = meta_step(state, setup.data)
+            state, info = setup.trainer.meta_step(state, setup.data)
             step += 1
             if pending:
                 jax.block_until_ready(pending[-1])
