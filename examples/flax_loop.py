@@ -27,7 +27,7 @@ def loss_fn(model):
 
 steps = 200
 model = Network(nnx.Rngs(1))
-schedule = optax.cosine_decay_schedule(1e-3, steps)
+schedule = optax.cosine_decay_schedule(5e-3, steps)
 optimizer = nnx.Optimizer(model, learned_opt.load("flagship", learning_rate=schedule), wrt=nnx.Param)
 
 
