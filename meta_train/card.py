@@ -22,7 +22,7 @@ Needs: {needs}. {rate}
 ## How it was made
 
 Meta-trained by the estimator `{estimator}` on the training suite `{suite}` for {meta_steps:,} meta-steps of {particles}
-particles a family and {unroll} inner steps each, episodes of {min_length} to {max_length} steps, seed {seed}. The whole
+particles a family and {unroll} inner steps each, episodes of {min_length} to {max_length} steps, seed {seed}{start}. The whole
 configuration is in `rule.json`; `learned-opt train` with these settings repeats it.
 Libraries: {libraries}.
 
@@ -66,6 +66,7 @@ def text(name: str, record: Mapping[str, Any], held_out: Mapping[str, Any] | Non
         or "neither the loss nor the number of steps",
         rate="It sets its own step size." if rate is None else f"Its learning rate is free, {rate:g} by default.",
         seed=record.get("seed", "unknown"),
+        start="" if config.get("init") is None else f", from {config['init']}",
         libraries=libraries or "unknown",
         held_out="No benchmark was run." if held_out is None else _worth(held_out),
         failures=_failures(held_out["figures"] if held_out else []),
@@ -237,7 +238,7 @@ def unsupervised_text(name: str, record: Mapping[str, Any], held_out: str | None
         rule=record["rule"],
         size=sum(_size(spec["shape"]) for spec in record["theta"].values()),
         seed=record.get("seed", "unknown"),
-        start="" if config.get("init") is None else ", from an earlier rule",
+        start="" if config.get("init") is None else f", from {config['init']}",
         libraries=libraries or "unknown",
         held_out=held_out or "Not measured yet: `python benchmarks/unsupervised_features.py --rule FOLDER` does.",
         **{field: config.get(field, 0 if field == "meta_steps" else "unknown") for field in known},

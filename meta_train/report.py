@@ -21,7 +21,7 @@ from .benchmark import Result
 from .contenders import REFERENCE
 
 _COLOURS = {"adam": "#3b6fb6", "adam@0.001": "#9bb8dd", "adamw-cosine": "#e08e2b"}
-_LEARNED_COLOURS = ("#b5202e", "#2e8b57", "#7b4fa3", "#8c6d46", "#d46a9f")
+_LEARNED_COLOURS = ("#b5202e", "#2e8b57", "#7b4fa3", "#8c6d46", "#d46a9f", "#17a2a2", "#7d8a1f", "#3d3d3d")
 _OVER_TASKS = """\
 Over all tasks: interquartile means, with 95% intervals over tasks and seeds.
 loss: how far the training loss came down, tuned Adam's way being 1. ≥ Adam: on
