@@ -22,8 +22,8 @@ Needs: {needs}. {rate}
 ## How it was made
 
 Meta-trained by the estimator `{estimator}` on the training suite `{suite}` for {meta_steps:,} meta-steps of {particles}
-particles a family and {unroll} inner steps each, episodes of {min_length} to {max_length} steps, seed {seed}{start}. The whole
-configuration is in `rule.json`; `learned-opt train` with these settings repeats it.
+particles a family and {unroll} inner steps each, episodes of {min_length} to {max_length} steps, seed
+{seed}{start}. The whole configuration is in `rule.json`; `learned-opt train` with these settings repeats it.
 Libraries: {libraries}.
 
 ## What it is worth
