@@ -151,6 +151,16 @@ def test_inside_optax_s_wrappers(rule):
         assert any(float(jnp.max(jnp.abs(u))) > 0 for u in jax.tree.leaves(updates)), name
 
 
+def test_sharded_params_give_the_same_and_stay_sharded(rule):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("model",))
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("model"))
+    params = {"w": PARAMS["matrix"]}
+    update = jax.jit(lambda params: rule[2].update(gradients(params), rule[2].init(params), params, **extra(rule))[0])
+    alone, sharded = update(params)["w"], update(jax.device_put(params, rows))["w"]
+    assert sharded.sharding.is_equivalent_to(rows, 2)
+    np.testing.assert_allclose(sharded, alone, rtol=1e-4, atol=1e-5)
+
+
 def test_state_survives_a_checkpoint(rule, tmp_path):
     tx = rule[2]
     params = {"w": jnp.ones((4, 3)), "b": jnp.ones(3), "s": jnp.array(1.0, jnp.float32)}

@@ -1,6 +1,7 @@
 """Celo2: a normalised per-parameter MLP that needs neither loss nor step count."""
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -98,7 +99,7 @@ def newton_schulz(x: jax.Array) -> jax.Array:
     return jnp.swapaxes(x, -1, -2) if tall else x
 
 
-def celo2(*, hidden_size: int = 8, orthogonalize: bool = False) -> LearnedOptimizer:
+def celo2(*, hidden_size: int = 8, orthogonalize: bool = False, adam_on: Sequence[str] = ()) -> LearnedOptimizer:
     """Celo2: one small MLP gives every parameter its direction; inputs and outputs are normalised by RMS.
 
     Per tensor: momenta ``m`` (.9, .99, .999), second moment ``r`` (.95) and factored second moments (.9, .99, .999) of
@@ -118,15 +119,28 @@ def celo2(*, hidden_size: int = 8, orthogonalize: bool = False) -> LearnedOptimi
         hidden_size: units in either hidden layer, at least 2.
         orthogonalize: replace ``d`` of tensors of rank >= 2 by five Newton-Schulz steps towards the nearest orthogonal
             matrix.
+        adam_on: kinds of tensors that Adam moves instead: ``"vectors"`` (below rank 2) and ``"embeddings"`` (those with
+            "embed" in their path), as Muon's users do. With ``load(..., weight_decay=...)`` that is AdamW, at the same
+            learning rate. Their state is Adam's, 8 bytes a parameter.
 
     Returns:
         A rule; theta is a dict of ``w0 [30, h], b0 [h], w1 [h, h], b1 [h], w2 [h, 3], b2 [3]``.
 
     Raises:
-        ValueError: if ``hidden_size`` is below 2.
+        ValueError: if ``hidden_size`` is below 2, or ``adam_on`` names another kind.
+
+    Example:
+        >>> rule = celo2(orthogonalize=True, adam_on=["vectors", "embeddings"])
+        >>> params = {"embed": jnp.ones((5, 2)), "w": jnp.ones((2, 3)), "b": jnp.ones(3)}
+        >>> tx = rule.build(rule.init(jax.random.key(0)))
+        >>> updates, _ = tx.update(params, tx.init(params), params)
+        >>> print(updates["b"])  # Adam's first step
+        [-1. -1. -1.]
     """
     if hidden_size < 2:
         raise ValueError(f"celo2 needs hidden_size >= 2, got {hidden_size}")
+    if unknown := set(adam_on) - set(KINDS):
+        raise ValueError(f"celo2: adam_on knows {', '.join(KINDS)}, not {', '.join(sorted(unknown))}")
 
     def init(key):
         return network_init(key, INPUTS, hidden_size, OUTPUTS, through=_NORMALISED_MOMENTUM)
@@ -160,6 +174,25 @@ def celo2(*, hidden_size: int = 8, orthogonalize: bool = False) -> LearnedOptimi
             updates, *m, r, row, col = ft.map_tensors(update, updates, params, *state.m, state.r, state.row, state.col)
             return updates, Celo2State(tuple(m), r, row, col)
 
-        return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+        learned = optax.GradientTransformationExtraArgs(init_fn, update_fn)
+        if not adam_on:
+            return learned
+        clean = optax.stateless_with_tree_map(lambda g, p: ft.clean(g, _CLIP, g.dtype))
+        adam = optax.chain(clean, optax.scale_by_adam(), optax.scale(-1.0))
+        return optax.partition({True: adam, False: learned}, functools.partial(_is_one_of, adam_on))
 
     return LearnedOptimizer(init, build, learning_rate=1e-3)
+
+
+# What `adam_on` may name: whether a tensor of that path is of the kind.
+KINDS: dict[str, Callable[[str, jax.Array], bool]] = {
+    "embeddings": lambda path, x: "embed" in path.lower(),
+    "vectors": lambda path, x: jnp.ndim(x) < 2,
+}
+
+
+def _is_one_of(kinds: Sequence[str], params: optax.Params) -> optax.Params:
+    def of_one(path, x):
+        return any(KINDS[kind](jax.tree_util.keystr(path), x) for kind in kinds)
+
+    return jax.tree_util.tree_map_with_path(of_one, params)
