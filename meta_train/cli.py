@@ -24,6 +24,7 @@ from .config import Config, ConfigError
 
 _EXTRA = "pip install 'learned-opt[train]'"
 _THREADS = "xla_cpu_multi_thread_eigen"
+_COMPILED = 1 << 30  # bytes of compiled programs that are kept, the latest used
 
 
 class UsageError(ValueError):
@@ -193,6 +194,7 @@ def _train(arguments: argparse.Namespace) -> int:
         )  # a mistake there must not wait for the end of the run
     workdir = arguments.workdir or Path("runs") / f"{arguments.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     _use_cores(arguments.devices, config.particles)
+    _keep_compiled()
     if arguments.distributed:
         _join(arguments)
     console = _console()
@@ -322,6 +324,7 @@ def _bench(arguments: argparse.Namespace) -> int:
         if value < 1:
             raise UsageError(f"--{name} must be at least 1")
     _use_cores(arguments.devices)
+    _keep_compiled()
     names = arguments.baselines.split(",") if arguments.baselines else list(command.QUICK) if quick else None
     plan = command.Plan(
         steps, seeds, 1 if quick else 2, timed=True, folder=_own_tasks("tasks.data").data_dir() / "bench"
@@ -344,6 +347,7 @@ def _bench(arguments: argparse.Namespace) -> int:
 def _tune(arguments: argparse.Namespace) -> int:
     tune = _pipeline("tune")
     settings = ("problem", "dataset", "optimizer", "cycles", "learning_rate", "method", "seed")
+    _keep_compiled()
     config = tune.TuneConfig(**{name: getattr(arguments, name) for name in settings})
     out = arguments.out or Path("runs") / f"tune-{time.strftime('%Y%m%d-%H%M%S')}"
     try:
@@ -492,6 +496,14 @@ def _use_cores(devices: int | None, particles: int | None = None) -> None:
     if number >= cores and _THREADS not in flags:  # likewise those of single operations
         os.environ["XLA_FLAGS"] = f"{flags} --{_THREADS}=false".strip()
     jax.config.update("jax_num_cpu_devices", number)
+
+
+def _keep_compiled() -> None:
+    """What one command has compiled, the next one reads: most of the time before a run's first step."""
+    if jax.config.jax_compilation_cache_dir is None:  # the user has not said where, by JAX_COMPILATION_CACHE_DIR
+        folder = _own_tasks("tasks.data").data_dir() / "compiled"
+        jax.config.update("jax_compilation_cache_max_size", _COMPILED)
+        jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def _join(arguments: argparse.Namespace) -> None:

@@ -183,6 +183,15 @@ HELD_OUT: dict[str, tuple[Entry, ...]] = {
         _on("cifar10", "mlp-768-128-10-relu", image_mlp, side=16, width=128, batch_size=128),
         _on("cifar10", "conv-16-32-64-relu", image_conv, side=32, channels=(16, 32, 64), batch_size=128),
     ),
+    # the same data for two cores: smaller images and batches
+    "fetched_small": (
+        _on("mnist", "mlp-196-64-10-relu", image_mlp, side=14, width=64, batch_size=64),
+        _on("mnist", "conv-8-16-relu", image_conv, side=14, channels=(8, 16), batch_size=32),
+        _on("mnist", "autoencoder-196-48-12", image_autoencoder, side=14, width=48, code=12, batch_size=64),
+        _on("mnist", "logistic-batch-32", logistic_regression, batch_size=32),
+        _on("cifar10", "mlp-768-64-10-gelu", image_mlp, side=16, width=64, activation="gelu", batch_size=64),
+        _on("cifar10", "conv-8-16-32-relu", image_conv, side=16, channels=(8, 16, 32), batch_size=32),
+    ),
 }
 
 SAME_FAMILY_NEW_DATA = ("char_rnn", "image_mlp", "quadratic", "tabular_mlp")

@@ -176,3 +176,26 @@ def test_without_the_extra_train(tmp_path):
         assert found.returncode == 2, found.stderr
         assert "of the extra `train`: pip install 'learned-opt[train]'" in found.stderr
         assert found.stderr.count("\n") == 1
+
+
+def test_what_one_command_compiled_the_next_reads(tmp_path):
+    program = """
+import jax, logging
+from meta_train import cli
+cli._keep_compiled()
+logging.basicConfig(level=logging.DEBUG)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+print(jax.jit(lambda x: x * 3)(2.0))
+"""
+    ours = {"LEARNED_OPT_DATA": str(tmp_path / "data")}
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_COMPILATION_CACHE", "JAX_PERSISTENT"))}
+
+    def run():
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=clean | ours, cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        assert done.stdout == "6.0\n"
+        return "Persistent compilation cache hit" in done.stderr
+
+    assert [run(), run()] == [False, True]
+    assert list((tmp_path / "data" / "compiled").iterdir())

@@ -76,7 +76,12 @@ def test_sizes_of_the_suites():
         "mixed": 7,
         "broad": 9,
     }
-    assert {name: len(suite) for name, suite in HELD_OUT.items()} == {"quick": 5, "held_out": 18, "fetched": 6}
+    assert {name: len(suite) for name, suite in HELD_OUT.items()} == {
+        "quick": 5,
+        "held_out": 18,
+        "fetched": 6,
+        "fetched_small": 6,
+    }
 
 
 @pytest.mark.parametrize("entry", HERE, ids=lambda entry: entry.name)
@@ -124,5 +129,5 @@ def test_fetched_entries_name_the_command(tmp_path, monkeypatch):
 def test_unknown_suites():
     with pytest.raises(ValueError, match="known: quick, small, standard, mixed, broad"):
         suites.suite("nonsense")
-    with pytest.raises(ValueError, match="known: quick, held_out, fetched, validation"):
+    with pytest.raises(ValueError, match="known: quick, held_out, fetched, fetched_small, validation"):
         suites.suite("small", held_out=True)
