@@ -15,29 +15,34 @@ os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")  # one 
 import jax
 
 import learned_opt
+from learned_opt import store
 from learned_opt.rules import scheduler
 from meta_train import loop
 from meta_train.config import Config, preset, replace
 
 _CPU = replace(preset("cpu"), bench_suite="")
 _PLAIN = {"rule_kwargs": {}, "suite": "standard", "measure": "relative"}
-_SHORT = {"rule_kwargs": {}, "particles": 4, "outer_learning_rate": 3e-3}
+_SHORT = replace(_CPU, rule_kwargs={}, particles=4, outer_learning_rate=3e-3, meta_steps=800)
+_SCHEDULER = replace(_SHORT, rule="scheduler", trainable=["scheduler"], told_length=0.7)
 _ADAM = {"base": "adam", "base_kwargs": {"learning_rate": 0.01}, "schedule": "cosine"}
+_LOCAL = replace(_CPU, rule="outer", rule_kwargs={}, learner="local_sgd", suite="standard", particles=4, unroll=5)
+_FEATURES = replace(preset("unsupervised"), outer_learning_rate=3e-3)
 
-STAGES: dict[str, list[dict]] = {
+STAGES: dict[str, list[Config]] = {
     "flagship": [
-        {**_PLAIN, "meta_steps": 1490, "max_length": 1000, "outer_learning_rate": 1e-3, "outer_schedule": "constant"},
-        {**_PLAIN, "meta_steps": 8000},
-        {"meta_steps": 1400, "suite": "standard"},
-        {"meta_steps": 5000},
+        replace(_CPU, **_PLAIN, meta_steps=1490, max_length=1000, outer_learning_rate=1e-3, outer_schedule="constant"),
+        replace(_CPU, **_PLAIN, meta_steps=8000),
+        replace(_CPU, meta_steps=1400, suite="standard"),
+        replace(_CPU, meta_steps=5000),
     ],
-    "flagship-auto": [
-        {**_SHORT, "meta_steps": 800, "rule": "scheduler", "trainable": ["scheduler"], "told_length": 0.7}
+    "flagship-auto": [_SCHEDULER, replace(_SCHEDULER, max_length=3000, meta_steps=3000, outer_learning_rate=2e-3)],
+    "scheduler-adam": [replace(_SCHEDULER, trainable=[], rule_kwargs=_ADAM)],
+    "adafac-mlp": [replace(_SHORT, rule="adafac_mlp", meta_steps=1000)],
+    "outer": [replace(_LOCAL, min_length=20, max_length=200, meta_steps=2000, outer_learning_rate=5e-3)],
+    "letters": [
+        replace(_FEATURES, suite="letters_small", particles=4, meta_steps=700),
+        replace(_FEATURES, suite="letters", meta_steps=1500),
     ],
-    "scheduler-adam": [
-        {**_SHORT, "meta_steps": 800, "rule": "scheduler", "rule_kwargs": _ADAM, "told_length": 0.7},
-    ],
-    "adafac-mlp": [{**_SHORT, "meta_steps": 1000, "rule": "adafac_mlp"}],
 }
 
 
@@ -56,15 +61,14 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, default=Path("runs/pretrain"))
     options = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", 2)
-    start = None
-    for number, changes in enumerate(STAGES[options.name]):
+    start, stages = None, STAGES[options.name]
+    if options.name == "flagship-auto":
+        start, kwargs = over_flagship(options.workdir / "flagship-auto-start")
+        stages = [replace(stage, rule_kwargs=kwargs) for stage in stages]
+    for number, config in enumerate(stages):
         folder = options.workdir / f"{options.name}-{number}"
-        config: Config = replace(_CPU, **changes)
-        if options.name == "flagship-auto":
-            start, kwargs = over_flagship(options.workdir / "flagship-auto-start")
-            config = replace(config, rule_kwargs=kwargs)
-        elif start is not None:  # the weights of another stage's rule may be those of other arguments
-            theta = learned_opt.load_rule(start)[1]
+        if start is not None and number:  # the weights of another stage's rule may be those of other arguments
+            theta = store.read(start)[1]
             start = learned_opt.save(
                 folder.with_name(f"{folder.name}-start"), config.rule, theta, kwargs=config.rule_kwargs
             )
