@@ -4,8 +4,8 @@ K = 8 workers of 16 examples each, H = 4, 16, 64 local steps a round, equal roun
 and digits) and a character transformer (Moby Dick). The learned step was trained on other families, classifiers without
 convolutions, and never on 64 steps a round. Every hand-made method is tuned on nine settings by two seeds; all are
 reported on five others: the loss at the anchor over rounds, mean over seeds. With every method a round costs a worker
-the same bytes, 4 a parameter, which the upper axis counts. Results are kept task by task: a run that was cut off goes
-on. Writes reports/local_sgd/outer.json, outer.csv, outer.png:
+the same bytes, 4 a parameter, which the upper axis counts. Results are kept method by method: a run that was cut off
+goes on. Writes reports/local_sgd/outer.json, outer.csv, outer.png:
 
     python benchmarks/local_sgd_outer.py [--learned NAME_OR_FOLDER] [--rounds 40] [--only TASK ...]
 """
@@ -31,6 +31,7 @@ from tasks.vision import image_conv
 WORKERS, DELAYS = 8, (4, 16, 64)
 LOCAL = (0.03, 0.1, 0.3)
 NINE = tuple(float(x) for x in np.geomspace(0.01, 1.0, 9))
+OURS = "learned, untuned"
 UNTUNED = 0.1  # the learned step's local rate: the middle of the range that it was trained on
 REPORT = Path(__file__).parents[1] / "reports" / "local_sgd"
 
@@ -94,43 +95,38 @@ def curves(run, data, settings, delay, seeds):
     return np.nan_to_num(found, nan=np.inf).reshape(len(settings), len(seeds), -1)
 
 
-def compare(make, methods, rounds):
-    """The results of all methods on a task: one row a method and delay."""
-    family, rows = make(), []
-    for method, (outer, settings, post_local) in methods.items():
-        run, begun = runner(family, outer, rounds, post_local), time.time()
-        for delay in DELAYS:
-            best = 0
-            if len(settings) > 1:
-                tuned = curves(run, family.data, settings, delay, range(100, 102))
-                best = int(np.argmin(tuned[:, :, -5:].mean((1, 2))))
-            losses = curves(run, family.data, [settings[best]], delay, range(200, 205))[0]
-            final = losses[:, -5:].mean(1)
-            rows.append(
-                {
-                    "H": delay,
-                    "method": method,
-                    "local_rate": round(settings[best][0], 4),
-                    "setting": settings[best][1],
-                    "final_loss": round(float(final.mean()), 5),
-                    "stderr": round(float(final.std(ddof=1) / len(final) ** 0.5), 5),
-                    "curve": [float(f"{x:.4g}") for x in losses.mean(0)],
-                }
-            )
-        print(f"{method}: {[r['final_loss'] for r in rows[-3:]]}, {time.time() - begun:.0f} s", flush=True)
-    return {"parameters": num_params(family), "rows": rows}
+def compare(family, method, rounds):
+    """The results of a method on a task: one row a delay."""
+    outer, settings, post_local = method
+    run, rows = runner(family, outer, rounds, post_local), []
+    for delay in DELAYS:
+        best = 0
+        if len(settings) > 1:
+            tuned = curves(run, family.data, settings, delay, range(100, 102))
+            best = int(np.argmin(tuned[:, :, -5:].mean((1, 2))))
+        losses = curves(run, family.data, [settings[best]], delay, range(200, 205))[0]
+        final = losses[:, -5:].mean(1)
+        rows.append(
+            {
+                "H": delay,
+                "local_rate": round(settings[best][0], 4),
+                "setting": settings[best][1],
+                "final_loss": round(float(final.mean()), 5),
+                "stderr": round(float(final.std(ddof=1) / len(final) ** 0.5), 5),
+                "curve": [float(f"{x:.4g}") for x in losses.mean(0)],
+            }
+        )
+    return rows
 
 
 def plot(found, path):
     figure = Figure(figsize=(10.5, 2.9 * len(found)), layout="constrained")
     grid = figure.subplots(len(found), len(DELAYS), sharex=True, squeeze=False)
     for axes, (task, results) in zip(grid, found.items(), strict=True):
-        for ax, delay in zip(axes, DELAYS, strict=True):
-            rows = [row for row in results["rows"] if row["H"] == delay]
-            for i, row in enumerate(rows):
-                ours = row["method"].startswith("learned")
-                look = {"color": "black", "lw": 1.8} if ours else {"color": f"C{i}", "lw": 1.1}
-                ax.plot(row["curve"], label=row["method"], **look)
+        for column, (ax, delay) in enumerate(zip(axes, DELAYS, strict=True)):
+            for i, (method, rows) in enumerate(results["methods"].items()):
+                look = {"color": "black", "lw": 1.8} if method == OURS else {"color": f"C{i}", "lw": 1.1}
+                ax.plot(rows[column]["curve"], label=method, **look)
             ax.set_title(f"{task}, H = {delay}", fontsize=9)
             ax.set_yscale("log")
             ax.tick_params(labelsize=7, which="both")
@@ -160,22 +156,29 @@ def main():
         del setting
         return optax.chain(rule.build(theta, num_steps=arguments.rounds), optax.scale(rate))
 
-    methods = METHODS | {"learned, untuned": (learned, [(UNTUNED, 1.0)], False)}
+    methods = METHODS | {OURS: (learned, [(UNTUNED, 1.0)], False)}
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / "outer.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
     for task in arguments.only:
-        if task in (json.loads(path.read_text()) if path.exists() else {}):
-            continue
-        print(task, flush=True)
-        results = compare(TASKS[task], methods, arguments.rounds)
-        found = json.loads(path.read_text()) if path.exists() else {}  # another process may have written meanwhile
-        found = {name: (found | {task: results})[name] for name in TASKS if name in found or name == task}
-        beside = path.with_suffix(".tmp")
-        beside.write_text(json.dumps(found) + "\n")
-        os.replace(beside, path)
-    found = json.loads(path.read_text())
+        family = TASKS[task]()
+        results = found.setdefault(task, {"parameters": num_params(family), "methods": {}})["methods"]
+        for name, method in methods.items():
+            if name in results and name != OURS:  # weights change, the others do not
+                continue
+            begun, results[name] = time.time(), compare(family, method, arguments.rounds)
+            losses = [row["final_loss"] for row in results[name]]
+            print(f"{task}: {name} {losses}, {time.time() - begun:.0f} s", flush=True)
+            beside = path.with_suffix(".tmp")
+            beside.write_text(json.dumps(found) + "\n")
+            os.replace(beside, path)
     with (arguments.out / "outer.csv").open("w", newline="") as file:
-        rows = [{"task": task} | row for task, results in found.items() for row in results["rows"]]
+        rows = [
+            {"task": task, "method": method} | row
+            for task, results in found.items()
+            for method, of_method in results["methods"].items()
+            for row in of_method
+        ]
         writer = csv.DictWriter(file, [name for name in rows[0] if name != "curve"], extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)

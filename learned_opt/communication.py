@@ -183,10 +183,11 @@ def wall_clock(
     latency: float,
     bandwidth: float,
     collective: str = "all-reduce",
+    collectives: int = 1,
 ) -> WallClock:
     """Return the simulated seconds of a run that synchronised ``rounds`` times.
 
-    total = steps · seconds_per_step + Σ_rounds T(bytes / rounds), T as in :func:`collective_seconds`; workers are
+    total = steps · seconds_per_step + Σ_rounds c T(bytes / (c rounds)), T as in :func:`collective_seconds`; workers are
     taken to be equally fast, and communication not to overlap computation.
 
     Args:
@@ -198,19 +199,27 @@ def wall_clock(
         latency: seconds a message.
         bandwidth: bytes a second.
         collective: as in :func:`collective_seconds`.
+        collectives: c, how many of them a round makes, each with its latency: 1 where the backend packs all tensors
+            into one; gloo sends them one by one, which makes one a tensor and one for the statistics.
 
     Returns:
         A :class:`WallClock`.
+
+    Raises:
+        ValueError: if an argument is out of range.
 
     Example:
         >>> network = {"workers": 2, "latency": 0.0, "bandwidth": 1e9}
         >>> wall_clock(steps=100, rounds=10, sent_bytes=1e9, seconds_per_step=0.01, **network)
         WallClock(compute=1.0, communication=1.0, total=2.0)
     """
+    if collectives < 1:
+        raise ValueError(f"wall_clock: collectives must be at least 1, got {collectives}")
+    count = rounds * collectives
     each = collective_seconds(
-        sent_bytes / max(rounds, 1), workers=workers, latency=latency, bandwidth=bandwidth, collective=collective
+        sent_bytes / max(count, 1), workers=workers, latency=latency, bandwidth=bandwidth, collective=collective
     )
-    compute, communication = steps * seconds_per_step, rounds * each
+    compute, communication = steps * seconds_per_step, count * each
     return WallClock(compute, communication, compute + communication)
 
 
@@ -222,6 +231,7 @@ def format_wall_clock(
     latency: float,
     bandwidth: float,
     collective: str = "all-reduce",
+    collectives: int = 1,
 ) -> str:
     """Return a few lines to print: what a run has sent, and its simulated wall-clock on a given network.
 
@@ -232,12 +242,14 @@ def format_wall_clock(
         latency: seconds a message.
         bandwidth: bytes a second.
         collective: as in :func:`collective_seconds`.
+        collectives: of a round, as in :func:`wall_clock`.
 
     Returns:
         Text; the last line compares with synchronising after every step.
     """
     steps, rounds, sent = int(state.step), int(state.round), total_bytes(state.bytes)
     network = {"workers": workers, "seconds_per_step": seconds_per_step, "latency": latency, "bandwidth": bandwidth}
+    network |= {"collectives": collectives}
     run = wall_clock(steps=steps, rounds=rounds, sent_bytes=sent, collective=collective, **network)  # type: ignore[arg-type]
     each = sent / max(rounds, 1)
     every = wall_clock(steps=steps, rounds=steps, sent_bytes=each * steps, collective=collective, **network)  # type: ignore[arg-type]

@@ -74,14 +74,14 @@ def _optimizer(config: Config, rule, entry, family, lengths) -> Learner:
 
 
 def _outer_step(config: Config, rule, entry, family, lengths) -> Learner:
-    """The rule is the outer step of local SGD."""
+    """The rule is the outer step of local SGD; one that sets its own step size is given none."""
     del entry
     return local_sgd_learner(
         rule,
         family,
         rounds=lengths,
         multiple_of=config.unroll,
-        learning_rates=config.learning_rates,
+        learning_rates=None if rule.learning_rate is None else config.learning_rates,
         max_loss=config.max_loss,
         measure=MEASURES[config.measure],
     )

@@ -1,6 +1,7 @@
 """Networks with hyperparameters worth tuning: what ``learned-opt tune`` runs."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import haiku as hk
@@ -51,12 +52,27 @@ def make_tuner(problem: Problem, **options: Any) -> st.Tuner:
     )
 
 
+def standing(method: str, state: st.TunerState | st.Best) -> Any:
+    """The plain weights of a run, or of its best, at the hyperparameters it stands at.
+
+    Args:
+        method: of :func:`learned_opt.self_tuning.tuner`. The original form's elementary weights alone are no network.
+        state: the run's state, or its ``best``.
+
+    Returns:
+        Parameters without a response.
+    """
+    if method == "delta_stn":
+        return state.params
+    return st.materialise(st.BestResponse(state.params, state.response, state.hyper.mean))
+
+
 def evaluate(problem: Problem, params: Any, rows: Data) -> dict[str, float]:
     """The means of :attr:`Problem.metrics` over a whole split.
 
     Args:
         problem: the problem.
-        params: elementary parameters.
+        params: plain parameters.
         rows: the split, ``problem.data["valid"]`` or ``["test"]``.
 
     Returns:
@@ -134,7 +150,10 @@ def _dropped(x: jax.Array, hparams: dict[str, jax.Array] | None, name: str) -> j
 
 
 def _pooled(x: jax.Array, channels: int, name: str) -> jax.Array:
-    return hk.max_pool(jax.nn.relu(hk.Conv2D(channels, 3, name=name)(x)), (2, 2, 1), (2, 2, 1), "SAME")
+    """ReLU of a convolution's 2 x 2 maxima: even sides only, and on a CPU faster to differentiate than a window."""
+    x = hk.Conv2D(channels, 3, name=name)(x)
+    batch, height, width, channels = x.shape
+    return jax.nn.relu(x.reshape(batch, height // 2, 2, width // 2, 2, channels).max((2, 4)))
 
 
 def fashion_cnn(dataset: str = "fashion_mnist_small", *, width: int = 8, batch_size: int = 64) -> Problem:
@@ -241,7 +260,14 @@ def cifar_cnn(dataset: str = "cifar10", *, width: int = 16, batch_size: int = 64
 
 
 def char_lstm(
-    dataset: str = "sotu_small", *, width: int = 96, embedding: int = 32, length: int = 32, batch_size: int = 32
+    dataset: str = "sotu_small",
+    *,
+    width: int = 96,
+    layers: int = 1,
+    embedding: int = 32,
+    length: int = 32,
+    batch_size: int = 32,
+    tuned: Collection[str] | None = None,
 ) -> Problem:
     """A character LSTM with the seven hyperparameters of MacKay et al.'s language model.
 
@@ -250,10 +276,12 @@ def char_lstm(
 
     Args:
         dataset: a data set of text.
-        width: units of the LSTM.
+        width: units of an LSTM.
+        layers: LSTMs, one on top of the other; the penalties are on the last one's activations.
         embedding: size of a character's embedding.
         length: characters an example.
         batch_size: examples a batch.
+        tuned: names of the hyperparameters to tune, the others being held at their start; all by default.
 
     Returns:
         A :class:`Problem`. Losses are nats a character. A tenth of the text validates, and the data set's own
@@ -271,28 +299,32 @@ def char_lstm(
         "temporal": st.log(1e-3, 1e-6, 10.0),
         "weight_decay": st.log(1e-6, 1e-9, 1e-2),
     }
+    if tuned is not None:
+        specs = {name: dataclasses.replace(spec, tuned=name in tuned) for name, spec in specs.items()}
     splits = load(dataset)
     text, test = (np.asarray(splits[name]["text"]).reshape(-1) for name in ("train", "valid"))
     cut = len(text) * 9 // 10
     parts = {"train": text[:cut], "valid": text[cut:], "test": test}
     data = {split: {"text": _windows(part, length)} for split, part in parts.items()}
+    cores = ["lstm", *(f"lstm_{i}" for i in range(1, layers))]
 
     def network(codes, hparams):
         x = hk.Embed(VOCABULARY, embedding, name="embed")(codes.T)  # [T, B, D]
         if hparams is not None:
             x = _masked_rows(x, hparams["dropout_characters"])
             x = _shared_mask(x, hparams["dropout_input"])
-        core = hk.LSTM(width, name="lstm")
-        states, _ = hk.dynamic_unroll(core, x, core.initial_state(codes.shape[0]))
-        dropped = states if hparams is None else _shared_mask(states, hparams["dropout_output"])
-        return hk.Linear(VOCABULARY, name="output")(dropped).swapaxes(0, 1), states.swapaxes(0, 1)
+        for name in cores:
+            core = hk.LSTM(width, name=name)
+            x, _ = hk.dynamic_unroll(core, x, core.initial_state(codes.shape[0]))
+        dropped = x if hparams is None else _shared_mask(x, hparams["dropout_output"])
+        return hk.Linear(VOCABULARY, name="output")(dropped).swapaxes(0, 1), x.swapaxes(0, 1)
 
     net = st.lift(hk.transform(network), batch_axis=1)
 
     def init(key):
         k_params, k_response = jax.random.split(key)
         example = (jnp.zeros((1, length), jnp.int32), None)
-        return net.init(k_params, *example), net.init_response(k_response, len(specs), *example)
+        return net.init(k_params, *example), net.init_response(k_response, len(st.names(specs)), *example)
 
     def nats(logits, codes):
         return optax.softmax_cross_entropy_with_integer_labels(logits, codes[:, 1:]).mean(-1)
@@ -300,7 +332,9 @@ def char_lstm(
     def train_loss(params, hparams, key, batch):
         codes = batch["text"]
         k_drop, k_net = jax.random.split(key)
-        params = st.regularisers.weight_drop(k_drop, params, hparams["weight_drop"], ["lstm/linear"])
+        params = st.regularisers.weight_drop(
+            k_drop, params, hparams["weight_drop"], [f"{name}/linear" for name in cores]
+        )
         logits, states = net.apply(params, k_net, codes[:, :-1], hparams)
         return (
             nats(logits, codes)

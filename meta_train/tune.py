@@ -17,7 +17,7 @@ import learned_opt
 from learned_opt import self_tuning as st
 
 from .progress import progress
-from .self_tuned import PROBLEMS, Problem, evaluate, make_tuner
+from .self_tuned import PROBLEMS, Problem, evaluate, make_tuner, standing
 
 _TRAIN_STEPS = 5  # of a cycle, as Delta-STN's authors found to work
 
@@ -94,8 +94,8 @@ def run(config: TuneConfig, out: Path, console: Console) -> dict[str, Any]:
     schedule = st.from_run(problem.specs, parts, train_steps=_TRAIN_STEPS)
     result = {
         "config": dataclasses.asdict(config),
-        "best": _judged(problem, state.best.params, state.best.hyper),
-        "last": _judged(problem, state.params, state.hyper),
+        "best": _judged(problem, standing(config.method, state.best), state.best.hyper),
+        "last": _judged(problem, standing(config.method, state), state.hyper),
         "skipped_updates": int(sum(part.skipped.sum() for part in parts)),
         "rolled_back": int(sum(part.rolled_back.sum() for part in parts)),
         "jax": jax.__version__,

@@ -89,6 +89,14 @@ def test_alpha_beta_model():
     assert communication.collective_seconds(4e6, workers=4, collective="all-gather", **link) == pytest.approx(3e-3 + 12)
     run = communication.wall_clock(steps=100, rounds=5, sent_bytes=20e6, workers=4, seconds_per_step=0.01, **link)
     assert run == pytest.approx((1.0, 5 * 6.006, 1.0 + 5 * 6.006))
+    apart = communication.wall_clock(
+        steps=100, rounds=5, sent_bytes=20e6, workers=4, seconds_per_step=0.01, collectives=3, **link
+    )
+    assert apart.communication == pytest.approx(5 * (3 * 6e-3 + 6))  # the latency thrice, the bytes once
+    with pytest.raises(ValueError, match="collectives must be at least 1"):
+        communication.wall_clock(
+            steps=1, rounds=1, sent_bytes=1, workers=2, seconds_per_step=0.0, collectives=0, **link
+        )
     none = communication.wall_clock(steps=3, rounds=0, sent_bytes=0, workers=4, seconds_per_step=2.0, **link)
     assert none == (6.0, 0.0, 6.0)
     for bad in ({"workers": 0}, {"workers": 2, "collective": "gossip"}):
@@ -106,3 +114,5 @@ def test_report_of_a_state():
     )
     assert "compute 1.02 s + communication 30 s = 31 s" in text
     assert "synchronising every step: 613 s" in text
+    network = {"workers": 4, "seconds_per_step": 0.01, "latency": 1.0, "bandwidth": 1e6}
+    assert "communication 180 s" in communication.format_wall_clock(state, collectives=5, **network)

@@ -2,6 +2,7 @@
 
 import functools
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from learned_opt.local_sgd import (
     worker_axes,
     worker_specs,
 )
+from learned_opt.local_sgd.mean import _decode_and_add
 
 K, D, STEPS, LR = 4, 5, 16, 0.1
 RNG = np.random.default_rng(0)
@@ -290,6 +292,17 @@ def test_error_feedback_loses_nothing(code):
     assert np.abs(left).max() > 1e-5  # the code is lossy
     np.testing.assert_allclose(-np.asarray(state.anchor) + left, wanted, atol=2e-6 if code != "bf16" else 5e-3)
     np.testing.assert_allclose(w, np.tile(state.anchor, (K, 1, 1)), atol=1e-6)
+
+
+def test_messages_are_decoded_one_by_one():
+    """10^7 elements from two workers: 0.04 s, where decoding both before adding took 25 s on CPU."""
+    code, x = communication.int8(), jnp.full(10**7, 0.5)
+    messages = jax.tree.map(lambda m: jnp.stack([m, m]), code.encode(x))
+    add = jax.jit(lambda messages: _decode_and_add(lambda m: code.decode(m, x), messages)).lower(messages).compile()
+    began = time.perf_counter()
+    total = jax.block_until_ready(add(messages))
+    assert time.perf_counter() - began < 10
+    np.testing.assert_allclose(total[:3], 1.0, rtol=1e-6)
 
 
 def test_compression_without_feedback_forgets():

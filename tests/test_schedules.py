@@ -144,6 +144,8 @@ def test_gradient_noise_is_unbiased():
         error = values.std() / math.sqrt(n)
         assert error < 0.03
         assert abs(values.mean() - truth) < 4 * error
+    traced = jax.jit(lambda batch: schedules.gradient_noise(small_sq, big_sq, batch, 4 * batch))(small)
+    np.testing.assert_allclose(traced.noise.mean(), estimate.noise.mean(), rtol=1e-5)
     with pytest.raises(ValueError, match="big_batch > small_batch"):
         schedules.gradient_noise(1.0, 1.0, 4, 4)
 

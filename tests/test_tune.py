@@ -2,8 +2,10 @@
 
 import json
 
+import haiku as hk
 import jax
 import numpy as np
+import optax
 import pytest
 from test_self_tuning_learner import ridge
 
@@ -29,6 +31,19 @@ def test_tune_writes_what_it_prints_and_the_schedule_can_be_replayed(small, tmp_
     assert not list(out.glob("*.tmp"))
     # the best weights are the best: by the validation loss of the whole set, which here is every batch
     assert printed["best"]["valid"]["loss"] <= printed["last"]["valid"]["loss"] + 1e-6
+
+
+def test_tune_judges_the_weights_that_respond_in_the_original_form(small, tmp_path):
+    assert cli.main(["tune", "ridge", "--method", "stn", "--cycles", "30", "--out", str(tmp_path), "--json"]) == 0
+    result = json.loads((tmp_path / "result.json").read_text())["best"]["valid"]["loss"]
+    problem = ridge()
+    tuner = self_tuned.make_tuner(
+        problem, weights=optax.adam(1e-3), hyper=optax.adam(1e-2), method="stn", train_steps=5, warmup=40
+    )
+    k_init, k_run = jax.random.split(jax.random.key(0))
+    _, info = tuner.run(tuner.init(*problem.init(k_init)), k_run, problem.data, 30)
+    # every validation batch is the whole set
+    assert result == pytest.approx(float(info.valid_loss.min()), rel=1e-5)
 
 
 def test_tune_trains_the_weights_with_a_learned_rule(small, tmp_path):
@@ -69,3 +84,30 @@ def test_the_problems_have_the_stated_hyperparameters_and_disjoint_splits(name, 
     rows = [{row.tobytes() for row in part} for part in parts]
     overlap = len(rows[0] & rows[1]) + len(rows[0] & rows[2]) + len(rows[1] & rows[2])
     assert overlap <= 2  # a picture or a line may occur twice in the set
+
+
+def test_the_lstm_can_be_deeper_and_tune_some_of_its_hyperparameters():
+    problem = self_tuned.char_lstm(width=8, layers=2, length=8, tuned=("dropout_output",))
+    assert st.names(problem.specs) == ("dropout_output",)
+    tuner = self_tuned.make_tuner(problem, weights=optax.adam(1e-3))
+
+    def begin(key):
+        return tuner.cycle(tuner.init(*problem.init(key)), key, jax.device_put(problem.data))
+
+    state, info = jax.eval_shape(begin, jax.random.key(0))
+    assert {"lstm/linear", "lstm_1/linear"} <= set(state.params)
+    assert info.mean.shape == (1,)
+
+
+def test_pooling_is_that_of_haiku():
+    x = jax.random.normal(jax.random.key(0), (2, 8, 6, 1))
+
+    def reference(x):
+        x = jax.nn.relu(hk.Conv2D(3, 3, name="conv")(x))
+        return hk.max_pool(x, (2, 2, 1), (2, 2, 1), "SAME")
+
+    own, other = (
+        hk.without_apply_rng(hk.transform(f)) for f in (lambda x: self_tuned._pooled(x, 3, "conv"), reference)
+    )
+    params = own.init(jax.random.key(1), x)
+    np.testing.assert_allclose(own.apply(params, x), other.apply(params, x), rtol=1e-6)

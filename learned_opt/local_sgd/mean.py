@@ -90,7 +90,12 @@ class WorkerMean(NamedTuple):
 
 
 def _decode_and_add(decode: Callable[[Any], jax.Array], messages: Any) -> jax.Array:
-    return jnp.sum(jax.vmap(decode)(messages), axis=0)
+    # one after the other: XLA on CPU takes 600 times as long to decode all at once and sum (10^7 elements of int8)
+    def add(total: jax.Array, message: Any) -> tuple[jax.Array, None]:
+        return total + decode(message), None
+
+    first, rest = (jax.tree.map(lambda m, part=part: m[part], messages) for part in (0, slice(1, None)))
+    return jax.lax.scan(add, decode(first), rest)[0]
 
 
 def _is_float(x: Any) -> bool:

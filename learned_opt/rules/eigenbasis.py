@@ -84,11 +84,14 @@ def _correct(first, due, statistic, basis):
         # The power method pulls the first columns towards the largest eigenvalues: they must be there already, or
         # directions of little curvature would inherit the steps of those of much.
         order = jnp.argsort(-jnp.sum(basis * turned, axis=-2), axis=-1).astype(jnp.int32)
-        found = jnp.linalg.qr(jnp.take_along_axis(turned, order[:, None], axis=-1))[0]
+        found, r = jnp.linalg.qr(jnp.take_along_axis(turned, order[:, None], axis=-1))
+        found = found * _sign(jnp.diagonal(r, axis1=-2, axis2=-1))[:, None]  # the same way round as before
         return jnp.where(due[:, None, None], found, basis), jnp.where(due[:, None], order, same)
 
     def decompose():
         found = jnp.linalg.eigh(statistic)[1][..., ::-1]
+        largest = jnp.argmax(jnp.abs(found), axis=-2, keepdims=True)
+        found = found * _sign(jnp.take_along_axis(found, largest, axis=-2))  # LAPACK's sign hangs on rounding
         return jnp.where(first[:, None, None], found, corrected), jnp.where(first[:, None], same, order)
 
     corrected, order = jax.lax.cond(jnp.any(due & ~first), iterate, lambda: (basis, same))
@@ -103,3 +106,7 @@ def _correct_lanes(size, batched, *arguments):
     ]
     found = _correct(*(x.reshape(-1, *x.shape[2:]) for x in lanes))
     return tuple(x.reshape(size, -1, *x.shape[1:]) for x in found), (True, True)
+
+
+def _sign(x: jax.Array) -> jax.Array:
+    return jnp.where(x < 0, -1, 1).astype(x.dtype)

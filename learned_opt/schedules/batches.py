@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -114,7 +115,7 @@ class GradientNoise(NamedTuple):
     noise: Scalar
 
 
-def gradient_noise(small_sq: Scalar, big_sq: Scalar, small_batch: float, big_batch: float) -> GradientNoise:
+def gradient_noise(small_sq: Scalar, big_sq: Scalar, small_batch: Scalar, big_batch: Scalar) -> GradientNoise:
     """Estimate the gradient's square and its noise from squared norms at two batch sizes.
 
     |G|^2 = (B |g_B|^2 - b |g_b|^2) / (B - b),    tr Sigma = (|g_b|^2 - |g_B|^2) / (1/b - 1/B).
@@ -126,7 +127,7 @@ def gradient_noise(small_sq: Scalar, big_sq: Scalar, small_batch: float, big_bat
     Args:
         small_sq: |g_b|^2.
         big_sq: |g_B|^2.
-        small_batch: b.
+        small_batch: b; like B, it may be traced (a growing batch under a mask), and then goes unchecked.
         big_batch: B > b.
 
     Returns:
@@ -138,7 +139,8 @@ def gradient_noise(small_sq: Scalar, big_sq: Scalar, small_batch: float, big_bat
     Reference:
         McCandlish et al., "An empirical model of large-batch training", 2018, appendix A.
     """
-    if not big_batch > small_batch > 0:
+    traced = isinstance(small_batch, jax.core.Tracer) or isinstance(big_batch, jax.core.Tracer)
+    if not traced and not big_batch > small_batch > 0:
         raise ValueError(f"gradient_noise: needs big_batch > small_batch > 0, got {big_batch} and {small_batch}")
     signal = (big_batch * big_sq - small_batch * small_sq) / (big_batch - small_batch)
     return GradientNoise(signal, (small_sq - big_sq) / (1 / small_batch - 1 / big_batch))

@@ -1,0 +1,102 @@
+"""Celo2 in SOAP's basis: against plain Celo2 where nothing is rotated, and the basis against what it should be."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from learned_opt.rules.celo2 import celo2
+from learned_opt.rules.celo2_soap import celo2_soap
+from learned_opt.rules.eigenbasis import follow, rotate, rotate_back, side_zeros
+
+SHAPES = {"w": (5, 3), "b": (4,), "s": (), "kernel": (2, 2, 3, 4)}
+
+
+def draw(key, shapes):
+    keys = jax.random.split(key, len(shapes))
+    return {name: jax.random.normal(k, shape) for k, (name, shape) in zip(keys, shapes.items(), strict=True)}
+
+
+def run(tx, gradients, params):
+    state, update = tx.init(params), jax.jit(tx.update)
+    for gradient in gradients:
+        updates, state = update(gradient, state, params)
+        params = optax.apply_updates(params, jax.tree.map(lambda u: 0.1 * u, updates))
+    return updates, state
+
+
+@pytest.mark.parametrize("orthogonalize", [False, True])
+def test_unrotated_it_is_celo2_on_matrices_of_the_last_axis(orthogonalize):
+    plain, rotated = celo2(orthogonalize=orthogonalize), celo2_soap(orthogonalize=orthogonalize, max_dim=0)
+    theta = plain.init(jax.random.key(0))
+    gradients, params = [draw(jax.random.key(k), SHAPES) for k in range(3)], draw(jax.random.key(9), SHAPES)
+    ours, state = run(rotated.build(theta), gradients, params)
+    flat = [jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]) if x.ndim > 2 else x, g) for g in (*gradients, params)]
+    theirs, _ = run(plain.build(theta), flat[:-1], flat[-1])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b.reshape(a.shape), rtol=2e-4, atol=2e-5), ours, theirs)
+    assert state.step == 3
+
+
+def test_rotating_changes_matrices_alone():
+    rule, unrotated = celo2_soap(), celo2_soap(max_dim=0)
+    theta = rule.init(jax.random.key(0))
+    gradients, params = [draw(jax.random.key(k), SHAPES) for k in range(3)], draw(jax.random.key(9), SHAPES)
+    (ours, _), (theirs, _) = (run(r.build(theta), gradients, params) for r in (rule, unrotated))
+    for name in SHAPES:
+        same = np.allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-5)
+        assert same == (len(SHAPES[name]) < 2), name
+
+
+@pytest.mark.parametrize("every", [1, 7])
+def test_the_basis_diagonalises_its_statistic_and_keeps_its_signs(every):
+    with jax.enable_x64(True):
+        side, bases = side_zeros(4, 4, jnp.float64), []
+        scales = jnp.diag(jnp.array([1.0, 4.0, 2.0, 8.0]))
+        step = jax.jit(lambda side, g, t: follow(side, g, t, decay=0.99, every=every))
+        for t in range(1, 120):
+            side, order = step(side, scales @ jax.random.normal(jax.random.key(t), (4, 3)), jnp.asarray(t))
+            bases.append(side.basis)
+            assert sorted(order.tolist()) == [0, 1, 2, 3]
+        np.testing.assert_allclose(side.basis.T @ side.basis, np.eye(4), atol=1e-12)
+        inside = side.basis.T @ side.statistic @ side.basis
+        assert np.abs(inside - np.diag(np.diag(inside))).max() < 0.1 * np.diag(inside).max()
+        assert np.all(np.diff(np.diag(inside)) < 0)  # by falling eigenvalue
+        if every > 1:
+            np.testing.assert_array_equal(bases[1], bases[6])
+        assert min(jnp.min(jnp.diag(a.T @ b)) for a, b in itertools.pairwise(bases[60:])) > 0.5
+        x = jax.random.normal(jax.random.key(0), (4, 3))
+        right = side_zeros(3, 2, jnp.float64)  # too long to be rotated
+        np.testing.assert_allclose(rotate_back(rotate(x, side, right), side, right), x, atol=1e-12)
+
+
+def test_lanes_of_other_ages_get_what_each_gets_alone_and_share_the_conditional():
+    """Under vmap a plain `cond` would decompose at every step."""
+
+    def walk(key, step):
+        def one(side, key):
+            side, step = side
+            side, order = follow(side, jax.random.normal(key, (5, 7)), step, decay=0.9, every=3)
+            return (side, step + 1), order
+
+        (side, _), orders = jax.lax.scan(one, (side_zeros(5, 5, jnp.float32), step), jax.random.split(key, 12))
+        return side, orders
+
+    keys, steps = jax.random.split(jax.random.key(0), 6).reshape(2, 3), jnp.array([[1, 1, 2], [3, 5, 1]])
+    together = jax.jit(jax.vmap(jax.vmap(walk)))
+    found = together(keys, steps)
+    for i, j in np.ndindex(2, 3):
+        alone = jax.jit(walk)(keys[i, j], steps[i, j])
+        jax.tree.map(lambda a, b, i=i, j=j: np.testing.assert_allclose(a[i, j], b, rtol=1e-4, atol=1e-4), found, alone)
+    text = together.lower(keys, steps).as_text()
+    assert text.count("stablehlo.case") == 2
+    outside = text.split("stablehlo.case")[0]
+    assert "geqrf" not in outside
+    assert "syevd" not in outside
+
+
+def test_a_bad_interval_is_refused():
+    with pytest.raises(ValueError, match="every >= 1"):
+        celo2_soap(every=0)
