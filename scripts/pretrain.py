@@ -24,6 +24,7 @@ _CPU = replace(preset("cpu"), bench_suite="")
 _PLAIN = {"rule_kwargs": {}, "suite": "standard", "measure": "relative"}
 _SHORT = replace(_CPU, rule_kwargs={}, particles=4, outer_learning_rate=3e-3, meta_steps=800)
 _SCHEDULER = replace(_SHORT, rule="scheduler", trainable=["scheduler"], told_length=0.7)
+_AUTO = {"base": "celo2", "base_kwargs": {"orthogonalize": True}, "learning_rate": 0.005, "schedule": "cosine"}
 _ADAM = {"base": "adam", "base_kwargs": {"learning_rate": 0.01}, "schedule": "cosine"}
 _LOCAL = replace(_CPU, rule="outer", rule_kwargs={}, learner="local_sgd", suite="standard", particles=4, unroll=5)
 _FEATURES = replace(preset("unsupervised"), outer_learning_rate=3e-3)
@@ -34,8 +35,13 @@ STAGES: dict[str, list[Config]] = {
         replace(_CPU, **_PLAIN, meta_steps=8000),
         replace(_CPU, meta_steps=1400, suite="standard"),
         replace(_CPU, meta_steps=5000),
+        replace(_CPU, rule="celo2_soap", rule_kwargs={}, meta_steps=0),  # the same weights in SOAP's coordinates
     ],
-    "flagship-auto": [_SCHEDULER, replace(_SCHEDULER, max_length=3000, meta_steps=3000, outer_learning_rate=2e-3)],
+    "flagship-auto": [
+        replace(_SCHEDULER, rule_kwargs=_AUTO),
+        replace(_SCHEDULER, rule_kwargs=_AUTO, max_length=3000, meta_steps=3000, outer_learning_rate=2e-3),
+        replace(_SCHEDULER, rule_kwargs=_AUTO | {"base": "celo2_soap", "base_kwargs": {}}, meta_steps=0),
+    ],
     "scheduler-adam": [replace(_SCHEDULER, trainable=[], rule_kwargs=_ADAM)],
     "adafac-mlp": [replace(_SHORT, rule="adafac_mlp", meta_steps=1000)],
     "outer": [replace(_LOCAL, min_length=20, max_length=200, meta_steps=2000, outer_learning_rate=5e-3)],
@@ -46,12 +52,12 @@ STAGES: dict[str, list[Config]] = {
 }
 
 
-def over_flagship(folder: Path) -> tuple[Path, dict]:
-    """A fresh scheduler over the flagship, saved: where it is and its arguments."""
-    record, (_, theta) = learned_opt.store.read_record("flagship"), learned_opt.load_rule("flagship")
-    facts = {"base_kwargs": record["kwargs"], "learning_rate": record["learning_rate"], "schedule": "cosine"}
-    kwargs, theta = scheduler.over(record["rule"], theta, jax.random.key(0), **facts)
-    return learned_opt.save(folder, "scheduler", theta, kwargs=kwargs), kwargs
+def over_flagship(folder: Path) -> Path:
+    """A fresh scheduler over the flagship's weights, saved."""
+    theta = learned_opt.load_rule("flagship")[1]
+    facts = {name: value for name, value in _AUTO.items() if name != "base"}
+    kwargs, theta = scheduler.over(_AUTO["base"], theta, jax.random.key(0), **facts)
+    return learned_opt.save(folder, "scheduler", theta, kwargs=kwargs)
 
 
 def main() -> None:
@@ -61,11 +67,9 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, default=Path("runs/pretrain"))
     options = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", 2)
-    start, stages = None, STAGES[options.name]
-    if options.name == "flagship-auto":
-        start, kwargs = over_flagship(options.workdir / "flagship-auto-start")
-        stages = [replace(stage, rule_kwargs=kwargs) for stage in stages]
-    for number, config in enumerate(stages):
+    auto = options.name == "flagship-auto"
+    start = over_flagship(options.workdir / "flagship-auto-start") if auto else None
+    for number, config in enumerate(STAGES[options.name]):
         folder = options.workdir / f"{options.name}-{number}"
         if start is not None and number:  # the weights of another stage's rule may be those of other arguments
             theta = store.read(start)[1]
