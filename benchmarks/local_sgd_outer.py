@@ -33,6 +33,7 @@ LOCAL = (0.03, 0.1, 0.3)
 NINE = tuple(float(x) for x in np.geomspace(0.01, 1.0, 9))
 OURS = "learned, untuned"
 UNTUNED = 0.1  # the learned step's local rate: the middle of the range that it was trained on
+LOOKS = {OURS: {"color": "black", "lw": 1.8}, "learned, local rate tuned": {"color": "black", "lw": 1.2, "ls": "--"}}
 REPORT = Path(__file__).parents[1] / "reports" / "local_sgd"
 
 TASKS = {
@@ -125,7 +126,7 @@ def plot(found, path):
     for axes, (task, results) in zip(grid, found.items(), strict=True):
         for column, (ax, delay) in enumerate(zip(axes, DELAYS, strict=True)):
             for i, (method, rows) in enumerate(results["methods"].items()):
-                look = {"color": "black", "lw": 1.8} if method == OURS else {"color": f"C{i}", "lw": 1.1}
+                look = LOOKS.get(method, {"color": f"C{i}", "lw": 1.1})
                 ax.plot(rows[column]["curve"], label=method, **look)
             ax.set_title(f"{task}, H = {delay}", fontsize=9)
             ax.set_yscale("log")
@@ -156,7 +157,10 @@ def main():
         del setting
         return optax.chain(rule.build(theta, num_steps=arguments.rounds), optax.scale(rate))
 
-    methods = METHODS | {OURS: (learned, [(UNTUNED, 1.0)], False)}
+    methods = METHODS | {
+        OURS: (learned, [(UNTUNED, 1.0)], False),
+        "learned, local rate tuned": (learned, [(a, 1.0) for a in LOCAL], False),
+    }
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / "outer.json"
     found = json.loads(path.read_text()) if path.exists() else {}
@@ -164,7 +168,7 @@ def main():
         family = TASKS[task]()
         results = found.setdefault(task, {"parameters": num_params(family), "methods": {}})["methods"]
         for name, method in methods.items():
-            if name in results and name != OURS:  # weights change, the others do not
+            if name in results and not name.startswith("learned"):  # weights change, the others do not
                 continue
             begun, results[name] = time.time(), compare(family, method, arguments.rounds)
             losses = [row["final_loss"] for row in results[name]]

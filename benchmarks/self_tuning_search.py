@@ -298,7 +298,7 @@ def plot(runs, curves):
         seen = np.isfinite(paths).all(0)
         mean, half = np.asarray([interval(column) for column in paths[:, seen].T]).T
         left.plot(grid[seen], mean, color=colours[method], label=method)
-        left.fill_between(grid[seen], mean - half, mean + half, color=colours[method], alpha=0.12, lw=0)
+        left.fill_between(grid[seen], mean - half, mean + half, color=colours[method], alpha=0.08, lw=0)
         tests = [run["test"] for run in own]
         mean, half = interval(tests)
         right.errorbar(mean, -place, xerr=half, fmt="o", color=colours[method], capsize=3)
@@ -309,7 +309,7 @@ def plot(runs, curves):
     left.yaxis.set_minor_formatter("{x:.2g}")
     left.legend(frameon=False, fontsize=8)
     right.set_yticks(-np.arange(len(METHODS)), METHODS)
-    right.set_xlabel("test loss of the chosen weights; mean, 95 % interval, runs")
+    right.set_xlabel("test loss; mean, 95 % interval, runs")
     for ax in (left, right):
         ax.spines[["top", "right"]].set_visible(False)
     fig.savefig(REPORT / "search.png", dpi=110)

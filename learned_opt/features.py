@@ -125,9 +125,9 @@ def factored_zeros(params: Tree, count: int) -> tuple[Tree, Tree]:
         shape, dtype = list(jnp.shape(x)), compute_dtype(jnp.result_type(x))
         axes = factored_axes(tuple(shape))
         if axes is None:
-            return jnp.zeros((count, *shape) if by_row else (1,), dtype)
+            return jnp.zeros_like(x, dtype, (count, *shape) if by_row else (1,))
         shape[axes[1] if by_row else axes[0]] = 1
-        return jnp.zeros((count, *shape), dtype)
+        return jnp.zeros_like(x, dtype, (count, *shape))
 
     return jax.tree.map(lambda x: make(x, True), params), jax.tree.map(lambda x: make(x, False), params)
 

@@ -53,7 +53,7 @@ def test_rotating_changes_matrices_alone():
 @pytest.mark.parametrize("every", [1, 7])
 def test_the_basis_diagonalises_its_statistic_and_keeps_its_signs(every):
     with jax.enable_x64(True):
-        side, bases = side_zeros(4, 4, jnp.float64), []
+        side, bases = side_zeros(jnp.zeros((4, 3)), 0, 4, jnp.float64), []
         scales = jnp.diag(jnp.array([1.0, 4.0, 2.0, 8.0]))
         step = jax.jit(lambda side, g, t: follow(side, g, t, decay=0.99, every=every))
         for t in range(1, 120):
@@ -68,7 +68,7 @@ def test_the_basis_diagonalises_its_statistic_and_keeps_its_signs(every):
             np.testing.assert_array_equal(bases[1], bases[6])
         assert min(jnp.min(jnp.diag(a.T @ b)) for a, b in itertools.pairwise(bases[60:])) > 0.5
         x = jax.random.normal(jax.random.key(0), (4, 3))
-        right = side_zeros(3, 2, jnp.float64)  # too long to be rotated
+        right = side_zeros(x, 1, 2, jnp.float64)  # too long to be rotated
         np.testing.assert_allclose(rotate_back(rotate(x, side, right), side, right), x, atol=1e-12)
 
 
@@ -81,7 +81,9 @@ def test_lanes_of_other_ages_get_what_each_gets_alone_and_share_the_conditional(
             side, order = follow(side, jax.random.normal(key, (5, 7)), step, decay=0.9, every=3)
             return (side, step + 1), order
 
-        (side, _), orders = jax.lax.scan(one, (side_zeros(5, 5, jnp.float32), step), jax.random.split(key, 12))
+        (side, _), orders = jax.lax.scan(
+            one, (side_zeros(jnp.zeros((5, 7)), 0, 5, jnp.float32), step), jax.random.split(key, 12)
+        )
         return side, orders
 
     keys, steps = jax.random.split(jax.random.key(0), 6).reshape(2, 3), jnp.array([[1, 1, 2], [3, 5, 1]])

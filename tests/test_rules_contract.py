@@ -158,10 +158,29 @@ def test_sharded_params_give_the_same_and_stay_sharded(rule):
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("model",))
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("model"))
     params = {"w": PARAMS["matrix"]}
-    update = jax.jit(lambda params: rule[2].update(gradients(params), rule[2].init(params), params, **extra(rule))[0])
+    g = {"w": jax.random.normal(jax.random.key(0), (4, 3))}  # of full rank: it determines its singular vectors
+    update = jax.jit(lambda params: rule[2].update(g, rule[2].init(params), params, **extra(rule))[0])
     alone, sharded = update(params)["w"], update(jax.device_put(params, rows))["w"]
     assert sharded.sharding.is_equivalent_to(rows, 2)
     np.testing.assert_allclose(sharded, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_workers_of_a_shard_map_step_by_themselves(rule):
+    """What an update makes varies over the devices as what it was given, or a loop's carry would change its type."""
+    mesh, params = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("workers",)), {"w": jnp.ones((2, 2, 3))}
+    over = jax.sharding.PartitionSpec("workers")
+
+    def worker(params, state):
+        def step(carry, _):
+            params, state = carry
+            updates, state = jax.vmap(lambda p, s: rule[2].update(gradients(p), s, p, **extra(rule)))(params, state)
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(step, (params, state), None, length=2)[0][0]
+
+    mapped = jax.shard_map(worker, mesh=mesh, in_specs=over, out_specs=over)
+    shapes = jax.eval_shape(mapped, params, jax.vmap(rule[2].init)(params))
+    assert shapes["w"].shape == (2, 2, 3)
 
 
 def test_state_survives_a_checkpoint(rule, tmp_path):

@@ -137,7 +137,7 @@ def _as_matrix(x: jax.Array) -> jax.Array:
 
 def _sides(x: jax.Array, max_dim: int) -> tuple[Side, ...]:
     dtype = ft.compute_dtype(x.dtype)
-    return tuple(side_zeros(n, max_dim, dtype) for n in x.shape) if x.ndim == 2 else ()
+    return tuple(side_zeros(x, axis, max_dim, dtype) for axis in (0, 1)) if x.ndim == 2 else ()
 
 
 def _reorder(x: jax.Array, order: jax.Array, axis: int) -> jax.Array:

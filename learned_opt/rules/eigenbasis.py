@@ -18,11 +18,12 @@ class Side(NamedTuple):
     basis: jax.Array
 
 
-def side_zeros(n: int, max_dim: int, dtype) -> Side:
-    """The start: no statistic, no rotation; scalars if the side has more than ``max_dim`` rows."""
-    if n > max_dim:
-        return Side(jnp.zeros((), dtype), jnp.zeros((), dtype))
-    return Side(jnp.zeros((n, n), dtype), jnp.eye(n, dtype=dtype))
+def side_zeros(x: jax.Array, axis: int, max_dim: int, dtype) -> Side:
+    """The start for an axis of a matrix: no statistic, no rotation; scalars if it is longer than ``max_dim``."""
+    n = x.shape[axis]
+    shape = (n, n) if n <= max_dim else ()
+    none = jnp.zeros_like(x, dtype, shape)
+    return Side(none, none + jnp.eye(n, dtype=dtype) if shape else jnp.zeros_like(none))
 
 
 def is_rotated(side: Side) -> bool:
@@ -77,7 +78,8 @@ def _correct(first, due, statistic, basis):
     All lanes of all ``vmap`` come here as one stack, so that a decomposition is computed only when one of them is due:
     `cond` under `vmap` would compute it at every step.
     """
-    same = jnp.broadcast_to(jnp.arange(basis.shape[-1], dtype=jnp.int32), basis.shape[:-1])
+    # made of its arguments, so that inside shard_map it varies over the devices that they vary over
+    same = jnp.arange(basis.shape[-1], dtype=jnp.int32)[None] + jnp.zeros_like((statistic + basis)[..., 0], jnp.int32)
 
     def iterate():
         turned = statistic @ basis
@@ -94,7 +96,7 @@ def _correct(first, due, statistic, basis):
         found = found * _sign(jnp.take_along_axis(found, largest, axis=-2))  # LAPACK's sign hangs on rounding
         return jnp.where(first[:, None, None], found, corrected), jnp.where(first[:, None], same, order)
 
-    corrected, order = jax.lax.cond(jnp.any(due & ~first), iterate, lambda: (basis, same))
+    corrected, order = jax.lax.cond(jnp.any(due & ~first), iterate, lambda: (basis + jnp.zeros_like(statistic), same))
     return jax.lax.cond(jnp.any(first), decompose, lambda: (corrected, order))
 
 
