@@ -139,7 +139,9 @@ def plot(found, path):
         upper.set_xlabel("MB sent by a worker", fontsize=6)
     for ax in grid[-1]:
         ax.set_xlabel("rounds", fontsize=8)
-    figure.axes[0].legend(fontsize=7, frameon=False)
+    figure.legend(
+        *figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8, frameon=False
+    )
     figure.savefig(path, dpi=120)
 
 

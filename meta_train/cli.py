@@ -116,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = command("bench", _bench, "compare learned rules with tuned optimizers on held-out tasks")
     bench.add_argument(
-        "rules", nargs="*", metavar="RULE", help="pretrained names or folders; by default all pretrained"
+        "rules", nargs="*", metavar="RULE", help="pretrained names or folders; by default all pretrained optimizers"
     )
     bench.add_argument("--suite", metavar="NAME", help="see `learned-opt list suites` (held_out)")
     bench.add_argument("--steps", type=int, metavar="N", help="optimization steps (1000)")
@@ -316,7 +316,7 @@ def _read_json(path: Path) -> Any:
 def _bench(arguments: argparse.Namespace) -> int:
     command = _pipeline("bench_command")
     quick = arguments.quick
-    rules = arguments.rules or ([] if arguments.optimizer else list(learned_opt.available()))
+    rules = arguments.rules or ([] if arguments.optimizer else _optimizers())
     suite = arguments.suite or (None if arguments.task else "quick" if quick else "held_out")
     steps = 300 if arguments.steps is None and quick else 1000 if arguments.steps is None else arguments.steps
     seeds = 3 if arguments.seeds is None and quick else 5 if arguments.seeds is None else arguments.seeds
@@ -342,6 +342,11 @@ def _bench(arguments: argparse.Namespace) -> int:
     if arguments.json:
         _print_json(result)
     return 0
+
+
+def _optimizers() -> list[str]:
+    """The pretrained rules that optimize by themselves: an outer step of local SGD takes what workers did."""
+    return [name for name in learned_opt.available() if store.read_record(name)["rule"] != "outer"]
 
 
 def _tune(arguments: argparse.Namespace) -> int:

@@ -44,7 +44,10 @@ STAGES: dict[str, list[Config]] = {
     ],
     "scheduler-adam": [replace(_SCHEDULER, trainable=[], rule_kwargs=_ADAM)],
     "adafac-mlp": [replace(_SHORT, rule="adafac_mlp", meta_steps=1000)],
-    "outer": [replace(_LOCAL, min_length=20, max_length=200, meta_steps=2000, outer_learning_rate=5e-3)],
+    "outer": [
+        replace(_LOCAL, min_length=20, max_length=200, meta_steps=2000, outer_learning_rate=5e-3),
+        replace(_LOCAL, min_length=20, max_length=200, meta_steps=1000, outer_learning_rate=3e-3),
+    ],
     "letters": [
         replace(_FEATURES, suite="letters_small", particles=4, meta_steps=700),
         replace(_FEATURES, suite="letters", meta_steps=1500),
