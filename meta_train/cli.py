@@ -505,7 +505,7 @@ def _use_cores(devices: int | None, particles: int | None = None) -> None:
 
 def _keep_compiled() -> None:
     """What one command has compiled, the next one reads: most of the time before a run's first step."""
-    if jax.config.jax_compilation_cache_dir is None:  # the user has not said where, by JAX_COMPILATION_CACHE_DIR
+    if jax.config.values["jax_compilation_cache_dir"] is None:  # JAX_COMPILATION_CACHE_DIR says where
         folder = _own_tasks("tasks.data").data_dir() / "compiled"
         jax.config.update("jax_compilation_cache_max_size", _COMPILED)
         jax.config.update("jax_compilation_cache_dir", str(folder))

@@ -86,7 +86,7 @@ def celo2_soap(
         g, p = _as_matrix(ft.clean(gradient, base._CLIP, dtype)), _as_matrix(p.astype(dtype))
         *m, r, row, col, sides = accumulators
         m = [ft.ema(x, g, b) for x, b in zip(m, base.MOMENTUM, strict=True)]
-        seen = (g, p, *m)
+        seen: Any = (g, p, *m)
         if sides:
             left, right = sides
             if is_rotated(left):
@@ -120,11 +120,11 @@ def celo2_soap(
             del extra_args
             params, step = ft.required_params(params, "celo2_soap"), state.step + 1
             update = functools.partial(update_tensor, settle(theta, jax.tree.leaves(updates)), step)
-            sides = jax.tree.unflatten(jax.tree.structure(params), state.sides)
+            structure: Any = jax.tree.structure(params)
+            sides = structure.unflatten(state.sides)
             accumulators = (*state.m, state.r, state.row, state.col, sides)
             updates, *m, r, row, col, sides = ft.map_tensors(update, updates, params, *accumulators)
-            leaves = jax.tree.structure(params).flatten_up_to(sides)
-            return updates, Celo2SoapState(step, tuple(m), r, row, col, leaves)
+            return updates, Celo2SoapState(step, tuple(m), r, row, col, structure.flatten_up_to(sides))
 
         return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
