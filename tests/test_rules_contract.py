@@ -159,8 +159,8 @@ def test_sharded_params_give_the_same_and_stay_sharded(rule):
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("model"))
     params = {"w": PARAMS["matrix"]}
     g = {"w": jax.random.normal(jax.random.key(0), (4, 3))}  # of full rank: it determines its singular vectors
-    update = jax.jit(lambda params: rule[2].update(g, rule[2].init(params), params, **extra(rule))[0])
-    alone, sharded = update(params)["w"], update(jax.device_put(params, rows))["w"]
+    update = jax.jit(lambda g, params: rule[2].update(g, rule[2].init(params), params, **extra(rule))[0])
+    alone, sharded = update(g, params)["w"], update(*jax.device_put((g, params), rows))["w"]
     assert sharded.sharding.is_equivalent_to(rows, 2)
     np.testing.assert_allclose(sharded, alone, rtol=2e-3, atol=1e-3)  # Newton-Schulz steps magnify rounding
 
