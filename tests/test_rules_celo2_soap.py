@@ -10,7 +10,7 @@ import pytest
 
 from learned_opt.rules.celo2 import celo2
 from learned_opt.rules.celo2_soap import celo2_soap
-from learned_opt.rules.eigenbasis import follow, rotate, rotate_back, side_zeros
+from learned_opt.rules.eigenbasis import follow, rotate, rotate_back, start
 
 SHAPES = {"w": (5, 3), "b": (4,), "s": (), "kernel": (2, 2, 3, 4)}
 
@@ -53,38 +53,52 @@ def test_rotating_changes_matrices_alone():
 @pytest.mark.parametrize("every", [1, 7])
 def test_the_basis_diagonalises_its_statistic_and_keeps_its_signs(every):
     with jax.enable_x64(True):
-        side, bases = side_zeros(jnp.zeros((4, 3)), 0, 4, jnp.float64), []
+        sides, bases = start(jnp.zeros((4, 3)), 4, jnp.float64), []
         scales = jnp.diag(jnp.array([1.0, 4.0, 2.0, 8.0]))
-        step = jax.jit(lambda side, g, t: follow(side, g, t, decay=0.99, every=every))
+        step = jax.jit(lambda sides, g, t: follow(sides, g, t, decay=0.99, every=every)[0])
         for t in range(1, 120):
-            side, order = step(side, scales @ jax.random.normal(jax.random.key(t), (4, 3)), jnp.asarray(t))
-            bases.append(side.basis)
-            assert sorted(order.tolist()) == [0, 1, 2, 3]
-        np.testing.assert_allclose(side.basis.T @ side.basis, np.eye(4), atol=1e-12)
-        inside = side.basis.T @ side.statistic @ side.basis
+            sides = step(sides, scales @ jax.random.normal(jax.random.key(t), (4, 3)), jnp.asarray(t))
+            bases.append(sides[0].basis)
+        left = sides[0]
+        np.testing.assert_allclose(left.basis.T @ left.basis, np.eye(4), atol=1e-12)
+        inside = left.basis.T @ left.statistic @ left.basis
         assert np.abs(inside - np.diag(np.diag(inside))).max() < 0.1 * np.diag(inside).max()
         assert np.all(np.diff(np.diag(inside)) < 0)  # by falling eigenvalue
         if every > 1:
             np.testing.assert_array_equal(bases[1], bases[6])
         assert min(jnp.min(jnp.diag(a.T @ b)) for a, b in itertools.pairwise(bases[60:])) > 0.5
         x = jax.random.normal(jax.random.key(0), (4, 3))
-        right = side_zeros(x, 1, 2, jnp.float64)  # too long to be rotated
-        np.testing.assert_allclose(rotate_back(rotate(x, side, right), side, right), x, atol=1e-12)
+        np.testing.assert_allclose(rotate_back(rotate(x, sides), sides), x, atol=1e-12)
+
+
+def test_a_side_that_is_too_long_is_not_rotated():
+    x, sides = jnp.ones((4, 3)), start(jnp.zeros((4, 3)), 3, jnp.float32)
+    sides, _ = follow(sides, x, jnp.asarray(1), decay=0.9, every=3)
+    assert [side.basis.shape for side in sides] == [(), (3, 3)]
+    np.testing.assert_allclose(rotate(x, sides), x @ sides[1].basis, rtol=1e-6)
+
+
+def test_what_is_accumulated_moves_with_its_direction():
+    """The second direction's gradients grow past the first's: the two change places."""
+    sides, held = start(jnp.zeros((2, 2)), 2, jnp.float32), jnp.array([[1.0], [2.0]])
+    for t, sizes in enumerate(([2.0, 1.0], [1.0, 50.0]), start=1):
+        sides, moved = follow(sides, jnp.diag(jnp.array(sizes)), jnp.asarray(t), decay=0.5, every=1)
+        held = moved(held)
+    np.testing.assert_array_equal(held[:, 0], [2.0, 1.0])
+    np.testing.assert_allclose(jnp.abs(sides[0].basis), [[0, 1], [1, 0]], atol=1e-6)
 
 
 def test_lanes_of_other_ages_get_what_each_gets_alone_and_share_the_conditional():
     """Under vmap a plain `cond` would decompose at every step."""
 
     def walk(key, step):
-        def one(side, key):
-            side, step = side
-            side, order = follow(side, jax.random.normal(key, (5, 7)), step, decay=0.9, every=3)
-            return (side, step + 1), order
+        def one(carry, key):
+            sides, step, held = carry
+            sides, moved = follow(sides, jax.random.normal(key, (5, 7)), step, decay=0.9, every=3)
+            return (sides, step + 1, moved(held)), None
 
-        (side, _), orders = jax.lax.scan(
-            one, (side_zeros(jnp.zeros((5, 7)), 0, 5, jnp.float32), step), jax.random.split(key, 12)
-        )
-        return side, orders
+        carry = (start(jnp.zeros((5, 7)), 5, jnp.float32), step, jnp.arange(5.0)[:, None])
+        return jax.lax.scan(one, carry, jax.random.split(key, 12))[0]
 
     keys, steps = jax.random.split(jax.random.key(0), 6).reshape(2, 3), jnp.array([[1, 1, 2], [3, 5, 1]])
     together = jax.jit(jax.vmap(jax.vmap(walk)))

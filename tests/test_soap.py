@@ -51,7 +51,7 @@ def test_the_rotation_diagonalises_what_it_should():
         state = transform.init(params)
         for gradient in gradients:
             _, state = transform.update(gradient, state, params)
-        for statistic, basis in ((state[0].left, state[0].left_basis), (state[0].right, state[0].right_basis)):
+        for statistic, basis in state[0].sides:
             np.testing.assert_allclose(basis @ basis.T, np.eye(len(basis)), atol=1e-10)
             inside = basis.T @ statistic @ basis
             off = inside - np.diag(np.diag(inside))

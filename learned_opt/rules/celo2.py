@@ -22,8 +22,8 @@ INPUTS = 30  # columns of the first layer
 VECTOR_INPUTS = 15  # of which tensors below rank 2 have the first
 _NORMALISED_MOMENTUM = 7  # the column m_.9 rsqrt(r)
 OUTPUTS = 3  # only the first moves the parameters
-_CLIP = 1000.0
-_EPS = 1e-9
+CLIP = 1000.0
+EPS = 1e-9
 _ROOT_EPS = 1e-8
 
 
@@ -69,7 +69,7 @@ def direction(theta: Theta, g, p, m, r, row, col) -> jax.Array:
     def run(*inputs):
         features = functools.partial(ft.factored_columns, eps=_ROOT_EPS)
         squares = functools.partial(ft.factored_squares, eps=_ROOT_EPS)
-        return column_mlp(features, inputs, layers, eps=_EPS, order=ft.FACTORED_COLUMNS_ORDER, squares=squares)[0]
+        return column_mlp(features, inputs, layers, eps=EPS, order=ft.FACTORED_COLUMNS_ORDER, squares=squares)[0]
 
     if g.ndim == 2 and is_short(shape) and not is_short(shape[::-1]):
         inputs = (g, p, m, r, *(list(x) for x in ft.factored_scales(row, col, shape)), list(row), list(col))
@@ -148,7 +148,7 @@ def celo2(*, hidden_size: int = 8, orthogonalize: bool = False, adam_on: Sequenc
     @jax.jit  # traced once for all tensors of a shape
     def update_tensor(theta, gradient, p, *accumulators):
         dtype = ft.compute_dtype(p.dtype)
-        g, p = ft.clean(gradient, _CLIP, dtype), p.astype(dtype)
+        g, p = ft.clean(gradient, CLIP, dtype), p.astype(dtype)
         *m, r, row, col = accumulators
         m = [ft.ema(x, g, b) for x, b in zip(m, MOMENTUM, strict=True)]
         r = ft.ema(r, g * g, RMS)
@@ -156,7 +156,7 @@ def celo2(*, hidden_size: int = 8, orthogonalize: bool = False, adam_on: Sequenc
         d = direction(theta, g, p, m, r, row, col)
         if orthogonalize and d.ndim >= 2:
             d = newton_schulz(d)
-        u = ft.unit_rms(d, _EPS, tuple(range(d.ndim)[-2:]))
+        u = ft.unit_rms(d, EPS, tuple(range(d.ndim)[-2:]))
         return -u.astype(gradient.dtype), *m, r, row, col
 
     def build(theta, num_steps=None):
@@ -177,7 +177,7 @@ def celo2(*, hidden_size: int = 8, orthogonalize: bool = False, adam_on: Sequenc
         learned = optax.GradientTransformationExtraArgs(init_fn, update_fn)
         if not adam_on:
             return learned
-        clean = optax.stateless_with_tree_map(lambda g, p: ft.clean(g, _CLIP, g.dtype))
+        clean = optax.stateless_with_tree_map(lambda g, p: ft.clean(g, CLIP, g.dtype))
         adam = optax.chain(clean, optax.scale_by_adam(), optax.scale(-1.0))
         return optax.partition({True: adam, False: learned}, functools.partial(_is_one_of, adam_on))
 

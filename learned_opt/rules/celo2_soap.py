@@ -11,7 +11,7 @@ from .. import features as ft
 from ..base import LearnedOptimizer
 from . import celo2 as base
 from .column_mlp import settle
-from .eigenbasis import Side, follow, is_rotated, rotate, rotate_back, side_zeros
+from .eigenbasis import as_matrix, follow, rotate, rotate_back, start
 
 PAPER = "Celo2, 2026, in the basis of SOAP, Vyas et al. 2024, arXiv:2409.11321"
 
@@ -19,7 +19,7 @@ _DECAY = 0.95  # of the statistics whose eigenvectors are the basis
 
 
 class Celo2SoapState(NamedTuple):
-    """Accumulators of Celo2 in the eigenbasis; ``sides`` holds a leaf ``(left, right)`` a matrix, ``()`` a vector.
+    """Accumulators of Celo2 in the eigenbasis.
 
     Attributes:
         step: int32, updates taken.
@@ -27,7 +27,7 @@ class Celo2SoapState(NamedTuple):
         r: the second moment in the eigenbasis.
         row: factored second moments by row, of the rotated gradient.
         col: the same by column.
-        sides: the bases, a list in the order of the parameters' leaves.
+        sides: the bases, in place of a matrix ``(left, right)``, of a vector ``()``.
     """
 
     step: jax.Array
@@ -35,7 +35,7 @@ class Celo2SoapState(NamedTuple):
     r: optax.Updates
     row: optax.Updates
     col: optax.Updates
-    sides: list[Any]
+    sides: Any
 
 
 def celo2_soap(
@@ -83,26 +83,17 @@ def celo2_soap(
     @jax.jit  # traced once for all tensors of a shape
     def update_tensor(theta, step, gradient, p, *accumulators):
         dtype = ft.compute_dtype(p.dtype)
-        g, p = _as_matrix(ft.clean(gradient, base._CLIP, dtype)), _as_matrix(p.astype(dtype))
+        g, p = as_matrix(ft.clean(gradient, base.CLIP, dtype)), as_matrix(p.astype(dtype))
         *m, r, row, col, sides = accumulators
         m = [ft.ema(x, g, b) for x, b in zip(m, base.MOMENTUM, strict=True)]
-        seen: Any = (g, p, *m)
-        if sides:
-            left, right = sides
-            if is_rotated(left):
-                left, order = follow(left, g, step, decay=_DECAY, every=every)
-                r, row, col = (_reorder(x, order, -2) for x in (r, row, col))
-            if is_rotated(right):
-                right, order = follow(right, g.T, step, decay=_DECAY, every=every)
-                r, row, col = (_reorder(x, order, -1) for x in (r, row, col))
-            seen, sides = rotate(jnp.stack(seen), left, right), (left, right)
-        r = ft.ema(r, seen[0] * seen[0], base.RMS)
-        row, col = ft.factored_update(row, col, seen[0], base.FACTORED)
-        d = base.direction(theta, seen[0], seen[1], list(seen[2:]), r, row, col)
-        if sides:
-            d = rotate_back(d, *sides)
-            d = base.newton_schulz(d) if orthogonalize else d
-        u = ft.unit_rms(d, base._EPS, tuple(range(d.ndim)[-2:]))
+        sides, moved = follow(sides, g, step, decay=_DECAY, every=every)
+        seen, seen_p, *seen_m = rotate(jnp.stack([g, p, *m]), sides)
+        r, row, col = ft.ema(moved(r), seen * seen, base.RMS), moved(row), moved(col)
+        row, col = ft.factored_update(row, col, seen, base.FACTORED)
+        d = rotate_back(base.direction(theta, seen, seen_p, seen_m, r, row, col), sides)
+        if orthogonalize and d.ndim >= 2:
+            d = base.newton_schulz(d)
+        u = ft.unit_rms(d, base.EPS, tuple(range(d.ndim)[-2:]))
         return -u.reshape(gradient.shape).astype(gradient.dtype), *m, r, row, col, sides
 
     def build(theta, num_steps=None):
@@ -110,9 +101,9 @@ def celo2_soap(
 
         def init_fn(params):
             ft.check_params(params)
-            flat = jax.tree.map(_as_matrix, params)
+            flat = jax.tree.map(as_matrix, params)
             m = tuple(ft.zeros(flat) for _ in base.MOMENTUM)
-            sides = [_sides(x, max_dim) for x in jax.tree.leaves(flat)]
+            sides = jax.tree.map(lambda x: start(x, max_dim, ft.compute_dtype(x.dtype)), flat)
             accumulators = (m, ft.zeros(flat), *ft.factored_zeros(flat, len(base.FACTORED)))
             return Celo2SoapState(jnp.zeros((), jnp.int32), *accumulators, sides)
 
@@ -120,26 +111,10 @@ def celo2_soap(
             del extra_args
             params, step = ft.required_params(params, "celo2_soap"), state.step + 1
             update = functools.partial(update_tensor, settle(theta, jax.tree.leaves(updates)), step)
-            structure: Any = jax.tree.structure(params)
-            sides = structure.unflatten(state.sides)
-            accumulators = (*state.m, state.r, state.row, state.col, sides)
+            accumulators = (*state.m, state.r, state.row, state.col, state.sides)
             updates, *m, r, row, col, sides = ft.map_tensors(update, updates, params, *accumulators)
-            return updates, Celo2SoapState(step, tuple(m), r, row, col, structure.flatten_up_to(sides))
+            return updates, Celo2SoapState(step, tuple(m), r, row, col, sides)
 
         return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
     return LearnedOptimizer(plain.init, build, learning_rate=plain.learning_rate)
-
-
-def _as_matrix(x: jax.Array) -> jax.Array:
-    return x.reshape(-1, x.shape[-1]) if x.ndim > 2 else x
-
-
-def _sides(x: jax.Array, max_dim: int) -> tuple[Side, ...]:
-    dtype = ft.compute_dtype(x.dtype)
-    return tuple(side_zeros(x, axis, max_dim, dtype) for axis in (0, 1)) if x.ndim == 2 else ()
-
-
-def _reorder(x: jax.Array, order: jax.Array, axis: int) -> jax.Array:
-    """What is accumulated for directions, moved with them; an axis of size one holds their mean."""
-    return jnp.take(x, order, axis=axis) if x.shape[axis] == order.size else x

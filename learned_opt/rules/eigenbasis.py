@@ -1,5 +1,6 @@
 """Shampoo's eigenbasis as SOAP keeps it: eigenvectors of running means of G G' and G' G, corrected now and then."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -18,57 +19,92 @@ class Side(NamedTuple):
     basis: jax.Array
 
 
-def side_zeros(x: jax.Array, axis: int, max_dim: int, dtype) -> Side:
-    """The start for an axis of a matrix: no statistic, no rotation; scalars if it is longer than ``max_dim``."""
-    n = x.shape[axis]
-    shape = (n, n) if n <= max_dim else ()
-    none = jnp.zeros_like(x, dtype, shape)
-    return Side(none, none + jnp.eye(n, dtype=dtype) if shape else jnp.zeros_like(none))
+Sides = tuple[Side, ...]  # (left, right) of a matrix, () of a vector, which is never rotated
 
 
-def is_rotated(side: Side) -> bool:
-    """Whether the side has a basis."""
-    return side.basis.ndim > 0
+def as_matrix(x: jax.Array) -> jax.Array:
+    """A tensor of rank >= 2 as the matrix of its last axis against the others; a vector or a scalar as it is."""
+    return x.reshape(-1, x.shape[-1]) if x.ndim > 2 else x
 
 
-def follow(side: Side, g: jax.Array, step: jax.Array, *, decay: float, every: int) -> tuple[Side, jax.Array]:
-    r"""Take in a gradient: :math:`L \leftarrow \beta L + (1 - \beta) G G^\top`, and correct the basis when it is due.
-
-    The basis is an eigendecomposition of L at the first step, and after that, every few steps, one step of the power
-    method and a QR decomposition. It is a constant to derivatives: those of eigenvectors of close eigenvalues have no
-    bound.
+def start(x: jax.Array, max_dim: int, dtype) -> Sides:
+    """No statistic and no rotation; a side of more than ``max_dim`` rows never has one.
 
     Args:
-        side: a rotated side.
-        g: the gradient with this side first, ``[n, m]``.
+        x: a matrix, vector or scalar; only its shape matters, and inside ``shard_map`` what devices it varies over.
+        max_dim: the longest side that is rotated.
+        dtype: of the statistics and the bases.
+
+    Returns:
+        The sides.
+    """
+
+    def side(n: int) -> Side:
+        statistic = jnp.zeros_like(x, dtype, (n, n) if n <= max_dim else ())
+        return Side(statistic, statistic + jnp.eye(n, dtype=dtype) if statistic.ndim else jnp.zeros_like(statistic))
+
+    return tuple(side(n) for n in x.shape) if x.ndim == 2 else ()
+
+
+def follow(
+    sides: Sides, g: jax.Array, step: jax.Array, *, decay: float, every: int
+) -> tuple[Sides, Callable[[jax.Array], jax.Array]]:
+    r"""Take in a gradient: :math:`L \leftarrow \beta L + (1 - \beta) G G^\top`, likewise R, and correct bases when due.
+
+    A basis is an eigendecomposition at the first step, and after that, every few steps, one step of the power method
+    and a QR decomposition. It is a constant to derivatives: those of eigenvectors of close eigenvalues have no bound.
+    Directions that no gradient has had yet are arbitrary.
+
+    Args:
+        sides: of the matrix.
+        g: its gradient, ``[n, m]``.
         step: int32, 1 at the first.
         decay: :math:`\beta`.
         every: steps between two corrections.
 
     Returns:
-        The side, and which of the old directions each of its directions goes on, int32 ``[n]``: what is accumulated
-        for directions moves with them.
+        The sides, and a function that moves what is accumulated for the old directions, ``[..., n, m]``, to those that
+        go on with them; an axis of size one holds something of all directions and stays.
 
     Reference:
         Vyas et al., "SOAP: Improving and stabilizing Shampoo using Adam", 2024, arXiv:2409.11321.
     """
-    beta = jnp.asarray(decay, g.dtype)
-    statistic = beta * side.statistic + (1 - beta) * (g @ g.T)
-    one = (step == 1, step % every == 1 % every, statistic, side.basis)
-    basis, order = _correct(*(jax.lax.stop_gradient(x)[None] for x in one))
-    return Side(statistic, basis[0]), order[0]
+    new, orders = [], []
+    for side, rows in zip(sides, (g, g.T), strict=False):
+        order = None
+        if side.basis.ndim:
+            beta = jnp.asarray(decay, g.dtype)
+            statistic = beta * side.statistic + (1 - beta) * (rows @ rows.T)
+            one = (step == 1, step % every == 1 % every, statistic, side.basis)
+            (basis,), (order,) = _correct(*(jax.lax.stop_gradient(x)[None] for x in one))
+            side = Side(statistic, basis)
+        new.append(side)
+        orders.append(order)
+
+    def moved(x: jax.Array) -> jax.Array:
+        for axis, order in zip((-2, -1), orders, strict=False):
+            x = x if order is None or x.shape[axis] == 1 else jnp.take(x, order, axis=axis)
+        return x
+
+    return tuple(new), moved
 
 
-def rotate(x: jax.Array, left: Side, right: Side) -> jax.Array:
+def rotate(x: jax.Array, sides: Sides) -> jax.Array:
     """``Q_L' x Q_R`` on the last two axes."""
-    x = jnp.swapaxes(left.basis, -1, -2) @ x if is_rotated(left) else x
-    return x @ right.basis if is_rotated(right) else x
+    if not sides:
+        return x
+    left, right = (side.basis for side in sides)
+    x = left.T @ x if left.ndim else x
+    return x @ right if right.ndim else x
 
 
-def rotate_back(x: jax.Array, left: Side, right: Side) -> jax.Array:
+def rotate_back(x: jax.Array, sides: Sides) -> jax.Array:
     """``Q_L x Q_R'``."""
-    x = left.basis @ x if is_rotated(left) else x
-    return x @ right.basis.T if is_rotated(right) else x
+    if not sides:
+        return x
+    left, right = (side.basis for side in sides)
+    x = left @ x if left.ndim else x
+    return x @ right.T if right.ndim else x
 
 
 @jax.custom_batching.custom_vmap
