@@ -27,7 +27,8 @@ class Celo2SoapState(NamedTuple):
         r: the second moment in the eigenbasis.
         row: factored second moments by row, of the rotated gradient.
         col: the same by column.
-        sides: the bases, in place of a matrix ``(left, right)``, of a vector ``()``.
+        sides: the bases, of a matrix ``(left, right)``, of a vector ``()``. A list in the order of the parameters'
+            leaves: not every container of parameters can hold tuples in their place (Flax's ``nnx.State`` cannot).
     """
 
     step: jax.Array
@@ -35,7 +36,7 @@ class Celo2SoapState(NamedTuple):
     r: optax.Updates
     row: optax.Updates
     col: optax.Updates
-    sides: Any
+    sides: list[Any]
 
 
 def celo2_soap(
@@ -103,7 +104,7 @@ def celo2_soap(
             ft.check_params(params)
             flat = jax.tree.map(as_matrix, params)
             m = tuple(ft.zeros(flat) for _ in base.MOMENTUM)
-            sides = jax.tree.map(lambda x: start(x, max_dim, ft.compute_dtype(x.dtype)), flat)
+            sides = [start(x, max_dim, ft.compute_dtype(x.dtype)) for x in jax.tree.leaves(flat)]
             accumulators = (m, ft.zeros(flat), *ft.factored_zeros(flat, len(base.FACTORED)))
             return Celo2SoapState(jnp.zeros((), jnp.int32), *accumulators, sides)
 
@@ -111,9 +112,10 @@ def celo2_soap(
             del extra_args
             params, step = ft.required_params(params, "celo2_soap"), state.step + 1
             update = functools.partial(update_tensor, settle(theta, jax.tree.leaves(updates)), step)
-            accumulators = (*state.m, state.r, state.row, state.col, state.sides)
+            structure: Any = jax.tree.structure(params)
+            accumulators = (*state.m, state.r, state.row, state.col, structure.unflatten(state.sides))
             updates, *m, r, row, col, sides = ft.map_tensors(update, updates, params, *accumulators)
-            return updates, Celo2SoapState(step, tuple(m), r, row, col, sides)
+            return updates, Celo2SoapState(step, tuple(m), r, row, col, structure.flatten_up_to(sides))
 
         return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
