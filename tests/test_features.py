@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from learned_opt import features as ft
+from learned_opt.rules.column_mlp import spread
 
 
 @given(st.lists(st.integers(1, 6), min_size=2, max_size=4))
@@ -103,3 +104,18 @@ def test_a_vector_as_a_matrix_keeps_its_order(size):
     x = jnp.arange(size)
     assert ft.as_matrix(x).ndim == 2
     np.testing.assert_array_equal(ft.as_matrix(x).reshape(-1), x)
+
+
+@given(rows=st.integers(1, 70), cols=st.integers(1, 100), by_row=st.booleans())
+@settings(max_examples=20, deadline=None)
+def test_spread_repeats_rows_and_columns_exactly(rows, cols, by_row):
+    x = np.random.default_rng(rows).standard_normal((2, rows, 1) if by_row else (2, 1, cols)).astype(np.float32)
+    np.testing.assert_array_equal(spread(jnp.asarray(x), (rows, cols)), np.broadcast_to(x, (2, rows, cols)))
+
+
+def test_spread_costs_the_same_for_every_element_of_a_tall_matrix():
+    def flops(rows):
+        x = jnp.ones((3, rows, 1))
+        return jax.jit(lambda x: spread(x, (rows, 10))).lower(x).compile().cost_analysis()["flops"]
+
+    assert flops(4096) <= 1.01 * 16 * flops(256)

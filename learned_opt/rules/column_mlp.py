@@ -120,13 +120,22 @@ def is_short(shape: tuple[int, ...]) -> bool:
 
 
 def spread(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """``[k, A, 1]`` or ``[k, 1, B]`` repeated to ``[k, A, B]``, for small tensors, as a product: fast for any ``B``."""
+    """``[k, A, 1]`` or ``[k, 1, B]`` repeated to ``[k, A, B]``, fast for any ``B``.
+
+    Several short rows at a time, as a product with zeros and ones: loops over short rows waste the vector unit.
+    """
     A, B = shape
     if x.shape[1:] == (1, 1) or x.shape[1:] == shape:
         return jnp.broadcast_to(x, (x.shape[0], A, B))
-    index = jnp.arange(A * B) // B if x.shape[-1] == 1 else jnp.arange(A * B) % B
-    one_hot = jnp.arange(max(x.shape[1:]))[:, None] == index[None]
-    return jnp.matmul(x.reshape(x.shape[0], -1), one_hot.astype(x.dtype), precision=_HIGHEST).reshape(-1, A, B)
+    together = min(A, _LANES) if B < 8 * _LANES else 1
+    groups = -(-A // together)
+    by_row = x.shape[-1] == 1
+    if by_row:
+        x = jnp.pad(x, ((0, 0), (0, groups * together - A), (0, 0)))
+    index = jnp.arange(together * B) // B if by_row else jnp.arange(together * B) % B
+    one_hot = jnp.arange(together if by_row else B)[:, None] == index[None]
+    rows = jnp.matmul(x.reshape(x.shape[0], -1, one_hot.shape[0]), one_hot.astype(x.dtype), precision=_HIGHEST)
+    return jnp.broadcast_to(rows, (x.shape[0], groups, together * B)).reshape(x.shape[0], -1, B)[:, :A]
 
 
 def _mean_squares(terms: Callable[..., tuple], inputs: tuple, shape: tuple[int, ...]) -> jax.Array:
