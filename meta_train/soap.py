@@ -13,7 +13,7 @@ class SoapState(NamedTuple):
     """What SOAP carries; trees over the parameters' leaves, as matrices."""
 
     step: jax.Array
-    mean: Any  # of gradients, in the parameters' own coordinates
+    mean: Any  # of gradients in the eigenbasis
     square: Any  # of gradients in the eigenbasis
     sides: Any  # statistics and bases
 
@@ -32,8 +32,7 @@ def soap(
 
     For a matrix with gradient :math:`G`, :math:`L \leftarrow \beta_2 L + (1 - \beta_2) G G^\top` and likewise
     :math:`R`; with their eigenvectors :math:`Q_L, Q_R` the update is
-    :math:`-\eta\, Q_L\, \mathrm{Adam}(Q_L^\top G Q_R)\, Q_R^\top`, where the mean of gradients is kept in the matrix's
-    own coordinates. The eigenvectors come from an eigendecomposition at the first update and from one step of the power
+    :math:`-\eta\, Q_L\, \mathrm{Adam}(Q_L^\top G Q_R)\, Q_R^\top`; the mean of gradients turns with the basis. The eigenvectors come from an eigendecomposition at the first update and from one step of the power
     method and a QR decomposition every few updates after it. Tensors of higher rank are matrices of their last axis
     against the others; vectors get Adam.
 
@@ -86,9 +85,10 @@ def soap(
 def _leaf(grad, step, b1, b2, eps, every, mean, square, sides):
     """One leaf's Adam direction and its new state."""
     g = as_matrix(grad)
-    sides, moved = follow(sides, g, step, decay=b2, every=every)
-    mean = b1 * mean + (1 - b1) * g
-    square = b2 * moved(square) + (1 - b2) * jnp.square(rotate(g, sides))
+    sides, moved, turned = follow(sides, g, step, decay=b2, every=every)
+    g = rotate(g, sides)
+    mean = b1 * turned(mean) + (1 - b1) * g
+    square = b2 * moved(square) + (1 - b2) * jnp.square(g)
     root = jnp.sqrt(square / (1 - b2**step)) + eps
-    direction = rotate_back(rotate(mean / (1 - b1**step), sides) / root, sides)
+    direction = rotate_back(mean / (1 - b1**step) / root, sides)
     return direction.reshape(grad.shape), mean, square, sides

@@ -130,6 +130,20 @@ def test_newton_schulz_brings_singular_values_near_one(shape):
     assert np.all(np.isfinite(jax.grad(lambda x: jnp.sum(newton_schulz(x)))(jnp.zeros(shape))))
 
 
+@pytest.mark.parametrize("shape", [(64, 300), (300, 64), (2, 64, 256)])
+def test_newton_schulz_steps_of_long_matrices_may_be_multiplied_up(shape):
+    """Against the steps one by one in float64, on singular values from 1 to 1e-8."""
+    x = np.random.default_rng(0).normal(size=shape)
+    u, _, v = np.linalg.svd(x, full_matrices=False)
+    x = (u * np.geomspace(1, 1e-8, 64)) @ v
+    wanted = x / np.linalg.norm(x, axis=(-2, -1), keepdims=True)
+    for _ in range(5):
+        a = wanted @ np.swapaxes(wanted, -1, -2)
+        wanted = 3.4445 * wanted + (-4.775 * a + 2.0315 * (a @ a)) @ wanted
+    found = newton_schulz(jnp.asarray(x, jnp.float32))
+    np.testing.assert_allclose(found, wanted, atol=2e-3 * np.abs(wanted).max())
+
+
 def test_too_small_a_network_is_refused():
     with pytest.raises(ValueError, match="hidden_size >= 2"):
         celo2(hidden_size=1)

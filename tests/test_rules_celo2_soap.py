@@ -73,7 +73,7 @@ def test_the_basis_diagonalises_its_statistic_and_keeps_its_signs(every):
 
 def test_a_side_that_is_too_long_is_not_rotated():
     x, sides = jnp.ones((4, 3)), start(jnp.zeros((4, 3)), 3, jnp.float32)
-    sides, _ = follow(sides, x, jnp.asarray(1), decay=0.9, every=3)
+    sides, *_ = follow(sides, x, jnp.asarray(1), decay=0.9, every=3)
     assert [side.basis.shape for side in sides] == [(), (3, 3)]
     np.testing.assert_allclose(rotate(x, sides), x @ sides[1].basis, rtol=1e-6)
 
@@ -82,10 +82,24 @@ def test_what_is_accumulated_moves_with_its_direction():
     """The second direction's gradients grow past the first's: the two change places."""
     sides, held = start(jnp.zeros((2, 2)), 2, jnp.float32), jnp.array([[1.0], [2.0]])
     for t, sizes in enumerate(([2.0, 1.0], [1.0, 50.0]), start=1):
-        sides, moved = follow(sides, jnp.diag(jnp.array(sizes)), jnp.asarray(t), decay=0.5, every=1)
+        sides, moved, _ = follow(sides, jnp.diag(jnp.array(sizes)), jnp.asarray(t), decay=0.5, every=1)
         held = moved(held)
     np.testing.assert_array_equal(held[:, 0], [2.0, 1.0])
     np.testing.assert_allclose(jnp.abs(sides[0].basis), [[0, 1], [1, 0]], atol=1e-6)
+
+
+@pytest.mark.parametrize("max_dim", [3, 4])
+def test_what_is_kept_in_the_basis_turns_with_it(max_dim):
+    """A mean of rotated gradients is the mean of the gradients, rotated."""
+    with jax.enable_x64(True):
+        sides = start(jnp.zeros((4, 3)), max_dim, jnp.float64)
+        inside, outside = jnp.zeros((2, 4, 3)), jnp.zeros((2, 4, 3))
+        for t in range(1, 9):
+            g = jax.random.normal(jax.random.key(t), (4, 3))
+            sides, _, turned = follow(sides, g, jnp.asarray(t), decay=0.9, every=3)
+            outside = 0.5 * outside + jnp.stack([g, 2 * g])
+            inside = 0.5 * turned(inside) + jnp.stack([rotate(g, sides), 2 * rotate(g, sides)])
+            np.testing.assert_allclose(inside, rotate(outside, sides), atol=1e-12)
 
 
 def test_lanes_of_other_ages_get_what_each_gets_alone_and_share_the_conditional():
@@ -94,7 +108,7 @@ def test_lanes_of_other_ages_get_what_each_gets_alone_and_share_the_conditional(
     def walk(key, step):
         def one(carry, key):
             sides, step, held = carry
-            sides, moved = follow(sides, jax.random.normal(key, (5, 7)), step, decay=0.9, every=3)
+            sides, moved, _ = follow(sides, jax.random.normal(key, (5, 7)), step, decay=0.9, every=3)
             return (sides, step + 1, moved(held)), None
 
         carry = (start(jnp.zeros((5, 7)), 5, jnp.float32), step, jnp.arange(5.0)[:, None])

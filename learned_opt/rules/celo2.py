@@ -25,6 +25,7 @@ OUTPUTS = 3  # only the first moves the parameters
 CLIP = 1000.0
 EPS = 1e-9
 _ROOT_EPS = 1e-8
+_SHORT = 64  # the shorter side from which on Newton-Schulz steps of long matrices are multiplied up
 
 
 class Celo2State(NamedTuple):
@@ -88,15 +89,34 @@ def newton_schulz(x: jax.Array) -> jax.Array:
     """Five quintic Newton-Schulz steps towards the nearest (semi-)orthogonal matrix, on the last two axes.
 
     ``X <- d / (|d|_F + 1e-8)``; ``A = X X'``, ``X <- 3.4445 X + (-4.775 A + 2.0315 A A) X`` (Jordan et al. 2024, Muon).
+
+    All steps are polynomials in the first ``A``: where it is far smaller than ``X`` they are multiplied up by themselves,
+    and ``X`` is only read twice. In float32 that differs from the steps one by one by some 1e-4 of the largest entry.
     """
     tall = x.shape[-2] > x.shape[-1]
     x = jnp.swapaxes(x, -1, -2) if tall else x
     # the derivative of the norm is finite at 0 only with something under the root
     x = x / (jnp.sqrt(jnp.sum(x * x, (-2, -1), keepdims=True) + 1e-30) + 1e-8)
+    short, long = x.shape[-2:]
+    x = _by_gram(x) if long >= 4 * short >= 4 * _SHORT else _by_steps(x)
+    return jnp.swapaxes(x, -1, -2) if tall else x
+
+
+def _by_steps(x: jax.Array) -> jax.Array:
     for _ in range(5):
         a = x @ jnp.swapaxes(x, -1, -2)
         x = 3.4445 * x + (-4.775 * a + 2.0315 * (a @ a)) @ x
-    return jnp.swapaxes(x, -1, -2) if tall else x
+    return x
+
+
+def _by_gram(x: jax.Array) -> jax.Array:
+    a = x @ jnp.swapaxes(x, -1, -2)
+    product = one = jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), a.shape)
+    for step in range(5):
+        p = 3.4445 * one - 4.775 * a + 2.0315 * (a @ a)
+        product = p @ product if step else p
+        a = p @ a @ p  # not read after the last step
+    return product @ x
 
 
 def celo2(*, hidden_size: int = 8, orthogonalize: bool = False, adam_on: Sequence[str] = ()) -> LearnedOptimizer:

@@ -23,7 +23,7 @@ class Celo2SoapState(NamedTuple):
 
     Attributes:
         step: int32, updates taken.
-        m: momenta in the parameters' own coordinates, one tree a decay; matrices are flattened to rank 2.
+        m: momenta in the eigenbasis, one tree a decay; matrices are flattened to rank 2.
         r: the second moment in the eigenbasis.
         row: factored second moments by row, of the rotated gradient.
         col: the same by column.
@@ -54,8 +54,9 @@ def celo2_soap(
     Weights that were meta-trained for :func:`~learned_opt.rules.celo2.celo2` fit, and the other way round.
 
     Meta-gradients take the basis for a constant. Non-finite gradient entries count as 0. State: 4 numbers a
-    parameter, 6 a row or column, and two ``n x n`` matrices a side of ``n <= max_dim`` rows. An update costs five
-    rotations there and back besides Celo2's network, and a QR decomposition a side every ``every`` steps.
+    parameter, 6 a row or column, and two ``n x n`` matrices a side of ``n <= max_dim`` rows. An update costs two
+    rotations there and one back besides Celo2's network, and every ``every`` steps a QR decomposition a side and three
+    rotations of the momenta from the old basis to the new.
 
     Args:
         hidden_size: units in either hidden layer, at least 2.
@@ -86,12 +87,12 @@ def celo2_soap(
         dtype = ft.compute_dtype(p.dtype)
         g, p = as_matrix(ft.clean(gradient, base.CLIP, dtype)), as_matrix(p.astype(dtype))
         *m, r, row, col, sides = accumulators
-        m = [ft.ema(x, g, b) for x, b in zip(m, base.MOMENTUM, strict=True)]
-        sides, moved = follow(sides, g, step, decay=_DECAY, every=every)
-        seen, seen_p, *seen_m = rotate(jnp.stack([g, p, *m]), sides)
+        sides, moved, turned = follow(sides, g, step, decay=_DECAY, every=every)
+        seen, seen_p = rotate(jnp.stack([g, p]), sides)
+        m = [ft.ema(x, seen, b) for x, b in zip(turned(jnp.stack(m)), base.MOMENTUM, strict=True)]
         r, row, col = ft.ema(moved(r), seen * seen, base.RMS), moved(row), moved(col)
         row, col = ft.factored_update(row, col, seen, base.FACTORED)
-        d = rotate_back(base.direction(theta, seen, seen_p, seen_m, r, row, col), sides)
+        d = rotate_back(base.direction(theta, seen, seen_p, m, r, row, col), sides)
         if orthogonalize and d.ndim >= 2:
             d = base.newton_schulz(d)
         u = ft.unit_rms(d, base.EPS, tuple(range(d.ndim)[-2:]))

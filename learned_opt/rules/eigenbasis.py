@@ -46,9 +46,10 @@ def start(x: jax.Array, max_dim: int, dtype) -> Sides:
     return tuple(side(n) for n in x.shape) if x.ndim == 2 else ()
 
 
-def follow(
-    sides: Sides, g: jax.Array, step: jax.Array, *, decay: float, every: int
-) -> tuple[Sides, Callable[[jax.Array], jax.Array]]:
+Move = Callable[[jax.Array], jax.Array]
+
+
+def follow(sides: Sides, g: jax.Array, step: jax.Array, *, decay: float, every: int) -> tuple[Sides, Move, Move]:
     r"""Take in a gradient: :math:`L \leftarrow \beta L + (1 - \beta) G G^\top`, likewise R, and correct bases when due.
 
     A basis is an eigendecomposition at the first step, and after that, every few steps, one step of the power method
@@ -63,30 +64,42 @@ def follow(
         every: steps between two corrections.
 
     Returns:
-        The sides, and a function that moves what is accumulated for the old directions, ``[..., n, m]``, to those that
-        go on with them; an axis of size one holds something of all directions and stays.
+        The sides, and two functions of what has been accumulated in the old bases, ``[..., n, m]``. The first moves
+        what belongs to a direction, such as a square, to the one that goes on with it; an axis of size one holds
+        something of all directions and stays. The second turns coordinates: ``rotate(x, old)`` to ``rotate(x, new)``.
 
     Reference:
         Vyas et al., "SOAP: Improving and stabilizing Shampoo using Adam", 2024, arXiv:2409.11321.
     """
-    new, orders = [], []
+    new, orders, turns = [], [], []
+    due = step % every == 1 % every
     for side, rows in zip(sides, (g, g.T), strict=False):
-        order = None
+        order = turn = None
         if side.basis.ndim:
             beta = jnp.asarray(decay, g.dtype)
             statistic = beta * side.statistic + (1 - beta) * (rows @ rows.T)
-            one = (step == 1, step % every == 1 % every, statistic, side.basis)
-            (basis,), (order,) = _correct(*(jax.lax.stop_gradient(x)[None] for x in one))
-            side = Side(statistic, basis)
+            one = [jax.lax.stop_gradient(x) for x in (step == 1, due, statistic, side.basis)]
+            (basis,), (order,) = _correct(*(x[None] for x in one))
+            side, turn = Side(statistic, basis), (one[-1], basis)
         new.append(side)
         orders.append(order)
+        turns.append(turn)
 
     def moved(x: jax.Array) -> jax.Array:
         for axis, order in zip((-2, -1), orders, strict=False):
             x = x if order is None or x.shape[axis] == 1 else jnp.take(x, order, axis=axis)
         return x
 
-    return tuple(new), moved
+    def turn_all(x: jax.Array) -> jax.Array:
+        left, right = (None if turn is None else turn[0].T @ turn[1] for turn in turns)
+        x = x if left is None else left.T @ x
+        return x if right is None else x @ right
+
+    def turned(x: jax.Array) -> jax.Array:
+        changes = [turn for turn in turns if turn is not None]
+        return jax.lax.cond((step == 1) | due, turn_all, lambda x: x, x) if changes else x
+
+    return tuple(new), moved, turned
 
 
 def rotate(x: jax.Array, sides: Sides) -> jax.Array:
