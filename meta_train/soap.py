@@ -32,9 +32,10 @@ def soap(
 
     For a matrix with gradient :math:`G`, :math:`L \leftarrow \beta_2 L + (1 - \beta_2) G G^\top` and likewise
     :math:`R`; with their eigenvectors :math:`Q_L, Q_R` the update is
-    :math:`-\eta\, Q_L\, \mathrm{Adam}(Q_L^\top G Q_R)\, Q_R^\top`; the mean of gradients turns with the basis. The eigenvectors come from an eigendecomposition at the first update and from one step of the power
-    method and a QR decomposition every few updates after it. Tensors of higher rank are matrices of their last axis
-    against the others; vectors get Adam.
+    :math:`-\eta\, Q_L\, \mathrm{Adam}(Q_L^\top G Q_R)\, Q_R^\top`; the mean of gradients turns with the basis. The
+    eigenvectors come from an eigendecomposition at the first update and from one step of the power method and a QR
+    decomposition every few updates after it. Tensors of higher rank are matrices of their last axis against the
+    others; vectors get Adam.
 
     Args:
         learning_rate: :math:`\eta`.

@@ -99,8 +99,8 @@ def test_the_lstm_can_be_deeper_and_tune_some_of_its_hyperparameters():
     assert info.mean.shape == (1,)
 
 
-def test_pooling_is_that_of_haiku():
-    x = jax.random.normal(jax.random.key(0), (2, 8, 6, 1))
+def test_convolution_and_pooling_are_those_of_haiku():
+    x = jax.random.normal(jax.random.key(0), (2, 8, 6, 2))
 
     def reference(x):
         x = jax.nn.relu(hk.Conv2D(3, 3, name="conv")(x))
@@ -109,5 +109,8 @@ def test_pooling_is_that_of_haiku():
     own, other = (
         hk.without_apply_rng(hk.transform(f)) for f in (lambda x: self_tuned._pooled(x, 3, "conv"), reference)
     )
-    params = own.init(jax.random.key(1), x)
-    np.testing.assert_allclose(own.apply(params, x), other.apply(params, x), rtol=1e-6)
+    theirs = other.init(jax.random.key(1), x)
+    ours = {"conv": {"w": theirs["conv"]["w"].reshape(18, 3), "b": theirs["conv"]["b"] + 0.1}}
+    theirs["conv"]["b"] = ours["conv"]["b"]
+    assert jax.tree.map(np.shape, own.init(jax.random.key(1), x)) == jax.tree.map(np.shape, ours)
+    np.testing.assert_allclose(own.apply(ours, x), other.apply(theirs, x), rtol=1e-5, atol=1e-6)

@@ -90,8 +90,8 @@ def newton_schulz(x: jax.Array) -> jax.Array:
 
     ``X <- d / (|d|_F + 1e-8)``; ``A = X X'``, ``X <- 3.4445 X + (-4.775 A + 2.0315 A A) X`` (Jordan et al. 2024, Muon).
 
-    All steps are polynomials in the first ``A``: where it is far smaller than ``X`` they are multiplied up by themselves,
-    and ``X`` is only read twice. In float32 that differs from the steps one by one by some 1e-4 of the largest entry.
+    All steps are polynomials in the first ``A``: where it is far smaller than ``X`` they are multiplied up first, and
+    ``X`` is read only twice. In float32 that differs from the steps one by one by some 1e-4 of the largest entry.
     """
     tall = x.shape[-2] > x.shape[-1]
     x = jnp.swapaxes(x, -1, -2) if tall else x
