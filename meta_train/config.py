@@ -39,6 +39,7 @@ class Config:
         min_learning_rate: lower end of the log-uniform inner step size of a rule that has a free one; by default
             the rule's own.
         max_learning_rate: upper end.
+        local_rates: least and most step size of the workers, for an outer step of local SGD; drawn log-uniformly.
         inner_schedule: such a step size over an episode, ``"constant"`` or ``"cosine"``.
         told_length: share of the episodes in which the rule is told their length (see ``task_learner``).
         max_loss: cap of the meta-loss in units of the initial loss; what a non-finite loss counts as.
@@ -73,6 +74,7 @@ class Config:
     max_length: int = 1000
     min_learning_rate: float | None = None
     max_learning_rate: float | None = None
+    local_rates: list[float] = dataclasses.field(default_factory=lambda: [0.05, 0.4])
     inner_schedule: str = "constant"
     told_length: float = 1.0
     max_loss: float = 4.0
@@ -114,6 +116,9 @@ class Config:
             raise ConfigError("set both of min_learning_rate and max_learning_rate, or neither")
         if self.learning_rates is not None and not 0 < self.learning_rates[0] <= self.learning_rates[1]:
             raise ConfigError("min_learning_rate must be positive and at most max_learning_rate")
+        rates = [x for x in self.local_rates if isinstance(x, int | float)]
+        if not (len(rates) == len(self.local_rates) == 2 and 0 < rates[0] <= rates[1]):
+            raise ConfigError(f"local_rates must be two positive numbers in order, not {self.local_rates}")
         if self.measure not in _MEASURES:
             raise ConfigError(f"measure must be one of {', '.join(_MEASURES)}, not {self.measure!r}")
         for name, schedule in (("inner_schedule", self.inner_schedule), ("outer_schedule", self.outer_schedule)):

@@ -66,12 +66,12 @@ def meta_loss_of(
     return measure(jnp.where(jnp.isfinite(loss), jnp.minimum(loss / initial_loss, max_loss), max_loss))
 
 
-def _told(state: TaskState, share: float) -> jax.Array:
+def told(length: jax.Array, initial_loss: jax.Array, share: float) -> jax.Array:
     """The episode's length, or 0 where the rule is not told: a coin for each episode, the same at all its steps."""
     if share >= 1:
-        return state.num_steps
-    bits = jax.lax.bitcast_convert_type(state.initial_loss.astype(jnp.float32), jnp.uint32)
-    return jnp.where(jax.random.bernoulli(jax.random.fold_in(jax.random.key(0), bits), share), state.num_steps, 0)
+        return length
+    bits = jax.lax.bitcast_convert_type(initial_loss.astype(jnp.float32), jnp.uint32)
+    return jnp.where(jax.random.bernoulli(jax.random.fold_in(jax.random.key(0), bits), share), length, 0)
 
 
 def task_learner(
@@ -147,7 +147,7 @@ def task_learner(
         batch = task.batch(k_batch, "train")
         loss, grads = jax.value_and_grad(lambda p: task.loss(p, k_loss, batch)[0])(state.params)
         grads = jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), g, 0), grads)
-        transform = rule.build(theta, num_steps=_told(state, told_length))
+        transform = rule.build(theta, num_steps=told(state.num_steps, state.initial_loss, told_length))
         updates, opt_state = transform.update(grads, state.opt_state, state.params, value=loss)
         rate = state.learning_rate * schedule(state.taken / state.num_steps)
         params = jax.tree.map(lambda p, u: p + (rate * u).astype(p.dtype), state.params, updates)

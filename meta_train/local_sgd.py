@@ -11,7 +11,7 @@ from learned_opt.base import LearnedOptimizer, Theta
 from tasks.base import Cfg, Params, TaskFamily
 from tasks.networks import log_uniform
 
-from .learners import MEASURES, Learner, meta_loss_of
+from .learners import MEASURES, Learner, meta_loss_of, told
 
 
 class LocalSGDLearnerState(NamedTuple):
@@ -35,12 +35,13 @@ def local_sgd_learner(
     *,
     max_workers: int = 8,
     delays: tuple[int, int] = (2, 32),
-    local_rates: tuple[float, float] = (0.03, 0.5),
+    local_rates: tuple[float, float] = (0.05, 0.4),
     rounds: tuple[int, int] = (20, 200),
     multiple_of: int = 1,
     learning_rates: tuple[float, float] | None = None,
     max_loss: float = 4.0,
     measure: Callable[[jax.Array], jax.Array] = MEASURES["relative"],
+    told_length: float = 1.0,
 ) -> Learner:
     r"""The learner of a learned outer step under local SGD, one round a step.
 
@@ -64,6 +65,7 @@ def local_sgd_learner(
         learning_rates: range of :math:`\eta`, for a rule that has a free step size; by default always its own.
         max_loss: cap of the loss, in units of the initial loss.
         measure: the meta-loss of the loss in units of the initial one, of :data:`meta_train.learners.MEASURES`.
+        told_length: share of the episodes in which the rule is told the number of rounds.
 
     Returns:
         A :class:`~meta_train.learners.Learner` whose state is a :class:`LocalSGDLearnerState`.
@@ -119,7 +121,7 @@ def local_sgd_learner(
             state.anchor,
             ends,
         )
-        transform = outer.build(theta, num_steps=state.num_rounds)
+        transform = outer.build(theta, num_steps=told(state.num_rounds, state.initial_loss, told_length))
         updates, outer_state = transform.update(delta, state.outer, state.anchor, value=loss)
         anchor = jax.tree.map(lambda p, u: p + (state.learning_rate * u).astype(p.dtype), state.anchor, updates)
         meta_loss = meta_loss_of(loss, state.initial_loss, max_loss, measure)

@@ -79,11 +79,13 @@ def _outer_step(config: Config, rule, entry, family, lengths) -> Learner:
     return local_sgd_learner(
         rule,
         family,
+        local_rates=(config.local_rates[0], config.local_rates[1]),
         rounds=lengths,
         multiple_of=config.unroll,
         learning_rates=None if rule.learning_rate is None else config.learning_rates,
         max_loss=config.max_loss,
         measure=MEASURES[config.measure],
+        told_length=config.told_length,
     )
 
 

@@ -26,7 +26,18 @@ _SHORT = replace(_CPU, rule_kwargs={}, particles=4, outer_learning_rate=3e-3, me
 _SCHEDULER = replace(_SHORT, rule="scheduler", trainable=["scheduler"], told_length=0.7)
 _AUTO = {"base": "celo2", "base_kwargs": {"orthogonalize": True}, "learning_rate": 0.005, "schedule": "cosine"}
 _ADAM = {"base": "adam", "base_kwargs": {"learning_rate": 0.01}, "schedule": "cosine"}
-_LOCAL = replace(_CPU, rule="outer", rule_kwargs={}, learner="local_sgd", suite="standard", particles=4, unroll=5)
+_LOCAL = replace(
+    _CPU,
+    rule="outer",
+    rule_kwargs={},
+    learner="local_sgd",
+    suite="local_sgd",
+    particles=4,
+    particle_clip=1.0,
+    unroll=5,
+    min_length=20,
+    told_length=0.7,
+)
 _FEATURES = replace(preset("unsupervised"), outer_learning_rate=3e-3)
 
 STAGES: dict[str, list[Config]] = {
@@ -45,12 +56,13 @@ STAGES: dict[str, list[Config]] = {
     "scheduler-adam": [replace(_SCHEDULER, trainable=[], rule_kwargs=_ADAM)],
     "adafac-mlp": [replace(_SHORT, rule="adafac_mlp", meta_steps=1000)],
     "outer": [
-        replace(_LOCAL, min_length=20, max_length=200, meta_steps=2000, outer_learning_rate=5e-3),
-        replace(_LOCAL, min_length=20, max_length=200, meta_steps=1000, outer_learning_rate=3e-3),
+        replace(_LOCAL, local_rates=[0.03, 1.0], max_length=200, meta_steps=2000, outer_learning_rate=5e-3),
+        replace(_LOCAL, max_length=100, meta_steps=1000, outer_learning_rate=2e-3, seed=1),
     ],
     "letters": [
         replace(_FEATURES, suite="letters_small", particles=4, meta_steps=700),
         replace(_FEATURES, suite="letters", meta_steps=1500),
+        replace(_FEATURES, suite="letters", meta_steps=2000, max_length=500, outer_learning_rate=2e-3, seed=1),
     ],
 }
 

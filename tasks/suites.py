@@ -102,6 +102,8 @@ TRAIN: dict[str, tuple[Entry, ...]] = {
     "small": (_MLP,),
     # image classifiers of several shapes and a tabular one
     "standard": _STANDARD,
+    # for outer steps of local SGD, whose local step size means the same on all of them
+    "local_sgd": (*_STANDARD, _GRU),
     # the widest mix that two cores carry
     "mixed": (*_STANDARD, _GRU, _QUADRATIC),
     "broad": (

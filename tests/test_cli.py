@@ -104,6 +104,8 @@ def test_data(capsys, monkeypatch, tmp_path):
         ([*RUN, "--set", "nonesuch=1"], "unknown field 'nonesuch'"),
         ([*RUN, "--set", "sigma=much"], "sigma must be float or int"),
         ([*RUN, "--set", "sigma"], "KEY=VALUE"),
+        ([*RUN, "--set", "local_rates=[0.5, 0.1]"], "local_rates must be two positive numbers"),
+        ([*RUN, "--set", 'local_rates=[1, "x"]'], "local_rates must be two positive numbers"),
         ([*RUN, "--set", "bench_suite=nonesuch"], "unknown held-out suite"),
         (["train", "--preset", "nonesuch"], "unknown preset 'nonesuch'"),
         (["train", "--resume"], "--resume needs --workdir"),

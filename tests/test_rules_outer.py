@@ -7,29 +7,93 @@ import optax
 
 import learned_opt
 from learned_opt.local_sgd import map_workers, spread_workers, worker_axes
-from learned_opt.rules.outer import outer
+from learned_opt.rules.outer import limit, outer, statistics
 
 RULE = outer(hidden_size=4)
 THETA = jax.tree.map(lambda x: x + 0.03, RULE.init(jax.random.key(0)))
 PARAMS = {"w": jnp.linspace(-1, 1, 12).reshape(3, 4), "b": jnp.ones(3)}
 
 
-def steps(scale, count=3):
-    """Updates for deltas of a size, the same but for it."""
-    tx, out = RULE.build(THETA), []
-    state = tx.init(PARAMS)
-    for t in range(count):
-        delta = jax.tree.map(lambda p, t=t: scale * jnp.cos(3 * p + t), PARAMS)
+def run(deltas, theta=THETA, num_steps=None):
+    """The updates for one delta after the other, and the last state."""
+    tx = RULE.build(theta, num_steps=num_steps)
+    state, out = tx.init(PARAMS), []
+    for delta in deltas:
         updates, state = tx.update(delta, state, PARAMS)
-        out.append((delta, updates))
-    return out
+        out.append(updates)
+    return out, state
 
 
-def test_the_step_is_as_long_as_the_delta_times_the_gain():
-    for delta, update in steps(0.1):
+def deltas(scale=0.1, count=3):
+    return [jax.tree.map(lambda p, t=t: scale * jnp.cos(3 * p + t), PARAMS) for t in range(count)]
+
+
+def with_offset(theta, offset):
+    """No network, only the offset of the length."""
+    last = jax.tree.map(jnp.zeros_like, theta["length"]["last"])
+    return theta | {"length": theta["length"] | {"last": last, "offset": jnp.asarray(offset)}}
+
+
+def test_without_its_network_a_step_is_as_long_as_a_nesterov_step():
+    given = deltas()
+    updates, _ = run(given, with_offset(THETA, jnp.log(0.7)))
+    nesterov = optax.sgd(0.7, momentum=0.9, nesterov=True)
+    state = nesterov.init(PARAMS)
+    for delta, update in zip(given, updates, strict=True):
+        wanted, state = nesterov.update(delta, state)
         for name in PARAMS:
-            ratio = np.linalg.norm(update[name]) / np.linalg.norm(delta[name])
-            np.testing.assert_allclose(ratio, np.exp(THETA["gain"]), rtol=1e-4)
+            np.testing.assert_allclose(np.linalg.norm(update[name]), np.linalg.norm(wanted[name]), rtol=1e-4)
+
+
+def test_the_network_moves_the_length_within_its_bounds():
+    given = deltas()
+    plain, _ = run(given, with_offset(THETA, 0.0))
+    for push in (-100.0, 100.0):
+        theta = with_offset(THETA, 0.0)
+        theta["length"]["last"] = {"w": theta["length"]["last"]["w"], "b": jnp.array([push])}
+        for a, b in zip(run(given, theta)[0], plain, strict=True):
+            np.testing.assert_allclose(a["w"], b["w"] * np.exp(np.sign(push) * 3), rtol=1e-4)
+
+
+def test_the_length_depends_on_how_well_the_deltas_agree_and_on_the_share_of_the_run():
+    same = [deltas()[0]] * 4
+    turning = [jax.tree.map(lambda x, t=t: x * (-1) ** t, deltas()[0]) for t in range(4)]
+
+    def factor(given, num_steps=None):
+        (*_, last), state = run(given, THETA, num_steps)
+        nesterov = given[-1]["w"] + 9 * state.direction.m[0]["w"]
+        return float(jnp.linalg.norm(last["w"]) / jnp.linalg.norm(nesterov))
+
+    assert abs(factor(same) / factor(turning) - 1) > 0.01
+    assert factor(same, 5) != factor(same, 50)
+    assert factor(same, 0) == factor(same)  # 0 is not known
+
+
+def test_the_statistics_of_deltas_that_agree_are_zero_and_one():
+    delta = jnp.array([[1.0, -2.0], [0.5, 0.25]])
+    t, m = 5, [(1 - b**6) * delta for b in (0.9, 0.99)]
+    found = statistics(delta, *m, p=2 * delta, step=jnp.asarray(t))
+    np.testing.assert_allclose(found, [0, 0, 1, 0.1 * np.log(0.5)], atol=1e-5)
+    assert np.all(np.isfinite(statistics(0 * delta, 0 * delta, 0 * delta, 0 * delta, jnp.asarray(0))))
+
+
+def test_a_delta_counts_for_less_the_further_it_is_beyond_twice_the_usual_length():
+    usual, seen = jnp.zeros(()), []
+    for length in (3.0, 3.0, 6.0, 4500.0, 1.0):
+        factor, usual = limit([jnp.array([0.6, 0.8]) * length], usual)
+        seen.append((float(factor), float(usual)))
+    wanted = [(1, 3), (1, 3), (1, 4.5), ((9 / 4500) ** 2, 6.75), (1, 3.875)]
+    np.testing.assert_allclose(seen, wanted, rtol=1e-5)
+
+
+def test_one_round_of_workers_that_diverged_moves_nothing_and_long_deltas_are_followed_in_the_end():
+    given = deltas(count=2)
+    (*_, stray), _ = run([*given, jax.tree.map(lambda x: 1e6 * x, given[0])])
+    (*_, calm), _ = run([*given, jax.tree.map(jnp.zeros_like, given[0])])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0.2, atol=0.01), stray, calm)
+    long = [jax.tree.map(lambda x: 100 * x, given[0])] * 15
+    (*_, last), _ = run([*given, *long])
+    assert np.linalg.norm(last["w"]) > 0.1 * np.linalg.norm(long[0]["w"])
 
 
 def test_the_fresh_rule_moves_against_the_delta():
@@ -57,3 +121,11 @@ def test_it_runs_as_the_outer_step_and_does_not_depend_on_how_many_workers_agree
             params, state = step(params, state)
         ends.append(jax.tree.map(lambda p: p[0], params))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *ends)
+
+
+def test_what_is_left_of_the_momentum_does_not_move_what_has_arrived():
+    given = [*deltas(), jax.tree.map(lambda x: 1e-4 * x, deltas()[0])]
+    updates, _ = run(given, with_offset(THETA, 0.0))
+    for name in PARAMS:
+        ratio = np.linalg.norm(updates[-1][name]) / np.linalg.norm(given[-1][name])
+        np.testing.assert_allclose(ratio, 10, rtol=1e-4)

@@ -73,6 +73,7 @@ def test_sizes_of_the_suites():
         "quick": 2,
         "small": 1,
         "standard": 5,
+        "local_sgd": 6,
         "mixed": 7,
         "broad": 9,
     }
@@ -127,7 +128,7 @@ def test_fetched_entries_name_the_command(tmp_path, monkeypatch):
 
 
 def test_unknown_suites():
-    with pytest.raises(ValueError, match="known: quick, small, standard, mixed, broad"):
+    with pytest.raises(ValueError, match="known: quick, small, standard, local_sgd, mixed, broad"):
         suites.suite("nonsense")
     with pytest.raises(ValueError, match="known: quick, held_out, fetched, fetched_small, validation"):
         suites.suite("small", held_out=True)

@@ -1,4 +1,6 @@
-"""A learned outer step for local SGD: Celo2's network on the workers' mean delta, at the delta's own scale."""
+"""A learned outer step for local SGD: Celo2's direction for the workers' mean delta, with a learned length."""
+
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -7,29 +9,106 @@ import optax
 from .. import features as ft
 from ..base import LearnedOptimizer
 from . import celo2 as base
+from . import recurrent
+from .networks import network_init
+from .velo import common_dtype
 
 PAPER = "after LOpt-A, Joseph et al. 2024, arXiv:2312.02204; the network of Celo2"
 
-_CLIP = 1000.0
 _EPS = 1e-30
-_GAIN = -1.0  # of the fresh rule: with the momentum's help its steps add up to more than plain averaging's
+_MOMENTUM_COLUMN = 3  # m_.9 of Celo2's columns
+_STATISTICS = 4  # of a tensor, see `statistics`
+_INPUTS = 2 * _STATISTICS + recurrent.RUN
+_LENGTH = 0.5  # of the fresh rule's steps, in units of a Nesterov step; DiLoCo's usual choice is 0.7
+_RANGE = 3.0  # bound of the learned logarithm of the length
+_LONG = 2.0  # deltas beyond this many times their usual length are no longer followed in full
+
+
+def _structure(tree: optax.Updates) -> Any:
+    return jax.tree.structure(tree, is_leaf=lambda x: x is None)
+
+
+def _rms(x: jax.Array) -> jax.Array:
+    return jnp.sqrt(jnp.mean(x * x) + _EPS)
+
+
+class OuterState(NamedTuple):
+    """State of the rule ``outer``.
+
+    Attributes:
+        step: int32 scalar, rounds done.
+        usual: the deltas' usual length, 0 before the first.
+        direction: the state of ``celo2`` for the deltas.
+    """
+
+    step: jax.Array
+    usual: jax.Array
+    direction: base.Celo2State
+
+
+def limit(deltas: list[jax.Array], usual: jax.Array) -> tuple[jax.Array, jax.Array]:
+    r"""What a round's delta is scaled by, and the usual length after it.
+
+    .. math:: \min(1, (2 \rho / |\delta|)^2), \qquad \rho \leftarrow (\rho + \min(|\delta|, 2 \rho)) / 2.
+
+    The further beyond twice the usual length, the less a round counts: workers that diverged, which nothing but their
+    length tells from the others. Where deltas stay long, the usual length reaches them in a few rounds.
+
+    Args:
+        deltas: of all tensors.
+        usual: the mean :math:`\rho`; 0 before the first delta, which becomes it.
+    """
+    norm = jnp.sqrt(sum(jnp.sum(x * x).astype(usual.dtype) for x in deltas) + _EPS)
+    known, longest = usual > 0, _LONG * usual
+    factor = jnp.where(known & (norm > longest), (longest / norm) ** 2, 1)
+    return factor, jnp.where(known, 0.5 * (usual + jnp.minimum(norm, longest)), norm)
+
+
+def statistics(delta: jax.Array, m: jax.Array, slow: jax.Array, p: jax.Array, step: jax.Array) -> jax.Array:
+    """What the length depends on, ``[4]``: how well a tensor's deltas agree, and their size beside the parameters'.
+
+    ``log rms(m_b / (1 - b^t)) / rms(delta)`` for ``b`` of .9 and .99, the cosine of ``delta`` and ``m_.9``, and
+    ``0.1 log rms(delta) / rms(p)``.
+
+    Args:
+        delta: the mean delta, ``[*shape]``.
+        m: its momentum of decay .9, this delta in it, likewise.
+        slow: that of decay .99.
+        p: the parameters.
+        step: rounds done before this one.
+    """
+    squares = [jnp.mean(x * x) + _EPS for x in (delta, m, slow, p)]
+    d, fast, long, size = (0.5 * jnp.log(x) for x in squares)
+    t = step.astype(delta.dtype) + 1
+    ages = [-jnp.log1p(-(jnp.asarray(b, delta.dtype) ** t)) for b in base.MOMENTUM[:2]]
+    cosine = jnp.mean(delta * m) * jax.lax.rsqrt(squares[0]) * jax.lax.rsqrt(squares[1])
+    return jnp.stack([fast + ages[0] - d, long + ages[1] - d, cosine, 0.1 * jnp.clip(d - size, -20, 20)])
 
 
 def outer(*, hidden_size: int = 8) -> LearnedOptimizer:
-    """The outer step of local SGD: ``x <- x - e^s rms(delta) d(delta)``, with ``d`` Celo2's direction of unit RMS.
+    r"""The outer step of local SGD: Celo2's direction, with a learned length beside that of a Nesterov step.
 
-    For :func:`learned_opt.local_sgd`, where the mean delta of the workers takes a gradient's place. The step of each
-    tensor is as long as its delta, times a learned gain: it follows the local step size, the delay and the stage of
-    training by itself, so that nothing is left to tune. It sees the mean alone and works for any number of workers.
+    For :func:`learned_opt.local_sgd`, where the mean delta of the workers takes a gradient's place. For each tensor
 
-    ``init`` starts from Celo2's own start, which follows the momentum of the normalised deltas, and ``s = -1``.
-    Non-finite entries count as 0. State: that of ``celo2``. Meta-parameters: 348 for ``hidden_size=8``.
+    .. math:: x \leftarrow x + e^{s + 3 \tanh(f)}\, \min(\mathrm{rms}(\delta + 9 m), 10\, \mathrm{rms}(\delta))\, u,
+
+    with :math:`m` the momentum of the deltas (decay .9), :math:`u` Celo2's direction, of unit RMS, and :math:`f` a
+    small network. The minimum is the first but where deltas shrink faster than their momentum: where every example is
+    fitted, what is left of it must not throw the parameters out again. The network reads how well the deltas of this
+    tensor, and of all tensors on the mean, agree over the rounds (:func:`statistics`), the number of rounds done, and
+    the share of all rounds where their number is known. The step follows the local step size and the delay by itself,
+    so that nothing is left to tune. It sees the mean alone and works for any number of workers. Deltas far beyond
+    their usual length count for little (:func:`limit`).
+
+    ``init`` starts near DiLoCo: Nesterov's momentum with a step size of 0.5. Non-finite entries count as 0. State:
+    that of ``celo2``. Meta-parameters: 597 for ``hidden_size=8``.
 
     Args:
-        hidden_size: units in either hidden layer, at least 2.
+        hidden_size: units in every hidden layer, at least 2.
 
     Returns:
-        A rule; theta is that of :func:`learned_opt.rules.celo2.celo2` and the scalar ``gain``, which is ``s``.
+        A rule; ``num_steps`` is the number of rounds. theta holds ``direction``, that of
+        :func:`learned_opt.rules.celo2.celo2`, and ``length``.
 
     Raises:
         ValueError: if ``hidden_size`` is below 2.
@@ -39,27 +118,63 @@ def outer(*, hidden_size: int = 8) -> LearnedOptimizer:
         >>> step = rule.build(rule.init(jax.random.key(0)))
         >>> delta = jnp.array([0.3, -0.1])
         >>> updates, _ = step.update(delta, step.init(delta), jnp.ones(2))
-        >>> print(jnp.round(jnp.sum(updates**2) / jnp.sum(delta**2), 4) == jnp.round(jnp.exp(-2.0), 4))
-        True
+        >>> print(jnp.round(jnp.sum(updates**2) / jnp.sum((1.9 * delta) ** 2), 4))  # one half, squared
+        0.25
     """
     direction = base.celo2(hidden_size=hidden_size)
 
     def init(key):
-        return direction.init(key) | {"gain": jnp.full((), _GAIN)}
+        k_direction, k_length = jax.random.split(key)
+        last = {"w": jnp.zeros((hidden_size, 1)), "b": jnp.zeros((1,))}
+        return {
+            "direction": network_init(k_direction, base.INPUTS, hidden_size, base.OUTPUTS, through=_MOMENTUM_COLUMN),
+            "length": {
+                "first": recurrent.linear_init(k_length, _INPUTS, hidden_size),
+                "last": last,
+                "offset": jnp.full((), jnp.log(_LENGTH)),
+            },
+        }
 
     def build(theta, num_steps=None):
-        inner = direction.build({name: x for name, x in theta.items() if name != "gain"}, num_steps=num_steps)
+        inner = direction.build(theta["direction"])
+        layers = theta["length"]
 
-        def rescaled(u, delta):
-            dtype = ft.compute_dtype(u.dtype)
-            x = ft.clean(delta, _CLIP, dtype)
-            size = jnp.exp(theta["gain"].astype(dtype)) * jnp.sqrt(jnp.mean(x * x) + _EPS)
-            return (size * u.astype(dtype)).astype(u.dtype)
+        def lengths(own, step):
+            """``e^(s + 3 tanh f)`` of every tensor, from the statistics of all, ``[n, 4]``."""
+            mean, time = jnp.mean(own, 0), recurrent.run_embedding(step, num_steps, own.dtype)
+            shared = jnp.broadcast_to(jnp.concatenate([mean, time])[None], (own.shape[0], mean.size + time.size))
+            hidden = jnp.tanh(recurrent.linear(layers["first"], jnp.concatenate([own, shared], 1)))
+            f = recurrent.linear(layers["last"], hidden)[:, 0]
+            return jnp.exp(layers["offset"].astype(f.dtype) + _RANGE * jnp.tanh(f))
+
+        def init_fn(params):
+            return OuterState(jnp.zeros((), jnp.int32), jnp.zeros((), common_dtype(params)), inner.init(params))
 
         def update_fn(updates, state, params=None, **extra_args):
-            moves, state = inner.update(updates, state, params, **extra_args)
-            return jax.tree.map(lambda u, g: rescaled(u, g) if u.size else u, moves, updates), state
+            del extra_args
+            params, structure = ft.required_params(params, "outer"), _structure(updates)
+            deltas = structure.flatten_up_to(updates)
+            moving = [i for i, x in enumerate(deltas) if x is not None and x.size]
+            if not moving:
+                return updates, state
+            at = structure.flatten_up_to(params)
+            deltas = [
+                x if x is None else ft.clean(x, base.CLIP, ft.compute_dtype(p.dtype))
+                for x, p in zip(deltas, at, strict=True)
+            ]
+            factor, usual = limit([deltas[i] for i in moving], state.usual)
+            deltas = [x if x is None else x * factor.astype(x.dtype) for x in deltas]
+            moves, after = inner.update(structure.unflatten(deltas), state.direction, params)
+            flat, fast, slow = (structure.flatten_up_to(x) for x in (moves, *after.m[:2]))
+            own = [statistics(deltas[i], fast[i], slow[i], at[i].astype(fast[i].dtype), state.step) for i in moving]
+            scales = lengths(jnp.stack([x.astype(usual.dtype) for x in own]), state.step)
+            for i, scale in zip(moving, scales, strict=True):
+                nesterov = jnp.minimum(_rms(deltas[i] + 9 * fast[i]), 10 * _rms(deltas[i]))
+                flat[i] = scale.astype(flat[i].dtype) * nesterov * flat[i]
+            given = structure.flatten_up_to(updates)
+            flat = [x if x is None else x.astype(g.dtype) for x, g in zip(flat, given, strict=True)]
+            return structure.unflatten(flat), OuterState(optax.safe_increment(state.step), usual, after)
 
-        return optax.GradientTransformationExtraArgs(inner.init, update_fn)
+        return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
     return LearnedOptimizer(init, build)

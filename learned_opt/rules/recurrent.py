@@ -18,6 +18,7 @@ _TIMESCALES = (1, 3, 10, 30, 100, 300, 1_000, 3_000, 10_000, 30_000, 100_000)
 _FRACTIONS = (0.03, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1)
 TIMES = len(_TIMESCALES)
 FRACTIONS = len(_FRACTIONS)
+RUN = TIMES + FRACTIONS + 1
 _AVERAGES = 10
 LOSSES = _AVERAGES - 1
 
@@ -127,6 +128,19 @@ def fraction_embedding(t: jax.Array, num_steps: Any, dtype) -> jax.Array:
     """``tanh(10 (t / num_steps - u))`` for nine ``u`` from 0.03 to 1.1: ``[9]``."""
     fraction = jnp.asarray(t, dtype) / jnp.maximum(jnp.asarray(num_steps, dtype), 1)
     return jnp.tanh(10 * (fraction - np.asarray(_FRACTIONS, dtype)))
+
+
+def run_embedding(t: jax.Array, num_steps: Any, dtype) -> jax.Array:
+    """The time, how much of the run is done, and whether that is known: ``[21]``.
+
+    Args:
+        t: updates done.
+        num_steps: planned number of updates; ``None`` or 0 where it is not known, which makes the fractions 0.
+        dtype: of the result.
+    """
+    total = jnp.asarray(0 if num_steps is None else num_steps)
+    known = (total > 0).astype(dtype)
+    return jnp.concatenate([time_embedding(t, dtype), known * fraction_embedding(t, total, dtype), known[None]])
 
 
 def required_num_steps(num_steps: Any, rule: str) -> Any:

@@ -12,12 +12,12 @@ from .. import rules  # the whole registry: read only when a scheduler is made, 
 from ..base import LearnedOptimizer, Theta
 from . import recurrent
 from .celo import PAPER
-from .recurrent import FRACTIONS, LOSSES, TIMES, LossBuffer, LSTMState
+from .recurrent import LOSSES, RUN, LossBuffer, LSTMState
 from .velo import common_dtype
 
 __all__ = ["PAPER", "SchedulerState", "over", "scheduler"]
 
-_INPUTS = TIMES + FRACTIONS + 1 + LOSSES
+_INPUTS = RUN + LOSSES
 _HORIZON = 10_000  # updates, of the slowest mean of the loss
 # Name -> step size at a fraction of the run, as a share of the run's own.
 SCHEDULES: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -40,20 +40,6 @@ class SchedulerState(NamedTuple):
     loss: LossBuffer
     memory: LSTMState
     base: optax.OptState
-
-
-def inputs(step: jax.Array, num_steps: Any, losses: jax.Array) -> jax.Array:
-    """What the LSTM reads, ``[1, 30]``: the time, how much of the run is done, whether that is known, the loss.
-
-    Args:
-        step: updates done.
-        num_steps: planned number of updates; ``None`` or 0 where it is not known, which makes the fractions 0.
-        losses: as :func:`learned_opt.rules.recurrent.loss_update` gives them.
-    """
-    total = jnp.asarray(0 if num_steps is None else num_steps)
-    known = (total > 0).astype(losses.dtype)
-    fractions = known * recurrent.fraction_embedding(step, total, losses.dtype)
-    return jnp.concatenate([recurrent.time_embedding(step, losses.dtype), fractions, known[None], losses])[None]
 
 
 def scheduler(
@@ -128,7 +114,8 @@ def scheduler(
         def update_fn(updates, state, params=None, *, value=None, **extra_args):
             value = recurrent.required_loss(value, "scheduler")
             losses, loss = recurrent.loss_update(state.loss, value, _HORIZON)
-            memory = recurrent.pooled_lstm(layers, inputs(state.step, num_steps, losses), state.memory)
+            read = jnp.concatenate([recurrent.run_embedding(state.step, num_steps, losses.dtype), losses])
+            memory = recurrent.pooled_lstm(layers, read[None], state.memory)
             scale = rate * jnp.exp(recurrent.linear(layers["step_size"], memory.hidden)[0, 0])
             if num_steps is not None:
                 total = jnp.asarray(num_steps)
