@@ -79,10 +79,10 @@ def test_the_statistics_of_deltas_that_agree_are_zero_and_one():
 
 def test_a_delta_counts_for_less_the_further_it_is_beyond_twice_the_usual_length():
     usual, seen = jnp.zeros(()), []
-    for length in (3.0, 3.0, 6.0, 4500.0, 1.0):
+    for length in (0.0, 3.0, 0.0, 3.0, 6.0, 4500.0, 1.0):
         factor, usual = limit([jnp.array([0.6, 0.8]) * length], usual)
         seen.append((float(factor), float(usual)))
-    wanted = [(1, 3), (1, 3), (1, 4.5), ((9 / 4500) ** 2, 6.75), (1, 3.875)]
+    wanted = [(1, 0), (1, 3), (1, 3), (1, 3), (1, 4.5), ((9 / 4500) ** 2, 6.75), (1, 3.875)]
     np.testing.assert_allclose(seen, wanted, rtol=1e-5)
 
 

@@ -21,6 +21,7 @@ _STATISTICS = 4  # of a tensor, see `statistics`
 _INPUTS = 2 * _STATISTICS + recurrent.RUN
 _LENGTH = 0.5  # of the fresh rule's steps, in units of a Nesterov step; DiLoCo's usual choice is 0.7
 _RANGE = 3.0  # bound of the learned logarithm of the length
+_NOTHING = 1e-12  # the length of all deltas below which there was none
 _LONG = 2.0  # deltas beyond this many times their usual length are no longer followed in full
 
 
@@ -52,7 +53,8 @@ def limit(deltas: list[jax.Array], usual: jax.Array) -> tuple[jax.Array, jax.Arr
     .. math:: \min(1, (2 \rho / |\delta|)^2), \qquad \rho \leftarrow (\rho + \min(|\delta|, 2 \rho)) / 2.
 
     The further beyond twice the usual length, the less a round counts: workers that diverged, which nothing but their
-    length tells from the others. Where deltas stay long, the usual length reaches them in a few rounds.
+    length tells from the others. Where deltas stay long, the usual length reaches them in a few rounds. A round without
+    a delta says nothing of it.
 
     Args:
         deltas: of all tensors.
@@ -61,7 +63,8 @@ def limit(deltas: list[jax.Array], usual: jax.Array) -> tuple[jax.Array, jax.Arr
     norm = jnp.sqrt(sum(jnp.sum(x * x).astype(usual.dtype) for x in deltas) + _EPS)
     known, longest = usual > 0, _LONG * usual
     factor = jnp.where(known & (norm > longest), (longest / norm) ** 2, 1)
-    return factor, jnp.where(known, 0.5 * (usual + jnp.minimum(norm, longest)), norm)
+    after = jnp.where(known, 0.5 * (usual + jnp.minimum(norm, longest)), norm)
+    return factor, jnp.where(norm > _NOTHING, after, usual)
 
 
 def statistics(delta: jax.Array, m: jax.Array, slow: jax.Array, p: jax.Array, step: jax.Array) -> jax.Array:
