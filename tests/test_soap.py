@@ -48,9 +48,9 @@ def test_the_rotation_diagonalises_what_it_should():
                      jax.random.split(jax.random.key(3), 60)]  # fmt: skip
         transform = soap(0.1, b2=0.99, every=1)
         params = jnp.zeros((4, 3))
-        state = transform.init(params)
+        state, update = transform.init(params), jax.jit(transform.update)
         for gradient in gradients:
-            _, state = transform.update(gradient, state, params)
+            _, state = update(gradient, state, params)
         for statistic, basis in state[0].sides:
             np.testing.assert_allclose(basis @ basis.T, np.eye(len(basis)), atol=1e-10)
             inside = basis.T @ statistic @ basis

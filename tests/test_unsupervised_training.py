@@ -171,12 +171,11 @@ def test_memory_grows_by_one_network_a_step():
         compiled = jax.jit(made.estimate).lower(theta, (), jax.random.key(1)).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    few, more, most = (bytes_of(n) for n in (20, 120, 220))
+    few, most = bytes_of(20), bytes_of(120)
     state = learner.init(theta, jax.random.key(1))
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(state.phi))
-    assert (most - more) == pytest.approx(more - few, rel=0.1)
     # a network, the few-shot problem's and the batch's keys, the loss: not the activations of a step
-    assert held <= (most - more) / 100 < 2 * held + 200
+    assert held <= (most - few) / 100 < 2 * held + 200
 
 
 def test_an_episode_draws_its_length_and_activation():
