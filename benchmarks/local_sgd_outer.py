@@ -4,7 +4,7 @@ K = 8 workers of 16 examples each, H = 4, 16, 64 local steps a round, equal roun
 and digits) and a character transformer (Moby Dick). The learned step was trained on other families, no convolutions
 or transformers, and never on 64 steps a round. Every hand-made method is tuned on nine settings by two seeds; all are
 reported on five others: the loss at the anchor over rounds, mean over seeds. The learned step has one local rate on all
-tasks, the best of five on three validation tasks (--validate shows it), whose data sets are none of these. With
+tasks, the best of six on three validation tasks (--validate shows it), whose data sets are none of these. With
 every method a round costs a worker the same bytes, 4 a parameter, which the upper axis counts. Results are kept method
 by method: a run that was cut off goes on. Writes reports/local_sgd/outer.json, outer.csv, outer.png:
 

@@ -31,6 +31,11 @@ def compute_dtype(dtype) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
+def common_dtype(params: Tree) -> jnp.dtype:
+    """The dtype for what concerns all tensors: the widest that any is computed in."""
+    return jnp.result_type(jnp.float32, *jax.tree.leaves(params))
+
+
 def check_params(params: Tree) -> None:
     """Refuse parameters that no gradient descent can move.
 

@@ -11,7 +11,7 @@ from ..base import LearnedOptimizer, Theta
 from . import recurrent
 from .column_mlp import settle
 from .recurrent import FRACTIONS, LOSSES, LossBuffer, LSTMState
-from .velo import bank_init, common_dtype, mix, start_state, unmix, update_all
+from .velo import bank_init, mix, start_state, unmix, update_all
 
 PAPER = "Moudgil et al. 2025, Celo: training versatile learned optimizers on a compute diet, arXiv:2501.12670"
 
@@ -101,12 +101,12 @@ def celo(*, hidden_size: int = 4, bank_size: int = 1, lstm_size: int = 64, sched
             ft.check_params(params)
             if scheduled:
                 recurrent.required_num_steps(num_steps, "celo")
-            return start_state(params, recurrent.lstm_start(scheduler["lstm"], 1, common_dtype(params)))
+            return start_state(params, recurrent.lstm_start(scheduler["lstm"], 1, ft.common_dtype(params)))
 
         def update_fn(updates, state, params=None, *, value=None, **extra_args):
             del extra_args
             params = ft.required_params(params, "celo")
-            loss, memory, dtype = state.loss, state.memory, common_dtype(params)
+            loss, memory, dtype = state.loss, state.memory, ft.common_dtype(params)
             if scheduled:
                 value = recurrent.required_loss(value, "celo")
                 total = recurrent.required_num_steps(num_steps, "celo")

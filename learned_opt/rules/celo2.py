@@ -25,6 +25,7 @@ OUTPUTS = 3  # only the first moves the parameters
 CLIP = 1000.0
 EPS = 1e-9
 _ROOT_EPS = 1e-8
+_QUINTIC = (3.4445, -4.775, 2.0315)  # of a Newton-Schulz step
 _SHORT = 64  # the shorter side from which on Newton-Schulz steps of long matrices are multiplied up
 
 
@@ -105,18 +106,18 @@ def newton_schulz(x: jax.Array) -> jax.Array:
 def _by_steps(x: jax.Array) -> jax.Array:
     for _ in range(5):
         a = x @ jnp.swapaxes(x, -1, -2)
-        x = 3.4445 * x + (-4.775 * a + 2.0315 * (a @ a)) @ x
+        x = _QUINTIC[0] * x + (_QUINTIC[1] * a + _QUINTIC[2] * (a @ a)) @ x
     return x
 
 
 def _by_gram(x: jax.Array) -> jax.Array:
     a = x @ jnp.swapaxes(x, -1, -2)
-    product = one = jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), a.shape)
-    for step in range(5):
-        p = 3.4445 * one - 4.775 * a + 2.0315 * (a @ a)
-        product = p @ product if step else p
-        a = p @ a @ p  # not read after the last step
-    return product @ x
+    one = jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), a.shape)
+    factors = []
+    for _ in range(5):
+        factors.append(_QUINTIC[0] * one + _QUINTIC[1] * a + _QUINTIC[2] * (a @ a))
+        a = factors[-1] @ a @ factors[-1]
+    return functools.reduce(jnp.matmul, reversed(factors)) @ x
 
 
 def celo2(*, hidden_size: int = 8, orthogonalize: bool = False, adam_on: Sequence[str] = ()) -> LearnedOptimizer:

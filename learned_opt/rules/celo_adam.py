@@ -11,7 +11,6 @@ from ..base import LearnedOptimizer
 from . import recurrent
 from .celo import PAPER, schedule, scheduler_init
 from .recurrent import LossBuffer, LSTMState
-from .velo import common_dtype
 
 __all__ = ["PAPER", "CeloAdamState", "celo_adam"]
 
@@ -72,7 +71,7 @@ def celo_adam(*, lstm_size: int = 64) -> LearnedOptimizer:
         def init_fn(params):
             ft.check_params(params)
             recurrent.required_num_steps(num_steps, "celo_adam")
-            dtype = common_dtype(params)
+            dtype = ft.common_dtype(params)
             memory = recurrent.lstm_start(theta["lstm"], 1, dtype)
             start = recurrent.loss_start(dtype)
             return CeloAdamState(jnp.zeros((), jnp.int32), start, memory, ft.zeros(params), ft.zeros(params))

@@ -97,6 +97,7 @@ def follow(sides: Sides, g: jax.Array, step: jax.Array, *, decay: float, every: 
 
     def turned(x: jax.Array) -> jax.Array:
         changes = [turn for turn in turns if turn is not None]
+        # lanes of other ages compute it at every step, which costs what rotating anew would
         return jax.lax.cond((step == 1) | due, turn_all, lambda x: x, x) if changes else x
 
     return tuple(new), moved, turned

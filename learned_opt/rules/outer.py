@@ -11,7 +11,6 @@ from ..base import LearnedOptimizer
 from . import celo2 as base
 from . import recurrent
 from .networks import network_init
-from .velo import common_dtype
 
 PAPER = "after LOpt-A, Joseph et al. 2024, arXiv:2312.02204; the network of Celo2"
 
@@ -19,14 +18,11 @@ _EPS = 1e-30
 _MOMENTUM_COLUMN = 3  # m_.9 of Celo2's columns
 _STATISTICS = 4  # of a tensor, see `statistics`
 _INPUTS = 2 * _STATISTICS + recurrent.RUN
+_TRACE = 9  # Nesterov's step with decay .9 is delta + .9 m / (1 - .9)
 _LENGTH = 0.5  # of the fresh rule's steps, in units of a Nesterov step; DiLoCo's usual choice is 0.7
 _RANGE = 3.0  # bound of the learned logarithm of the length
 _NOTHING = 1e-12  # the length of all deltas below which there was none
 _LONG = 2.0  # deltas beyond this many times their usual length are no longer followed in full
-
-
-def _structure(tree: optax.Updates) -> Any:
-    return jax.tree.structure(tree, is_leaf=lambda x: x is None)
 
 
 def _rms(x: jax.Array) -> jax.Array:
@@ -151,19 +147,20 @@ def outer(*, hidden_size: int = 8) -> LearnedOptimizer:
             return jnp.exp(layers["offset"].astype(f.dtype) + _RANGE * jnp.tanh(f))
 
         def init_fn(params):
-            return OuterState(jnp.zeros((), jnp.int32), jnp.zeros((), common_dtype(params)), inner.init(params))
+            return OuterState(jnp.zeros((), jnp.int32), jnp.zeros((), ft.common_dtype(params)), inner.init(params))
 
         def update_fn(updates, state, params=None, **extra_args):
             del extra_args
-            params, structure = ft.required_params(params, "outer"), _structure(updates)
-            deltas = structure.flatten_up_to(updates)
-            moving = [i for i, x in enumerate(deltas) if x is not None and x.size]
+            params = ft.required_params(params, "outer")
+            structure: Any
+            given, structure = jax.tree.flatten(updates, is_leaf=lambda x: x is None)
+            moving = [i for i, x in enumerate(given) if x is not None and x.size]
             if not moving:
                 return updates, state
             at = structure.flatten_up_to(params)
-            deltas = [
+            deltas: list[Any] = [
                 x if x is None else ft.clean(x, base.CLIP, ft.compute_dtype(p.dtype))
-                for x, p in zip(deltas, at, strict=True)
+                for x, p in zip(given, at, strict=True)
             ]
             factor, usual = limit([deltas[i] for i in moving], state.usual)
             deltas = [x if x is None else x * factor.astype(x.dtype) for x in deltas]
@@ -172,9 +169,8 @@ def outer(*, hidden_size: int = 8) -> LearnedOptimizer:
             own = [statistics(deltas[i], fast[i], slow[i], at[i].astype(fast[i].dtype), state.step) for i in moving]
             scales = lengths(jnp.stack([x.astype(usual.dtype) for x in own]), state.step)
             for i, scale in zip(moving, scales, strict=True):
-                nesterov = jnp.minimum(_rms(deltas[i] + 9 * fast[i]), 10 * _rms(deltas[i]))
+                nesterov = jnp.minimum(_rms(deltas[i] + _TRACE * fast[i]), (1 + _TRACE) * _rms(deltas[i]))
                 flat[i] = scale.astype(flat[i].dtype) * nesterov * flat[i]
-            given = structure.flatten_up_to(updates)
             flat = [x if x is None else x.astype(g.dtype) for x, g in zip(flat, given, strict=True)]
             return structure.unflatten(flat), OuterState(optax.safe_increment(state.step), usual, after)
 

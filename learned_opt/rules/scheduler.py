@@ -13,7 +13,6 @@ from ..base import LearnedOptimizer, Theta
 from . import recurrent
 from .celo import PAPER
 from .recurrent import LOSSES, RUN, LossBuffer, LSTMState
-from .velo import common_dtype
 
 __all__ = ["PAPER", "SchedulerState", "over", "scheduler"]
 
@@ -106,7 +105,7 @@ def scheduler(
 
         def init_fn(params):
             ft.check_params(params)
-            dtype = common_dtype(params)
+            dtype = ft.common_dtype(params)
             memory = recurrent.lstm_start(layers["lstm"], 1, dtype)
             start = recurrent.loss_start(dtype)
             return SchedulerState(jnp.zeros((), jnp.int32), start, memory, transform.init(params))

@@ -130,7 +130,7 @@ def update_tensor(gradient: jax.Array, given: tuple, *accumulators: jax.Array):
 def start_state(params: optax.Params, memory: LSTMState) -> VeloState:
     """The state before the first update."""
     m = tuple(ft.zeros(params) for _ in MOMENTUM)
-    loss = recurrent.loss_start(common_dtype(params))
+    loss = recurrent.loss_start(ft.common_dtype(params))
     factored = ft.factored_zeros(params, len(FACTORED))
     return VeloState(jnp.zeros((), jnp.int32), loss, memory, m, ft.zeros(params), *factored, moments=())
 
@@ -156,11 +156,6 @@ def update_all(updates, params, state: VeloState, loss: LossBuffer, memory: LSTM
     given = tree.unflatten([(p, *next(parts)) if p.size else (p, None, None) for p in leaves])
     updates, *m, r, row, col = ft.map_tensors(update_tensor, updates, given, *state.m, state.r, state.row, state.col)
     return updates, VeloState(optax.safe_increment(state.step), loss, memory, tuple(m), r, row, col, moments=())
-
-
-def common_dtype(params: optax.Params) -> jnp.dtype:
-    """The dtype for what concerns all tensors: the widest that any is computed in."""
-    return jnp.result_type(jnp.float32, *jax.tree.leaves(params))
 
 
 # --- the LSTM's view of a tensor
@@ -280,7 +275,7 @@ def velo(
             ft.check_params(params)
             recurrent.required_num_steps(num_steps, "velo")
             rows = sum(p.size > 0 for p in jax.tree.leaves(params))
-            state = start_state(params, recurrent.lstm_start(theta["lstm"], rows, common_dtype(params)))
+            state = start_state(params, recurrent.lstm_start(theta["lstm"], rows, ft.common_dtype(params)))
             return state._replace(moments=jax.tree.map(lambda r: jnp.zeros(8, r.dtype), state.r))
 
         def update_fn(updates, state, params=None, *, value=None, **extra_args):
@@ -290,7 +285,7 @@ def velo(
             total = recurrent.required_num_steps(num_steps, "velo")
             horizon = total if loss_horizon is None else loss_horizon
             losses, loss = recurrent.loss_update(state.loss, value, horizon)
-            dtype = common_dtype(params)
+            dtype = ft.common_dtype(params)
             pairs = zip(jax.tree.leaves(params), jax.tree.leaves(state.moments), strict=True)
             seen = [tensor_features(p, x).astype(dtype) for p, x in pairs if p.size]
             if not seen:
