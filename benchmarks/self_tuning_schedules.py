@@ -39,7 +39,8 @@ from meta_train.self_tuned import char_lstm, make_tuner
 REPORT = Path(__file__).parents[1] / "reports" / "self_tuning"
 NAME, START, RATE, CYCLE = "dropout_output", 0.05, 1e-2, 5
 GRID = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
-HYPER_GRID = (0.05, 0.1, 0.2, 0.4, 0.8)  # Adam's rates for l
+HYPER_GRID = (0.025, 0.05, 0.1, 0.2, 0.4)  # Adam's rates for l
+ENTROPY = 1e-2  # at the default, 1e-3, the perturbations' scale shrinks to .05 and l loses its way
 STARTS = (0.02, 0.1, 0.3, 0.5, 0.7)
 SEEDS, GRID_SEEDS = tuple(range(5)), (100, 101)
 TRAIN, VALID, TEST, LOOKS = 100, 500, 1000, 20  # windows; looks at the validation windows
@@ -115,7 +116,7 @@ class Lab:
 
         def one(seed, start, hyper_rate):
             hyper = optax.chain(optax.scale_by_adam(), optax.scale(-hyper_rate))
-            tuner = make_tuner(self.problem, weights=self.adam, hyper=hyper, train_steps=CYCLE, warmup=10)
+            tuner = make_tuner(self.problem, weights=self.adam, hyper=hyper, train_steps=CYCLE, warmup=10, entropy=ENTROPY)
             k_init, k_run, _ = jax.random.split(jax.random.key(seed), 3)
             state = tuner.init(*self.problem.init(k_init))
             state = state._replace(hyper=state.hyper._replace(mean=start[None]))
@@ -350,7 +351,7 @@ def plot_replay(results):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="the others read what schedules wrote")
-    parser.add_argument("--steps", type=int, default=800, help=f"a multiple of {CYCLE * LOOKS}")
+    parser.add_argument("--steps", type=int, default=2400, help=f"a multiple of {CYCLE * LOOKS}")
     args = parser.parse_args()
     if args.steps % (CYCLE * LOOKS):
         parser.error(f"--steps must be a multiple of {CYCLE * LOOKS}")

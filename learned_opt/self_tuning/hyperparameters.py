@@ -17,6 +17,7 @@ import numpy as np
 
 Specs = Any  # a pytree of Hyperparameter
 FORMAT = 1
+_REACH = 5.0  # of l where a sigmoid is steep enough to come back from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,6 +222,28 @@ def start(specs: Specs) -> tuple[jax.Array, jax.Array]:
     dtype = jnp.result_type(float)
     mean = jnp.asarray([unconstrained(spec) for spec in chosen], dtype)
     return mean, jnp.asarray([inverse_softplus(spec.scale) for spec in chosen], dtype)
+
+
+def span(specs: Specs) -> tuple[jax.Array, jax.Array]:
+    r"""How low and how high :math:`\ell` may go.
+
+    Where the transform is a sigmoid, to 5 on either side, or to the start where that lies further out: within 0.7 % of
+    the bounds. Beyond it is flat, and no gradient would bring the hyperparameter back. Unbounded elsewhere.
+
+    Args:
+        specs: a pytree of :class:`Hyperparameter`, H of them tuned.
+
+    Returns:
+        Two arrays of floats [H].
+
+    Example:
+        >>> span({"dropout": logit(0.5), "l2": log(1.0)})
+        (Array([ -5., -inf], dtype=float32), Array([ 5., inf], dtype=float32))
+    """
+    mean, _ = start(specs)
+    flat = jnp.asarray([KINDS[spec.kind].bounds == ("low", "high") for spec in tuned(specs)])
+    reach = jnp.where(flat, jnp.maximum(jnp.abs(mean), _REACH), jnp.inf)
+    return -reach, reach
 
 
 def values(specs: Specs, point: jax.Array) -> Any:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .hyperparameters import Specs, start
+from .hyperparameters import Specs, span, start
 from .objectives import Batch, Hyper, NetState, leading_size, make_objectives
 from .response import BestResponse, Params, Response
 
@@ -104,6 +104,17 @@ class Tuner(NamedTuple):
 
 def _where(condition: jax.Array, yes: Any, no: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
+
+
+def balanced(noise: jax.Array) -> tuple[jax.Array, ...]:
+    """Perturbations like ``noise`` whose sum is 0: the second half of the rows mirrors the first, one row both ways.
+
+    The first-order part of the validation loss then adds no noise to its gradient.
+    """
+    if noise.ndim == 1:
+        return noise, -noise
+    half = noise[: (len(noise) + 1) // 2]
+    return (jnp.concatenate([half, -half])[: len(noise)],)
 
 
 def _finite(loss: jax.Array, grads: Any) -> jax.Array:
@@ -295,10 +306,13 @@ def tuner(
         k_batch, k_noise = jax.random.split(key)
         batch = valid_batch(data, k_batch)
         old, scaling = state.hyper, factor(state.cycle)
-        loss, grads = jax.value_and_grad(objectives.validation)(
-            *(old, state.params, state.response, state.net_state, old.mean, scaling),
-            *(objectives.noise(k_noise, batch), batch),
-        )
+        noise = balanced(objectives.noise(k_noise, batch))
+
+        def validation(point: Hyper) -> jax.Array:
+            fixed = (state.params, state.response, state.net_state, old.mean, scaling)
+            return sum(objectives.validation(point, *fixed, z, batch) for z in noise) / len(noise)
+
+        loss, grads = jax.value_and_grad(validation)(old)
         updates, hyper_opt = tuning.update(grads, state.hyper_opt, old, value=loss)
         step = updates.mean
         if trust is not None:
@@ -307,7 +321,8 @@ def tuner(
         low, high = (jnp.log(jnp.expm1(jnp.asarray(s, step.dtype))) for s in scale_range)
         scale = jnp.clip(old.scale + updates.scale, low, high) if tune_scale else old.scale
         good = _finite(loss, (grads, step, scale))
-        new = _where(good, (Hyper(old.mean + step, scale), hyper_opt), (old, state.hyper_opt))
+        mean = jnp.clip(old.mean + step, *span(specs))
+        new = _where(good, (Hyper(mean, scale), hyper_opt), (old, state.hyper_opt))
         return state._replace(hyper=new[0], hyper_opt=new[1]), ~good
 
     def guarded(state: TunerState, best: Best, reference: jax.Array, bad: jax.Array) -> TunerState:
