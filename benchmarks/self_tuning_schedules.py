@@ -2,7 +2,7 @@
 
 A character LSTM on few windows of text, dropout of its outputs the one hyperparameter. Six arms, equal training steps:
 
-    fixed        the best constant rate: a grid on other seeds, trained as long
+    fixed        the best constant rate: a grid on other seeds, trained as long; and the best for the loss at the end
     Gaussian     that rate plus normal noise of .05, drawn every step
     sinusoid     that rate plus .1 sin, four periods a run
     Delta-STN    tunes the rate from .05 while it trains; Adam's rate for l by a grid on the same other seeds
@@ -38,9 +38,8 @@ from meta_train.self_tuned import char_lstm, make_tuner
 
 REPORT = Path(__file__).parents[1] / "reports" / "self_tuning"
 NAME, START, RATE, CYCLE = "dropout_output", 0.05, 1e-2, 5
-GRID = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+GRID = (0.01, 0.1, 0.2, 0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9)
 HYPER_GRID = (0.025, 0.05, 0.1, 0.2, 0.4)  # Adam's rates for l
-ENTROPY = 1e-2  # at the default, 1e-3, the perturbations' scale shrinks to .05 and l loses its way
 STARTS = (0.02, 0.1, 0.3, 0.5, 0.7)
 SEEDS, GRID_SEEDS = tuple(range(5)), (100, 101)
 TRAIN, VALID, TEST, LOOKS = 100, 500, 1000, 20  # windows; looks at the validation windows
@@ -116,7 +115,9 @@ class Lab:
 
         def one(seed, start, hyper_rate):
             hyper = optax.chain(optax.scale_by_adam(), optax.scale(-hyper_rate))
-            tuner = make_tuner(self.problem, weights=self.adam, hyper=hyper, train_steps=CYCLE, warmup=10, entropy=ENTROPY)
+            tuner = make_tuner(
+                self.problem, weights=self.adam, hyper=hyper, train_steps=CYCLE, warmup=10, entropy=ENTROPY
+            )
             k_init, k_run, _ = jax.random.split(jax.random.key(seed), 3)
             state = tuner.init(*self.problem.init(k_init))
             state = state._replace(hyper=state.hyper._replace(mean=start[None]))
@@ -148,11 +149,17 @@ class Lab:
         found = np.mean(found, axis=0)
         return HYPER_GRID[int(np.argmin(found))], dict(zip(HYPER_GRID, found.tolist(), strict=True))
 
-    def best_constant(self):
-        """Return the rate of the grid with the least validation loss on the grid's seeds, and all of them."""
+    def grid_of_constants(self):
+        """Return rows of rate, least validation loss and that at the end, means over the grid's seeds."""
         seeds, rates = np.repeat(GRID_SEEDS, len(GRID)), np.tile(GRID, len(GRID_SEEDS))
-        found = self.at(seeds, rates)["valid"].reshape(len(GRID_SEEDS), len(GRID)).mean(0)
-        return GRID[int(np.argmin(found))], dict(zip(GRID, found.tolist(), strict=True))
+        found = self.at(seeds, rates)
+        means = [found[name].reshape(len(GRID_SEEDS), len(GRID)).mean(0) for name in ("valid", "last_valid")]
+        return np.stack([GRID, *means], 1)
+
+
+def best_rate(grid, column):
+    """The rate of the row that is least in a column: 1 the least loss, 2 the loss at the end."""
+    return float(grid[grid[:, column].argmin(), 0])
 
 
 def interval(values):
@@ -193,13 +200,19 @@ def rows_of(results, rates, **columns):
 
 
 def grid_rows(grids):
-    return [{"model": m, "rate": rate, "valid": round(v, 5)} for m, found in grids.items() for rate, v in found.items()]
+    names = ("rate", "valid", "last_valid")
+    return [
+        {"model": model} | dict(zip(names, (round(float(x), 5) for x in row), strict=True))
+        for model, found in grids.items()
+        for row in found
+    ]
 
 
 def schedule_arms(lab):
     """The six arms; return results, rates by arm, and the schedules as rates [seeds, steps]."""
-    best, grid = lab.best_constant()
-    print(f"grid of constants, validation loss: {grid}; best {best}", flush=True)
+    grid = lab.grid_of_constants()
+    best, best_end = best_rate(grid, 1), best_rate(grid, 2)
+    print(f"grid of constants: rate, least validation loss, at the end\n{grid}; best {best}, {best_end}", flush=True)
     seeds, steps = np.asarray(SEEDS), np.arange(lab.steps)
     hyper_rate, hyper_grid = lab.best_hyper_rate()
     print(f"grid of Delta-STN's rates for l, validation loss: {hyper_grid}; best {hyper_rate}", flush=True)
@@ -213,6 +226,7 @@ def schedule_arms(lab):
     noise = np.random.default_rng(0).normal(size=replayed.shape)
     rates = {
         "fixed": np.full_like(replayed, best),
+        "fixed, by the end": np.full_like(replayed, best_end),
         "Gaussian": np.clip(best + 0.05 * noise, 1e-3, 0.95),
         "sinusoid": np.broadcast_to(
             np.clip(best + 0.1 * np.sin(8 * np.pi * steps / lab.steps), 1e-3, 0.95), noise.shape
@@ -221,7 +235,7 @@ def schedule_arms(lab):
         "final value": np.repeat(replayed[:, -1:], lab.steps, axis=1),
     }
     results = {arm: lab.at(seeds, paths) for arm, paths in rates.items()}
-    order = ("fixed", "Gaussian", "sinusoid", "Delta-STN", "replay", "final value")
+    order = ("fixed", "fixed, by the end", "Gaussian", "sinusoid", "Delta-STN", "replay", "final value")
     results, rates = results | {"Delta-STN": tuned}, rates | {"Delta-STN": replayed}
     return {arm: results[arm] for arm in order}, {arm: rates[arm] for arm in order}, grid, hyper_rate
 
@@ -235,9 +249,10 @@ def starts_of(lab):
 def elsewhere(model, steps, schedule, small_best):
     """The replay on another model against constants."""
     lab, seeds = Lab(model, steps), np.asarray(SEEDS)
-    best, grid = lab.best_constant()
+    grid = lab.grid_of_constants()
     rates = {
-        "best constant there": np.full_like(schedule, best),
+        "best constant there": np.full_like(schedule, best_rate(grid, 1)),
+        "best there by the end": np.full_like(schedule, best_rate(grid, 2)),
         "replay": schedule,
         "best constant of the small model": np.full_like(schedule, small_best),
     }
@@ -250,7 +265,7 @@ def study_schedules(steps):
     rows = rows_of(results, rates)
     write("schedules", rows)
     paths = rates["Delta-STN"].astype(np.float32)
-    np.savez_compressed(REPORT / "schedules.npz", rates=paths, grid=list(grid.items()), hyper_rate=hyper_rate)
+    np.savez_compressed(REPORT / "schedules.npz", rates=paths, grid=grid, hyper_rate=hyper_rate)
     table(results, "fixed")
     plot_schedules(results, rates, steps)
 
@@ -269,13 +284,13 @@ def study_starts(steps):
 
 def study_replay(steps):
     schedule, grid = (saved(steps)[name] for name in ("rates", "grid"))
-    moved, rows, grids = {}, [], {"small": dict(grid.tolist())}
+    moved, rows, grids = {}, [], {"small": grid}
     for model in ("twice as wide", "two layers"):
-        moved[model], rates, grids[model] = elsewhere(model, steps, schedule, grid[grid[:, 1].argmin(), 0])
+        moved[model], rates, grids[model] = elsewhere(model, steps, schedule, best_rate(grid, 1))
         rows += rows_of(moved[model], rates, model=model)
         write("replay", rows)
         write("grid", grid_rows(grids))
-        print(f"{model}; grid of constants, validation loss: {grids[model]}")
+        print(f"{model}; grid of constants: rate, least validation loss, at the end\n{grids[model]}")
         table(moved[model], "best constant there")
     plot_replay(moved)
 

@@ -34,22 +34,24 @@ def with_offset(theta, offset):
     return theta | {"length": theta["length"] | {"last": last, "offset": jnp.asarray(offset)}}
 
 
-def test_without_its_network_a_step_is_as_long_as_a_nesterov_step():
-    given = deltas()
-    updates, _ = run(given, with_offset(THETA, jnp.log(0.7)))
-    nesterov = optax.sgd(0.7, momentum=0.9, nesterov=True)
-    state = nesterov.init(PARAMS)
-    for delta, update in zip(given, updates, strict=True):
-        wanted, state = nesterov.update(delta, state)
-        for name in PARAMS:
-            np.testing.assert_allclose(np.linalg.norm(update[name]), np.linalg.norm(wanted[name]), rtol=1e-4)
+def rms(x):
+    return float(jnp.sqrt(jnp.mean(x * x)))
+
+
+def test_without_its_network_the_length_is_the_offset_s_and_falls_by_a_cosine_where_the_rounds_are_known():
+    theta = with_offset(THETA, jnp.log(0.02))
+    for num_steps, factors in ((None, [1, 1, 1]), (0, [1, 1, 1]), (4, [1, 0.5 + 0.5**1.5, 0.5])):
+        updates, _ = run(deltas(), theta, num_steps)
+        for update, factor in zip(updates, factors, strict=True):
+            for name in PARAMS:
+                np.testing.assert_allclose(rms(update[name]), 0.02 * factor, rtol=1e-3)
 
 
 def test_the_network_moves_the_length_within_its_bounds():
     given = deltas()
-    plain, _ = run(given, with_offset(THETA, 0.0))
+    plain, _ = run(given, with_offset(THETA, jnp.log(0.01)))
     for push in (-100.0, 100.0):
-        theta = with_offset(THETA, 0.0)
+        theta = with_offset(THETA, jnp.log(0.01))
         theta["length"]["last"] = {"w": theta["length"]["last"]["w"], "b": jnp.array([push])}
         for a, b in zip(run(given, theta)[0], plain, strict=True):
             np.testing.assert_allclose(a["w"], b["w"] * np.exp(np.sign(push) * 3), rtol=1e-4)
@@ -59,21 +61,20 @@ def test_the_length_depends_on_how_well_the_deltas_agree_and_on_the_share_of_the
     same = [deltas()[0]] * 4
     turning = [jax.tree.map(lambda x, t=t: x * (-1) ** t, deltas()[0]) for t in range(4)]
 
-    def factor(given, num_steps=None):
-        (*_, last), state = run(given, THETA, num_steps)
-        nesterov = given[-1]["w"] + 9 * state.direction.m[0]["w"]
-        return float(jnp.linalg.norm(last["w"]) / jnp.linalg.norm(nesterov))
+    def length(given, num_steps=None):
+        (*_, last), _ = run(given, THETA, num_steps)
+        return rms(last["w"])
 
-    assert abs(factor(same) / factor(turning) - 1) > 0.01
-    assert factor(same, 5) != factor(same, 50)
-    assert factor(same, 0) == factor(same)  # 0 is not known
+    assert abs(length(same) / length(turning) - 1) > 0.01
+    assert length(same, 5) < 0.5 * length(same, 50)
+    assert length(same, 0) == length(same)  # 0 is not known
 
 
-def test_the_statistics_of_deltas_that_agree_are_zero_and_one():
+def test_the_statistics_of_deltas_that_agree_are_zero():
     delta = jnp.array([[1.0, -2.0], [0.5, 0.25]])
     t, m = 5, [(1 - b**6) * delta for b in (0.9, 0.99)]
     found = statistics(delta, *m, p=2 * delta, step=jnp.asarray(t))
-    np.testing.assert_allclose(found, [0, 0, 1, 0.1 * np.log(0.5)], atol=1e-5)
+    np.testing.assert_allclose(found, [0, 0, 0.1 * np.log(0.5), 0.1 * np.log(rms(delta) / 0.04)], atol=1e-5)
     assert np.all(np.isfinite(statistics(0 * delta, 0 * delta, 0 * delta, 0 * delta, jnp.asarray(0))))
 
 
@@ -92,8 +93,8 @@ def test_one_round_of_workers_that_diverged_moves_nothing_and_long_deltas_are_fo
     (*_, calm), _ = run([*given, jax.tree.map(jnp.zeros_like, given[0])])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0.2, atol=0.01), stray, calm)
     long = [jax.tree.map(lambda x: 100 * x, given[0])] * 15
-    (*_, last), _ = run([*given, *long])
-    assert np.linalg.norm(last["w"]) > 0.1 * np.linalg.norm(long[0]["w"])
+    _, state = run([*given, *long])
+    np.testing.assert_allclose(state.usual, optax.tree.norm(long[0]), rtol=0.05)
 
 
 def test_the_fresh_rule_moves_against_the_delta():
@@ -123,9 +124,9 @@ def test_it_runs_as_the_outer_step_and_does_not_depend_on_how_many_workers_agree
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *ends)
 
 
-def test_what_is_left_of_the_momentum_does_not_move_what_has_arrived():
-    given = [*deltas(), jax.tree.map(lambda x: 1e-4 * x, deltas()[0])]
-    updates, _ = run(given, with_offset(THETA, 0.0))
+def test_a_step_is_at_most_a_hundred_usual_deltas():
+    given = deltas(scale=1e-6)
+    updates, state = run(given, with_offset(THETA, 0.0))
     for name in PARAMS:
-        ratio = np.linalg.norm(updates[-1][name]) / np.linalg.norm(given[-1][name])
-        np.testing.assert_allclose(ratio, 10, rtol=1e-4)
+        usual = rms(jax.tree.leaves(state.direction.m[0][name])[0]) / (1 - 0.9**3)
+        np.testing.assert_allclose(rms(updates[-1][name]), 100 * usual, rtol=1e-3)

@@ -1,4 +1,4 @@
-"""A learned outer step for local SGD: Celo2's direction for the workers' mean delta, with a learned length."""
+"""A learned outer step for local SGD: the flagship's direction for the workers' mean delta, with a learned length."""
 
 from typing import Any, NamedTuple
 
@@ -9,24 +9,21 @@ import optax
 from .. import features as ft
 from ..base import LearnedOptimizer
 from . import celo2 as base
-from . import recurrent
+from . import celo2_soap, recurrent
 from .networks import network_init
+from .scheduler import SCHEDULES
 
-PAPER = "after LOpt-A, Joseph et al. 2024, arXiv:2312.02204; the network of Celo2"
+PAPER = "after LOpt-A, Joseph et al. 2024, arXiv:2312.02204; the direction of celo2_soap"
 
 _EPS = 1e-30
 _MOMENTUM_COLUMN = 3  # m_.9 of Celo2's columns
 _STATISTICS = 4  # of a tensor, see `statistics`
 _INPUTS = 2 * _STATISTICS + recurrent.RUN
-_TRACE = 9  # Nesterov's step with decay .9 is delta + .9 m / (1 - .9)
-_LENGTH = 0.5  # of the fresh rule's steps, in units of a Nesterov step; DiLoCo's usual choice is 0.7
+_LENGTH = 0.04  # RMS of the fresh rule's steps, before their schedule
 _RANGE = 3.0  # bound of the learned logarithm of the length
+_REACH = 100.0  # longest step, in units of the usual delta
 _NOTHING = 1e-12  # the length of all deltas below which there was none
 _LONG = 2.0  # deltas beyond this many times their usual length are no longer followed in full
-
-
-def _rms(x: jax.Array) -> jax.Array:
-    return jnp.sqrt(jnp.mean(x * x) + _EPS)
 
 
 class OuterState(NamedTuple):
@@ -35,12 +32,12 @@ class OuterState(NamedTuple):
     Attributes:
         step: int32 scalar, rounds done.
         usual: the deltas' usual length, 0 before the first.
-        direction: the state of ``celo2`` for the deltas.
+        direction: the state of ``celo2_soap`` for the deltas.
     """
 
     step: jax.Array
     usual: jax.Array
-    direction: base.Celo2State
+    direction: celo2_soap.Celo2SoapState
 
 
 def limit(deltas: list[jax.Array], usual: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -64,63 +61,64 @@ def limit(deltas: list[jax.Array], usual: jax.Array) -> tuple[jax.Array, jax.Arr
 
 
 def statistics(delta: jax.Array, m: jax.Array, slow: jax.Array, p: jax.Array, step: jax.Array) -> jax.Array:
-    """What the length depends on, ``[4]``: how well a tensor's deltas agree, and their size beside the parameters'.
+    """What the length depends on, ``[4]``: how well a tensor's deltas agree, and their size.
 
-    ``log rms(m_b / (1 - b^t)) / rms(delta)`` for ``b`` of .9 and .99, the cosine of ``delta`` and ``m_.9``, and
-    ``0.1 log rms(delta) / rms(p)``.
+    ``log rms(m_b / (1 - b^t)) / rms(delta)`` for ``b`` of .9 and .99, ``0.1 log rms(delta) / rms(p)``, and
+    ``0.1 log rms(delta) / 0.04``.
 
     Args:
         delta: the mean delta, ``[*shape]``.
-        m: its momentum of decay .9, this delta in it, likewise.
+        m: its momentum of decay .9, this delta in it, in any basis.
         slow: that of decay .99.
         p: the parameters.
         step: rounds done before this one.
     """
-    squares = [jnp.mean(x * x) + _EPS for x in (delta, m, slow, p)]
-    d, fast, long, size = (0.5 * jnp.log(x) for x in squares)
+    d, fast, long, size = (0.5 * jnp.log(jnp.mean(x * x) + _EPS) for x in (delta, m, slow, p))
     t = step.astype(delta.dtype) + 1
     ages = [-jnp.log1p(-(jnp.asarray(b, delta.dtype) ** t)) for b in base.MOMENTUM[:2]]
-    cosine = jnp.mean(delta * m) * jax.lax.rsqrt(squares[0]) * jax.lax.rsqrt(squares[1])
-    return jnp.stack([fast + ages[0] - d, long + ages[1] - d, cosine, 0.1 * jnp.clip(d - size, -20, 20)])
+    sizes = [0.1 * jnp.clip(d - x, -20, 20) for x in (size, jnp.log(_LENGTH))]
+    return jnp.stack([fast + ages[0] - d, long + ages[1] - d, *sizes])
 
 
-def outer(*, hidden_size: int = 8) -> LearnedOptimizer:
-    r"""The outer step of local SGD: Celo2's direction, with a learned length beside that of a Nesterov step.
+def outer(*, hidden_size: int = 8, every: int = 10) -> LearnedOptimizer:
+    r"""The outer step of local SGD: the direction of ``celo2_soap`` for the mean delta, with a learned length.
 
     For :func:`learned_opt.local_sgd`, where the mean delta of the workers takes a gradient's place. For each tensor
 
-    .. math:: x \leftarrow x + e^{s + 3 \tanh(f)}\, \min(\mathrm{rms}(\delta + 9 m), 10\, \mathrm{rms}(\delta))\, u,
+    .. math:: x \leftarrow x + \min(e^{s + 3 \tanh(f)}\, c(t / T),\; 100\, \mathrm{rms}(\hat m))\, u,
 
-    with :math:`m` the momentum of the deltas (decay .9), :math:`u` Celo2's direction, of unit RMS, and :math:`f` a
-    small network. The minimum is the first but where deltas shrink faster than their momentum: where every example is
-    fitted, what is left of it must not throw the parameters out again. The network reads how well the deltas of this
-    tensor, and of all tensors on the mean, agree over the rounds (:func:`statistics`), the number of rounds done, and
-    the share of all rounds where their number is known. The step follows the local step size and the delay by itself,
-    so that nothing is left to tune. It sees the mean alone and works for any number of workers. Deltas far beyond
-    their usual length count for little (:func:`limit`).
+    with :math:`u` the direction of :func:`~learned_opt.rules.celo2_soap.celo2_soap`, of unit RMS, :math:`c` a half
+    cosine over the rounds, 1 where their number is not known, and :math:`\hat m` the mean of the deltas (decay .9): a
+    step never goes further than a hundred of them, so that where every example is fitted nothing throws the parameters
+    out again. The network :math:`f` reads how well the deltas of this tensor, and of all tensors on the mean, agree
+    over the rounds and how long they are (:func:`statistics`), and the share of the rounds done. The length does not
+    follow the workers' step size, which is left to the user and matters little below 0.3: nothing is left to tune. It
+    sees the mean alone and works for any number of workers. Deltas far beyond their usual length count for little
+    (:func:`limit`).
 
-    ``init`` starts near DiLoCo: Nesterov's momentum with a step size of 0.5. Non-finite entries count as 0. State:
-    that of ``celo2``. Meta-parameters: 597 for ``hidden_size=8``.
+    ``init`` starts with :math:`f = 0` and steps of RMS 0.04. Non-finite entries count as 0. State: that of
+    ``celo2_soap``. Meta-parameters: 597 for ``hidden_size=8``.
 
     Args:
         hidden_size: units in every hidden layer, at least 2.
+        every: rounds between two corrections of the direction's basis.
 
     Returns:
         A rule; ``num_steps`` is the number of rounds. theta holds ``direction``, that of
         :func:`learned_opt.rules.celo2.celo2`, and ``length``.
 
     Raises:
-        ValueError: if ``hidden_size`` is below 2.
+        ValueError: if ``hidden_size`` is below 2 or ``every`` below 1.
 
     Example:
         >>> rule = outer()
         >>> step = rule.build(rule.init(jax.random.key(0)))
         >>> delta = jnp.array([0.3, -0.1])
         >>> updates, _ = step.update(delta, step.init(delta), jnp.ones(2))
-        >>> print(jnp.round(jnp.sum(updates**2) / jnp.sum((1.9 * delta) ** 2), 4))  # one half, squared
-        0.25
+        >>> print(jnp.round(jnp.sqrt(jnp.mean(updates**2)), 4))
+        0.04
     """
-    direction = base.celo2(hidden_size=hidden_size)
+    direction = celo2_soap.celo2_soap(hidden_size=hidden_size, every=every)
 
     def init(key):
         k_direction, k_length = jax.random.split(key)
@@ -137,14 +135,17 @@ def outer(*, hidden_size: int = 8) -> LearnedOptimizer:
     def build(theta, num_steps=None):
         inner = direction.build(theta["direction"])
         layers = theta["length"]
+        total = jnp.asarray(0 if num_steps is None else num_steps)
 
         def lengths(own, step):
-            """``e^(s + 3 tanh f)`` of every tensor, from the statistics of all, ``[n, 4]``."""
+            """``e^(s + 3 tanh f) c`` of every tensor, from the statistics of all, ``[n, 4]``."""
             mean, time = jnp.mean(own, 0), recurrent.run_embedding(step, num_steps, own.dtype)
             shared = jnp.broadcast_to(jnp.concatenate([mean, time])[None], (own.shape[0], mean.size + time.size))
             hidden = jnp.tanh(recurrent.linear(layers["first"], jnp.concatenate([own, shared], 1)))
             f = recurrent.linear(layers["last"], hidden)[:, 0]
-            return jnp.exp(layers["offset"].astype(f.dtype) + _RANGE * jnp.tanh(f))
+            done = jnp.minimum(step / jnp.maximum(total, 1), 1).astype(f.dtype)
+            schedule = jnp.where(total > 0, SCHEDULES["cosine"](done), 1)
+            return schedule * jnp.exp(layers["offset"].astype(f.dtype) + _RANGE * jnp.tanh(f))
 
         def init_fn(params):
             return OuterState(jnp.zeros((), jnp.int32), jnp.zeros((), ft.common_dtype(params)), inner.init(params))
@@ -169,8 +170,9 @@ def outer(*, hidden_size: int = 8) -> LearnedOptimizer:
             own = [statistics(deltas[i], fast[i], slow[i], at[i].astype(fast[i].dtype), state.step) for i in moving]
             scales = lengths(jnp.stack([x.astype(usual.dtype) for x in own]), state.step)
             for i, scale in zip(moving, scales, strict=True):
-                nesterov = jnp.minimum(_rms(deltas[i] + _TRACE * fast[i]), (1 + _TRACE) * _rms(deltas[i]))
-                flat[i] = scale.astype(flat[i].dtype) * nesterov * flat[i]
+                age = 1 - jnp.asarray(base.MOMENTUM[0], scale.dtype) ** (state.step + 1)
+                mean = jnp.sqrt(jnp.mean(fast[i] * fast[i]) + _EPS) / age
+                flat[i] = jnp.minimum(scale, _REACH * mean).astype(flat[i].dtype) * flat[i]
             flat = [x if x is None else x.astype(g.dtype) for x, g in zip(flat, given, strict=True)]
             return structure.unflatten(flat), OuterState(optax.safe_increment(state.step), usual, after)
 

@@ -135,7 +135,7 @@ def tuner(
     train_steps: int = 5,
     valid_steps: int = 1,
     warmup: int = 0,
-    entropy: float = 1e-3,
+    entropy: float = 1e-2,
     tune_scale: bool = True,
     scale_range: tuple[float, float] = (1e-3, 3.0),
     anneal: Callable[[jax.Array], Any] | None = None,
@@ -172,7 +172,8 @@ def tuner(
         train_steps: training steps a cycle.
         valid_steps: validation steps a cycle.
         warmup: cycles before the first validation step.
-        entropy: :math:`\tau`, weight of the entropy bonus.
+        entropy: :math:`\tau`, weight of the entropy bonus, in the loss's units. Too little lets sigma shrink until the
+            response is fitted to noise.
         tune_scale: whether sigma is tuned; else it stays at the specs' ``scale``.
         scale_range: lowest and highest sigma.
         anneal: ``cycle -> factor`` of sigma, such as an Optax schedule.
