@@ -5,7 +5,8 @@ A character LSTM on few windows of text, dropout of its outputs the one hyperpar
     fixed        the best constant rate: a grid on other seeds, trained as long; and the best for the loss at the end
     Gaussian     that rate plus normal noise of .05, drawn every step
     sinusoid     that rate plus .1 sin, four periods a run
-    Delta-STN    tunes the rate from .05 while it trains; Adam's rate for l by a grid on the same other seeds
+    Delta-STN    tunes the rate from .05 while it trains; Adam's rate for l by a grid on the same other seeds,
+                 decayed to 0 by a cosine over the run's second half
     replay       the Delta-STN's schedule of the same seed, from the same initial weights with other batches and masks
     final value  that schedule's last rate, held constant
 
@@ -114,10 +115,10 @@ class Lab:
         """Tune from l of [runs]; return the losses, l and sigma of [runs, cycles]."""
 
         def one(seed, start, hyper_rate):
-            hyper = optax.chain(optax.scale_by_adam(), optax.scale(-hyper_rate))
-            tuner = make_tuner(
-                self.problem, weights=self.adam, hyper=hyper, train_steps=CYCLE, warmup=10, entropy=ENTROPY
-            )
+            half = self.steps // CYCLE // 2
+            decay = optax.join_schedules([optax.constant_schedule(1.0), optax.cosine_decay_schedule(1.0, half)], [half])
+            hyper = optax.chain(optax.scale_by_adam(), optax.scale_by_schedule(decay), optax.scale(-hyper_rate))
+            tuner = make_tuner(self.problem, weights=self.adam, hyper=hyper, train_steps=CYCLE, warmup=10)
             k_init, k_run, _ = jax.random.split(jax.random.key(seed), 3)
             state = tuner.init(*self.problem.init(k_init))
             state = state._replace(hyper=state.hyper._replace(mean=start[None]))
