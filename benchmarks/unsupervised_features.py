@@ -1,7 +1,8 @@
 """What features from a learned unsupervised rule are worth with ten labels a class, beside honest baselines.
 
-Three studies: ``table`` (every method on every data set), ``step`` (the step activation, where backpropagation has no
-gradient) and ``transfer`` (deeper, wider, permuted pixels). Every method's settings and its ridge penalty are chosen on
+Four studies: ``table`` (every method on every data set), ``step`` (the step activation, where backpropagation has no
+gradient), ``transfer`` (deeper, wider, permuted pixels) and ``meta-seeds`` (rules that other meta-seeds gave, whose
+weights are in reports/unsupervised/meta_seeds). Every method's settings and its ridge penalty are chosen on
 tuning seeds; the reporting seeds draw other weights and other labels. Figures are kept as they come: a run that was
 stopped goes on where it was.
 
@@ -34,6 +35,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 OURS = "learned rule"
+STUDIES = ("table", "step", "transfer", "meta-seeds")
+META_SEEDS = Path(__file__).parents[1] / "reports" / "unsupervised" / "meta_seeds"  # a saved rule in each folder
+LEARNED_STEPS = (100, 300)
 SHOTS = 10
 PENALTIES = (1e-2, 1e-1, 1e0, 1e1, 1e2, 1e3, 1e4)
 TUNING_SEEDS = (1000, 1001, 1002)
@@ -307,8 +311,9 @@ def cells(methods, datasets):
     """What is to be measured: ``(cell, units, activation, permuted)``."""
     for dataset in datasets:
         units = DATASETS[dataset][2]
-        for method in methods["table"]:
-            yield Cell("table", dataset, "relu", method), units, "relu", False
+        for study in ("table", "meta-seeds"):
+            for method in methods[study]:
+                yield Cell(study, dataset, "relu", method), units, "relu", False
     for dataset in [d for d in datasets if d in ("digits 8x8", "MNIST 14x14")]:
         units = DATASETS[dataset][2]
         for method in methods["step"]:
@@ -410,13 +415,17 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rule", default="letters", help="a pretrained unsupervised rule, or a saved one's folder")
     parser.add_argument("--datasets", nargs="+", default=list(DATASETS), choices=list(DATASETS))
-    parser.add_argument("--studies", nargs="+", default=["table", "step", "transfer"])
+    parser.add_argument("--studies", nargs="+", choices=STUDIES, default=list(STUDIES))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("reports/unsupervised"))
     arguments = parser.parse_args()
     rule, theta = unsupervised.load(arguments.rule)
     weights = read_record(arguments.rule)["sha256"]
-    ours = {OURS: (partial(by_rule, rule, theta), grid(steps=(100, 300)))}
+    ours = {OURS: (partial(by_rule, rule, theta), grid(steps=LEARNED_STEPS))}
+    others = {
+        f"meta-seed {folder.name}": (partial(by_rule, *unsupervised.load(folder)), grid(steps=LEARNED_STEPS))
+        for folder in sorted(META_SEEDS.glob("*"))
+    }
     by_backprop = grid(rate=(1e-3, 5e-3), steps=(500,))
     by_labels = grid(rate=(1e-3, 1e-2), steps=(100, 400))
     step = {
@@ -428,6 +437,7 @@ def main():
     plain = {name: _NO_RULE[name] for name in ("hand-set rule", "random init")}
     by_hand_few = {"hand-set rule": (by_hand, grid(steps=(300,), rate=(3e-4, 1e-3), decorrelation=(0.1,)))}
     methods = {"table": ours | _NO_RULE, "step": ours | plain | step, "transfer": ours | plain | by_hand_few}
+    methods["meta-seeds"] = ours | others
 
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / "results.json"
@@ -457,9 +467,7 @@ def main():
         for row in rows:
             kept = [row[k] for k in Cell._fields]
             writer.writerow([*kept, f"{row['mean']:.4f}", f"{row['interval']:.4f}", len(row["values"]), row["chosen"]])
-    tables = [
-        line for study in ("table", "step", "transfer") for line in [f"## {study}", "", *markdown(rows, study), ""]
-    ]
+    tables = [line for study in STUDIES for line in [f"## {study}", "", *markdown(rows, study), ""]]
     (arguments.out / "tables.md").write_text("\n".join(tables))
     plot(rows, arguments.out / "table.png")
 
