@@ -4,7 +4,7 @@ K = 8 workers of 16 examples each, H = 4, 16, 64 local steps a round, equal roun
 and digits) and a character transformer (Moby Dick). The learned step was trained on other families, no convolutions
 or transformers, and never on 64 steps a round. Every hand-made method is tuned on nine settings by two seeds; all are
 reported on five others: the loss at the anchor over rounds, mean over seeds. The learned step has one local rate on all
-tasks, the best of six on three validation tasks (--validate shows it), whose data sets are none of these. With
+tasks, the best of three on three validation tasks (--validate shows it), whose data sets are none of these. With
 every method a round costs a worker the same bytes, 4 a parameter, which the upper axis counts. Results are kept method
 by method: a run that was cut off goes on. Writes reports/local_sgd/outer.json, outer.csv, outer.png:
 
@@ -32,9 +32,8 @@ from tasks.vision import image_conv, image_mlp
 WORKERS, DELAYS = 8, (4, 16, 64)
 LOCAL = (0.1, 0.3, 1.0)
 NINE = tuple(float(x) for x in np.geomspace(0.03, 3.0, 9))
-CANDIDATES = (0.03, 0.1, 0.2, 0.3, 0.5, 1.0)  # of the local rate that the learned step is left at
 OURS = "learned, untuned"
-UNTUNED = 0.1  # the learned step's local rate: the best of CANDIDATES on the validation tasks
+UNTUNED = 0.1  # the learned step's local rate: the best of LOCAL on the validation tasks
 LOOKS = {OURS: {"color": "black", "lw": 1.8}, "learned, local rate tuned": {"color": "black", "lw": 1.2, "ls": "--"}}
 REPORT = Path(__file__).parents[1] / "reports" / "local_sgd"
 
@@ -128,14 +127,14 @@ def compare(family, method, rounds):
 
 
 def validate(learned, rounds):
-    """Prints the learned step's losses on the validation tasks at each of CANDIDATES, and their mean logarithm."""
-    print("local rate", *CANDIDATES)
+    """Prints the learned step's losses on the validation tasks at each of LOCAL, and their mean logarithm."""
+    print("local rate", *LOCAL)
     logs = []
     for name, make in VALIDATION.items():
         family = make()
         run = runner(family, learned, rounds, False)
         for delay in DELAYS:
-            losses = curves(run, family.data, [(rate, 1.0) for rate in CANDIDATES], delay, range(300, 303))
+            losses = curves(run, family.data, [(rate, 1.0) for rate in LOCAL], delay, range(300, 303))
             final = losses[:, :, -5:].mean((1, 2))
             logs.append(np.log(np.minimum(final, 10)))
             print(f"{name}, H = {delay}", *(f"{x:.4g}" for x in final), flush=True)

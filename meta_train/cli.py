@@ -412,6 +412,8 @@ def _info(arguments: argparse.Namespace) -> int:
         _print_json(facts)
         return 0
     facts.pop("held_out", None)  # a table: the model card shows it
+    if facts.get("needs") == []:
+        facts["needs"] = "neither loss nor step count"
     width = max(map(len, facts))
     for name, value in facts.items():
         print(f"{name.replace('_', ' '):{width}}  {_shown(value)}")
@@ -419,10 +421,10 @@ def _info(arguments: argparse.Namespace) -> int:
 
 
 def _shown(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {_shown(inner)}" for name, inner in value.items())
     if isinstance(value, list):
-        return " and ".join(map(str, value)) or "neither loss nor step count"
+        return " and ".join(map(str, value)) or "-"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_shown(inner)}" for name, inner in value.items()) or "-"
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 

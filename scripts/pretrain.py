@@ -36,7 +36,9 @@ _LOCAL = replace(
     particle_clip=1.0,
     unroll=5,
     min_length=20,
+    max_length=100,
     told_length=0.7,
+    local_rates=[0.05, 0.3],
 )
 _FEATURES = replace(preset("unsupervised"), outer_learning_rate=3e-3)
 
@@ -56,8 +58,8 @@ STAGES: dict[str, list[Config]] = {
     "scheduler-adam": [replace(_SCHEDULER, trainable=[], rule_kwargs=_ADAM)],
     "adafac-mlp": [replace(_SHORT, rule="adafac_mlp", meta_steps=1000)],
     "outer": [
-        replace(_LOCAL, local_rates=[0.03, 1.0], max_length=200, meta_steps=2000, outer_learning_rate=5e-3),
-        replace(_LOCAL, max_length=100, meta_steps=1000, outer_learning_rate=2e-3, seed=1),
+        replace(_LOCAL, trainable=["length"], meta_steps=1500, outer_learning_rate=5e-3),
+        replace(_LOCAL, meta_steps=1300, outer_learning_rate=2e-3, seed=1),
     ],
     "letters": [
         replace(_FEATURES, suite="letters_small", particles=4, meta_steps=700),
@@ -67,9 +69,14 @@ STAGES: dict[str, list[Config]] = {
 }
 
 
-def over_flagship(folder: Path) -> Path:
-    """A fresh scheduler over the flagship's weights, saved."""
+def over_flagship(name: str, folder: Path) -> Path | None:
+    """Where a rule that is made of the flagship's weights starts from, saved; None for the others."""
+    if name not in ("flagship-auto", "outer"):
+        return None
     theta = learned_opt.load_rule("flagship")[1]
+    if name == "outer":
+        fresh = learned_opt.RULES["outer"]().init(jax.random.key(0))
+        return learned_opt.save(folder, "outer", fresh | {"direction": theta}, kwargs={})
     facts = {name: value for name, value in _AUTO.items() if name != "base"}
     kwargs, theta = scheduler.over(_AUTO["base"], theta, jax.random.key(0), **facts)
     return learned_opt.save(folder, "scheduler", theta, kwargs=kwargs)
@@ -82,8 +89,7 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, default=Path("runs/pretrain"))
     options = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", 2)
-    auto = options.name == "flagship-auto"
-    start = over_flagship(options.workdir / "flagship-auto-start") if auto else None
+    start = over_flagship(options.name, options.workdir / f"{options.name}-start")
     for number, config in enumerate(STAGES[options.name]):
         folder = options.workdir / f"{options.name}-{number}"
         if start is not None and number:  # the weights of another stage's rule may be those of other arguments
