@@ -311,7 +311,7 @@ def tuner(
 
         def validation(point: Hyper) -> jax.Array:
             fixed = (state.params, state.response, state.net_state, old.mean, scaling)
-            return sum(objectives.validation(point, *fixed, z, batch) for z in noise) / len(noise)
+            return jnp.mean(jnp.stack([objectives.validation(point, *fixed, z, batch) for z in noise]))
 
         loss, grads = jax.value_and_grad(validation)(old)
         updates, hyper_opt = tuning.update(grads, state.hyper_opt, old, value=loss)
