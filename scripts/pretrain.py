@@ -1,6 +1,6 @@
 """How the optimizers of pretrained/ were meta-trained, stage by stage, and the command that does it again.
 
-    python scripts/pretrain.py flagship [--workdir runs/pretrain]
+    python scripts/pretrain.py flagship [--workdir runs/pretrain] [--seed 0] [--stages N]
 
 Each stage goes on from the rule of the one before; a run that was cut off goes on where it was. Where a released rule
 was stopped before the end that is planned here, its model card says so.
@@ -87,17 +87,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=list(STAGES))
     parser.add_argument("--workdir", type=Path, default=Path("runs/pretrain"))
+    parser.add_argument("--seed", type=int, default=0, help="added to every stage's")
+    parser.add_argument("--stages", type=int, default=None, help="take only so many")
     options = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", 2)
     start = over_flagship(options.name, options.workdir / f"{options.name}-start")
-    for number, config in enumerate(STAGES[options.name]):
+    for number, config in enumerate(STAGES[options.name][: options.stages]):
         folder = options.workdir / f"{options.name}-{number}"
         if start is not None and number:  # the weights of another stage's rule may be those of other arguments
             theta = store.read(start)[1]
             start = learned_opt.save(
                 folder.with_name(f"{folder.name}-start"), config.rule, theta, kwargs=config.rule_kwargs
             )
-        config = replace(config, init=None if start is None else str(start))
+        config = replace(config, init=None if start is None else str(start), seed=config.seed + options.seed)
         outcome = loop.run(config, folder, resume=(folder / "config.json").exists())
         if not outcome.finished:
             raise SystemExit(f"stopped at meta-step {outcome.step}; the same command goes on from there")
