@@ -193,11 +193,12 @@ def test_loss_features_are_the_formula_s(horizon):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.floats(-1e4, 1e4, width=32), min_size=12, max_size=12))
+@given(st.lists(st.integers(-(10**6), 10**6).map(lambda x: x / 100), min_size=12, max_size=12))
 def test_loss_features_are_bounded_and_with_one_horizon_tell_new_minima(losses):
     features = np.asarray(LOSSES_100(jnp.asarray(losses, jnp.float32)))
     assert np.all(np.abs(features) <= 1)
     assert np.all(features[:2] == 0)
+    # of losses that differ by more than the rule's 1e-8, below which it does not tell a minimum from what is near it
     same = np.asarray(LOSSES_10(jnp.asarray(losses, jnp.float32)))
     assert np.all((same == 0) | (same == -1))
     assert np.all(same == same[:, :1])
