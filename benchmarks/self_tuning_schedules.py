@@ -1,6 +1,6 @@
 """Are self-tuning schedules worth more than constants? MacKay et al.'s experiment, and a schedule's replay elsewhere.
 
-A character LSTM on few windows of text, dropout of its outputs the one hyperparameter. Six arms, equal training steps:
+A character LSTM on few windows of text, dropout of its outputs the one hyperparameter. Arms of equal training steps:
 
     fixed        the best constant rate: a grid on other seeds, trained as long; and the best for the loss at the end
     Gaussian     that rate plus normal noise of .05, drawn every step
@@ -155,7 +155,9 @@ class Lab:
         seeds, rates = np.repeat(GRID_SEEDS, len(GRID)), np.tile(GRID, len(GRID_SEEDS))
         found = self.at(seeds, rates)
         means = [found[name].reshape(len(GRID_SEEDS), len(GRID)).mean(0) for name in ("valid", "last_valid")]
-        return np.stack([GRID, *means], 1)
+        grid = np.stack([GRID, *means], 1)
+        print(f"grid of constants: rate, least validation loss, at the end\n{grid}", flush=True)
+        return grid
 
 
 def best_rate(grid, column):
@@ -210,10 +212,9 @@ def grid_rows(grids):
 
 
 def schedule_arms(lab):
-    """The six arms; return results, rates by arm, and the schedules as rates [seeds, steps]."""
+    """The arms; return results, rates by arm, and the schedules as rates [seeds, steps]."""
     grid = lab.grid_of_constants()
     best, best_end = best_rate(grid, 1), best_rate(grid, 2)
-    print(f"grid of constants: rate, least validation loss, at the end\n{grid}; best {best}, {best_end}", flush=True)
     seeds, steps = np.asarray(SEEDS), np.arange(lab.steps)
     hyper_rate, hyper_grid = lab.best_hyper_rate()
     print(f"grid of Delta-STN's rates for l, validation loss: {hyper_grid}; best {hyper_rate}", flush=True)
@@ -291,7 +292,7 @@ def study_replay(steps):
         rows += rows_of(moved[model], rates, model=model)
         write("replay", rows)
         write("grid", grid_rows(grids))
-        print(f"{model}; grid of constants: rate, least validation loss, at the end\n{grids[model]}")
+        print(model)
         table(moved[model], "best constant there")
     plot_replay(moved)
 

@@ -37,7 +37,6 @@ import matplotlib.pyplot as plt
 OURS = "learned rule"
 STUDIES = ("table", "step", "transfer", "meta-seeds")
 META_SEEDS = Path(__file__).parents[1] / "reports" / "unsupervised" / "meta_seeds"  # a saved rule in each folder
-LEARNED_STEPS = (100, 300)
 SHOTS = 10
 PENALTIES = (1e-2, 1e-1, 1e0, 1e1, 1e2, 1e3, 1e4)
 TUNING_SEEDS = (1000, 1001, 1002)
@@ -295,6 +294,11 @@ def read_out(features, p: Problem) -> dict[float, float]:
     return values
 
 
+def learned(name: str | Path) -> tuple[Callable, list[dict]]:
+    """A learned rule as a method, and its settings."""
+    return partial(by_rule, *unsupervised.load(name)), grid(steps=(100, 300))
+
+
 # --- studies
 
 
@@ -419,13 +423,9 @@ def main():
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("reports/unsupervised"))
     arguments = parser.parse_args()
-    rule, theta = unsupervised.load(arguments.rule)
     weights = read_record(arguments.rule)["sha256"]
-    ours = {OURS: (partial(by_rule, rule, theta), grid(steps=LEARNED_STEPS))}
-    others = {
-        f"meta-seed {folder.name}": (partial(by_rule, *unsupervised.load(folder)), grid(steps=LEARNED_STEPS))
-        for folder in sorted(META_SEEDS.glob("*"))
-    }
+    ours = {OURS: learned(arguments.rule)}
+    others = {f"meta-seed {folder.name}": learned(folder) for folder in sorted(META_SEEDS.glob("*"))}
     by_backprop = grid(rate=(1e-3, 5e-3), steps=(500,))
     by_labels = grid(rate=(1e-3, 1e-2), steps=(100, 400))
     step = {

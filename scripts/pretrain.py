@@ -69,17 +69,21 @@ STAGES: dict[str, list[Config]] = {
 }
 
 
-def over_flagship(name: str, folder: Path) -> Path | None:
-    """Where a rule that is made of the flagship's weights starts from, saved; None for the others."""
-    if name not in ("flagship-auto", "outer"):
-        return None
+def scheduled_flagship(folder: Path) -> Path:
+    """A fresh scheduler over the flagship's weights, saved."""
     theta = learned_opt.load_rule("flagship")[1]
-    if name == "outer":
-        fresh = learned_opt.RULES["outer"]().init(jax.random.key(0))
-        return learned_opt.save(folder, "outer", fresh | {"direction": theta}, kwargs={})
     facts = {name: value for name, value in _AUTO.items() if name != "base"}
     kwargs, theta = scheduler.over(_AUTO["base"], theta, jax.random.key(0), **facts)
     return learned_opt.save(folder, "scheduler", theta, kwargs=kwargs)
+
+
+def outer_flagship(folder: Path) -> Path:
+    """A fresh length of steps beside the flagship's direction, saved."""
+    theta = learned_opt.RULES["outer"]().init(jax.random.key(0))
+    return learned_opt.save(folder, "outer", theta | {"direction": learned_opt.load_rule("flagship")[1]}, kwargs={})
+
+
+STARTS = {"flagship-auto": scheduled_flagship, "outer": outer_flagship}  # the others start fresh
 
 
 def main() -> None:
@@ -91,9 +95,10 @@ def main() -> None:
     parser.add_argument("--stages", type=int, default=None, help="take only so many")
     options = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", 2)
-    start = over_flagship(options.name, options.workdir / f"{options.name}-start")
+    workdir = options.workdir / f"seed-{options.seed}" if options.seed else options.workdir
+    start = STARTS[options.name](workdir / f"{options.name}-start") if options.name in STARTS else None
     for number, config in enumerate(STAGES[options.name][: options.stages]):
-        folder = options.workdir / f"{options.name}-{number}"
+        folder = workdir / f"{options.name}-{number}"
         if start is not None and number:  # the weights of another stage's rule may be those of other arguments
             theta = store.read(start)[1]
             start = learned_opt.save(

@@ -25,6 +25,13 @@ SCHEDULES: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
+def scheduled(name: str, step: jax.Array, num_steps: Any, dtype) -> jax.Array:
+    """The factor of a fixed schedule after ``step`` of ``num_steps`` updates; 1 where that is ``None`` or 0."""
+    total = jnp.asarray(0 if num_steps is None else num_steps)
+    done = jnp.minimum(step / jnp.maximum(total, 1), 1).astype(dtype)
+    return jnp.where(total > 0, SCHEDULES[name](done), 1)
+
+
 class SchedulerState(NamedTuple):
     """State of the rule ``scheduler``.
 
@@ -116,10 +123,7 @@ def scheduler(
             read = jnp.concatenate([recurrent.run_embedding(state.step, num_steps, losses.dtype), losses])
             memory = recurrent.pooled_lstm(layers, read[None], state.memory)
             scale = rate * jnp.exp(recurrent.linear(layers["step_size"], memory.hidden)[0, 0])
-            if num_steps is not None:
-                total = jnp.asarray(num_steps)
-                done = jnp.minimum(state.step / jnp.maximum(total, 1), 1).astype(scale.dtype)
-                scale = jnp.where(total > 0, SCHEDULES[schedule](done), 1) * scale
+            scale = scale * scheduled(schedule, state.step, num_steps, scale.dtype)
             updates, inner_state = transform.update(updates, state.base, params, value=value, **extra_args)
             updates = jax.tree.map(lambda u: (scale.astype(ft.compute_dtype(u.dtype)) * u).astype(u.dtype), updates)
             return updates, SchedulerState(optax.safe_increment(state.step), loss, memory, inner_state)

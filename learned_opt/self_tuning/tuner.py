@@ -107,9 +107,10 @@ def _where(condition: jax.Array, yes: Any, no: Any) -> Any:
 
 
 def balanced(noise: jax.Array) -> tuple[jax.Array, ...]:
-    """Perturbations like ``noise`` whose sum is 0: the second half of the rows mirrors the first, one row both ways.
+    """Perturbations like ``noise`` whose sum is 0: the second half of the rows mirrors the first, one vector both ways.
 
-    The first-order part of the validation loss then adds no noise to its gradient.
+    Of an odd number of rows one is left over. The first-order part of the validation loss then adds no noise to its
+    gradient.
     """
     if noise.ndim == 1:
         return noise, -noise
