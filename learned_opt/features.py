@@ -172,16 +172,16 @@ def _means(g: jax.Array, axes: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
     """Means of ``g^2 + 1e-30`` of a large matrix over ``d0`` and over ``d1``, by blocks: ``g^2`` is never stored."""
     rows = max(1, _BLOCK // g.shape[1])
 
-    def add(total, block):
+    def add(total, start, rows=rows):
+        block = jax.lax.dynamic_slice_in_dim(g, start, rows)
         square = block * block + jnp.asarray(1e-30, g.dtype)
         return total + jnp.sum(square, 0, keepdims=True), jnp.mean(square, 1, keepdims=True)
 
-    count = g.shape[0] // rows
-    blocks = g[: count * rows].reshape(count, rows, -1)
-    total, means = jax.lax.scan(add, jnp.zeros_like(g[:1]), blocks)
+    count, rest = divmod(g.shape[0], rows)
+    total, means = jax.lax.scan(add, jnp.zeros_like(g[:1]), rows * jnp.arange(count))
     means = means.reshape(-1, 1)
-    if g.shape[0] % rows:
-        total, tail = add(total, g[count * rows :])
+    if rest:
+        total, tail = add(total, count * rows, rest)
         means = jnp.concatenate([means, tail])
     along_rows, along_columns = means, total / g.shape[0]
     return (along_rows, along_columns) if axes == (0, 1) else (along_columns, along_rows)

@@ -25,7 +25,9 @@ def run(deltas, theta=THETA, num_steps=None):
 
 
 def deltas(scale=0.1, count=3):
-    return [jax.tree.map(lambda p, t=t: scale * jnp.cos(3 * p + t), PARAMS) for t in range(count)]
+    """Of full rank: they determine their singular vectors."""
+    keys = jax.random.split(jax.random.key(1), count)
+    return [jax.tree.map(lambda p, key=key: scale * jax.random.normal(key, p.shape), PARAMS) for key in keys]
 
 
 def with_offset(theta, offset):

@@ -127,7 +127,7 @@ def adafac_mlp(*, hidden_size: int = 4) -> LearnedOptimizer:
         else:
             inputs, more = (g, p, m, r, R, C, list(row), []), {"order": _VECTOR_ORDER}
             layers = without_factors(layers, 13)
-        u = step_of(whole_tensor_mlp(columns, inputs, layers, eps=_EPS, outputs=2, **more))
+        (u,) = whole_tensor_mlp(columns, inputs, layers, eps=_EPS, outputs=2, finish=step_of, **more)
         return u.astype(gradient.dtype), *m, r, row, col
 
     def build(theta, num_steps=None):

@@ -12,6 +12,7 @@ Written so that XLA's CPU compiler emits one fused loop for the whole network an
 - :func:`once` ends what must be computed once and stored.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -33,6 +34,7 @@ _LANES = 8  # a loop over rows of another length wastes much of the vector unit
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 Features = Callable[..., list[jax.Array]]
+Finish = Callable[[list[jax.Array]], list[jax.Array]]
 
 
 class Layers(NamedTuple):
@@ -207,9 +209,9 @@ def _by_rows(function: Callable[..., list[jax.Array]], inputs: tuple, shape: tup
     return whole
 
 
-@jax.custom_jvp
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _network_of_sums(
-    columns: list[jax.Array], extra: list[jax.Array], layers: Layers, zero: jax.Array
+    finish: Finish, columns: list[jax.Array], extra: list[jax.Array], layers: Layers, zero: jax.Array
 ) -> list[jax.Array]:
     """The network as sums of scalar x array: one fused loop."""
     extra = [once(x, zero) for x in extra]
@@ -221,13 +223,13 @@ def _network_of_sums(
     h = _layer(w, columns, biases)
     for w, b in (*layers.hidden, layers.last):
         h = _layer(w, [jax.nn.relu(x) for x in h], _scalars(b))
-    return [once(x, zero) for x in h]
+    return [once(x, zero) for x in finish(h)]
 
 
 @_network_of_sums.defjvp
-def _network_of_sums_jvp(primals, tangents):
+def _network_of_sums_jvp(finish, primals, tangents):
     # derivatives of the sums would be a reduction for every single weight
-    return jax.jvp(_network_of_products, primals[:3], tangents[:3])
+    return jax.jvp(lambda *primals: finish(_network_of_products(*primals)), primals[:3], tangents[:3])
 
 
 def column_mlp(
@@ -237,6 +239,7 @@ def column_mlp(
     *,
     eps: float,
     outputs: int = 1,
+    finish: Finish = list,
     order: Sequence[int] | None = None,
     squares: Callable[..., Squares] | None = None,
 ) -> list[jax.Array]:
@@ -251,15 +254,16 @@ def column_mlp(
         layers: the network, one row of ``first`` per column; of meta-parameters that went through :func:`settle`.
         eps: see above.
         outputs: how many of the last layer's outputs to compute.
+        finish: what is made of them, element by element: where they are made, so that they need not be stored.
         order: the columns in an order that puts those with costly common parts (a root) next to each other.
         squares: the columns' squares, where they are cheaper than the columns are: ``(*inputs) -> pairs`` as
             :func:`learned_opt.features.factored_squares`.
 
     Returns:
-        ``outputs`` arrays of the tensor's shape.
+        ``finish`` of ``outputs`` arrays, each of the tensor's shape.
     """
-    shape, dtype = inputs[0].shape, inputs[0].dtype
-    shapes = [c.shape for c in jax.eval_shape(features, *inputs)]
+    made = jax.eval_shape(features, *inputs)
+    shape, shapes, dtype = inputs[0].shape, [c.shape for c in made], made[0].dtype
     full = [i for i in order or range(len(shapes)) if i < len(shapes) and shapes[i] == shape]
 
     def terms(*block):
@@ -284,14 +288,14 @@ def column_mlp(
     layers = Layers((folded, b), layers.hidden, (w[:, :outputs], c[:outputs]))
     columns = [columns[i] for i in full]
     if b.size >= _WIDE:
-        if not _block_rows(shape):
-            return _network_of_products(columns, extra, layers)
+        if len(shape) != 2 or math.prod(shape) < 4 * _BLOCK_OF_PRODUCTS:
+            return finish(_network_of_products(columns, extra, layers))
         return _by_rows(
-            lambda *block: _network_of_products([features(*block[:-1])[i] for i in full], block[-1], layers),
+            lambda *block: finish(_network_of_products([features(*block[:-1])[i] for i in full], block[-1], layers)),
             (*inputs, extra),
             shape,
         )
     if is_short(shape):
         columns = [c.reshape(-1) for c in columns]
         extra = [spread(x, shape).reshape(b.size, -1) for x in extra]
-    return [x.reshape(shape) for x in _network_of_sums(columns, extra, layers, zero)]
+    return [x.reshape(shape) for x in _network_of_sums(finish, columns, extra, layers, zero)]

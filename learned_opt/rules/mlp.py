@@ -40,10 +40,10 @@ def columns(g, p, m) -> list[jax.Array]:
     return [g, p, *m]
 
 
-def step_of(outputs: list[jax.Array]) -> jax.Array:
-    """The update ``-.001 d exp(.001 a)`` of a network's outputs ``d`` and ``a``."""
-    d, a = outputs
-    return -_STEP * d * jnp.exp(_STEP * a)
+def step_of(outputs: list[jax.Array]) -> list[jax.Array]:
+    """The update ``-.001 d exp(.001 a)`` of a network's first outputs ``d`` and ``a``, and the other outputs."""
+    d, a, *others = outputs
+    return [-_STEP * d * jnp.exp(_STEP * a), *others]
 
 
 def mlp(*, hidden_size: int = 32) -> LearnedOptimizer:
@@ -82,10 +82,13 @@ def mlp(*, hidden_size: int = 32) -> LearnedOptimizer:
     @jax.jit  # traced once for all tensors of a shape
     def update_tensor(theta, t, gradient, p, *accumulators):
         dtype = ft.compute_dtype(p.dtype)
-        g, p = ft.clean(gradient, _LIMIT, dtype), p.astype(dtype)
-        m = [ft.ema(x, g, b) for x, b in zip(accumulators, MOMENTUM, strict=True)]
+        m = [ft.ema(x, ft.clean(gradient, _LIMIT, dtype), b) for x, b in zip(accumulators, MOMENTUM, strict=True)]
         layers = with_time(network(theta), t, COLUMNS)
-        u = step_of(whole_tensor_mlp(columns, (g, p, m), layers, eps=_EPS, outputs=2))
+
+        def columns_of(gradient, p, m):  # cleaned where it is read: the clean gradient need not be stored
+            return columns(ft.clean(gradient, _LIMIT, dtype), p.astype(dtype), m)
+
+        (u,) = whole_tensor_mlp(columns_of, (gradient, p, m), layers, eps=_EPS, outputs=2, finish=step_of)
         return u.astype(gradient.dtype), *m
 
     def build(theta, num_steps=None):

@@ -242,9 +242,8 @@ def rnn_mlp(*, lstm_size: int = 64, hidden_size: int = 32) -> LearnedOptimizer:
         facts = jnp.stack([tensors - 1, jnp.log(norm(p) + 1e-8), jnp.log(jnp.asarray(float(p.size), dtype))])
         context = jnp.concatenate([times.astype(dtype), facts, linear(theta["to_mlp"], memory.hidden)[0]])
         layers = with_context(network(theta["mlp"]), context)
-        outputs = whole_tensor_mlp(columns, (g, p, m, r), layers, eps=_EPS, outputs=2 + _TO_LSTM)
-        u = step_of(outputs[:2])
-        return u.astype(gradient.dtype), *m, *r, jnp.stack([jnp.mean(x) for x in outputs[2:]]), memory
+        u, *to_lstm = whole_tensor_mlp(columns, (g, p, m, r), layers, eps=_EPS, outputs=2 + _TO_LSTM, finish=step_of)
+        return u.astype(gradient.dtype), *m, *r, jnp.stack([jnp.mean(x) for x in to_lstm]), memory
 
     def build(theta, num_steps=None):
         del num_steps

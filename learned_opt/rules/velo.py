@@ -116,15 +116,19 @@ def update_tensor(gradient: jax.Array, given: tuple, *accumulators: jax.Array):
     r = ft.ema(r, g * g, RMS)
     row, col = ft.factored_update(row, col, g, FACTORED)
     R, C = scale_lists(row, col, shape)
-    apply = functools.partial(whole_tensor_mlp, eps=_EPS, outputs=2, order=ft.FACTORED_COLUMNS_ORDER)
+    apply = functools.partial(whole_tensor_mlp, eps=_EPS, outputs=2, finish=_direction, order=ft.FACTORED_COLUMNS_ORDER)
     if p.ndim >= 2:
         inputs = (g, p, m, r, R, C, list(row), list(col))
-        d, a = apply(matrix_columns, inputs, network(weights), squares=matrix_squares)
+        (d,) = apply(matrix_columns, inputs, network(weights), squares=matrix_squares)
     else:
-        d, a = apply(vector_columns, (g, p, m, r, R, list(row)), without_factors(network(weights), 15))
+        (d,) = apply(vector_columns, (g, p, m, r, R, list(row)), without_factors(network(weights), 15))
     scale = multiplier.astype(dtype) * _STEP * jnp.sqrt(jnp.mean(p * p) + 1e-9)
-    u = -scale * d * jnp.exp(_STEP * a)
-    return u.astype(gradient.dtype), *m, r, row, col
+    return (-scale * d).astype(gradient.dtype), *m, r, row, col
+
+
+def _direction(outputs: list[jax.Array]) -> list[jax.Array]:
+    d, a = outputs
+    return [d * jnp.exp(_STEP * a)]
 
 
 def start_state(params: optax.Params, memory: LSTMState) -> VeloState:
