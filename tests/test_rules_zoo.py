@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import learned_opt
 from learned_opt import RULES
 from learned_opt.describe import describe
-from learned_opt.rules import parts, recurrent
+from learned_opt.rules import column_mlp, parts, recurrent
 from learned_opt.rules.adafac_mlp import adafac_mlp, decays
 from learned_opt.rules.celo import celo
 from learned_opt.rules.mlp import mlp
@@ -538,7 +538,7 @@ def test_the_first_phase_of_celo_needs_no_scheduler():
     np.testing.assert_allclose(u, v, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["adafac_mlp", "velo"])
+@pytest.mark.parametrize("name", ["adafac_mlp", "mlp", "velo"])
 def test_memory_of_a_large_update_is_that_of_its_result(name):
     p = jnp.zeros((1024, 1024))
     rule = RULES[name]()
@@ -550,3 +550,16 @@ def test_memory_of_a_large_update_is_that_of_its_result(name):
 
     compiled = jax.jit(step, donate_argnums=(0, 1)).lower(p, tx.init(p), p).compile()
     assert compiled.memory_analysis().temp_size_in_bytes <= 8 * p.size
+
+
+def test_blocks_of_rows_give_what_the_whole_matrix_does(monkeypatch):
+    p = jax.random.normal(jax.random.key(0), (150, 256))  # nine blocks of 16 rows, and six more rows
+
+    def update():
+        rule = mlp()  # traced anew
+        tx = rule.build(rule.init(jax.random.key(1)))
+        return jax.jit(lambda p: tx.update(p, tx.init(p), p)[0])(p)
+
+    by_blocks = update()
+    monkeypatch.setattr(column_mlp, "_BLOCK_OF_PRODUCTS", p.size)
+    np.testing.assert_allclose(by_blocks, update(), rtol=1e-5, atol=1e-8)

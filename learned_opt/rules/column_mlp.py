@@ -194,19 +194,20 @@ def _network_of_products(columns: list[jax.Array], extra: list[jax.Array], layer
 
 
 def _by_rows(function: Callable[..., list[jax.Array]], inputs: tuple, shape: tuple[int, ...]) -> list[jax.Array]:
-    """``function(*inputs)``, arrays of a large matrix's shape, by blocks of rows small enough for their layers."""
-    rows = max(1, _BLOCK_OF_PRODUCTS // shape[1])
+    """``function(*inputs)``, arrays of a matrix's shape, by blocks of rows small enough for their layers.
 
-    def block(start, count):
-        return function(*jax.tree.map(lambda x: _rows(x, start, count), inputs))
+    The last block begins where it ends with the matrix: some of its rows are computed twice.
+    """
+    rows = min(shape[0], max(1, _BLOCK_OF_PRODUCTS // shape[1]))
 
-    count = shape[0] // rows
-    _, blocks = jax.lax.scan(lambda none, start: (none, block(start, rows)), None, rows * jnp.arange(count))
-    whole = [x.reshape(count * rows, shape[1]) for x in blocks]
-    if shape[0] % rows:
-        rest = block(count * rows, shape[0] % rows)
-        whole = [jnp.concatenate([x, y]) for x, y in zip(whole, rest, strict=True)]
-    return whole
+    def add(wholes, start):
+        block = function(*jax.tree.map(lambda x: _rows(x, start, rows), inputs))
+        update = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=0)
+        return [update(whole, x) for whole, x in zip(wholes, block, strict=True)], None
+
+    made = jax.eval_shape(function, *inputs)
+    starts = jnp.minimum(rows * jnp.arange(-(-shape[0] // rows)), shape[0] - rows)
+    return jax.lax.scan(add, [jnp.zeros_like(inputs[0], x.dtype) for x in made], starts)[0]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
