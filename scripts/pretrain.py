@@ -48,7 +48,7 @@ STAGES: dict[str, list[Config]] = {
         replace(_CPU, **_PLAIN, meta_steps=8000),
         replace(_CPU, meta_steps=1400, suite="standard"),
         replace(_CPU, meta_steps=5000),
-        replace(_CPU, rule="celo2_soap", rule_kwargs={}, meta_steps=0),  # the same weights in SOAP's coordinates
+        replace(_CPU, rule="celo2_soap", rule_kwargs={}, meta_steps=2000, outer_learning_rate=1.5e-3, seed=7),
     ],
     "flagship-auto": [
         replace(_SCHEDULER, rule_kwargs=_AUTO),
