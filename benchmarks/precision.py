@@ -147,24 +147,23 @@ def variant(tx, name):
 
 def plot(rows, path):
     tasks, optimizers = (list(dict.fromkeys(row[k] for row in rows)) for k in ("task", "optimizer"))
-    figure, axes = plt.subplots(1, len(tasks), figsize=(3.2 * len(tasks), 3.6), sharey=True, layout="constrained")
+    shape = {"figsize": (3 * len(tasks), 3.6), "sharex": True, "sharey": True}
+    figure, axes = plt.subplots(1, len(tasks), **shape, layout="constrained")
     names = [name for name in VARIANTS if name != "float32"]
     for ax, task in zip(axes, tasks, strict=True):
         for i, (optimizer, color) in enumerate(zip(optimizers, ("#555555", "#1b7fbd", "#d1711f"), strict=False)):
             found = {row["variant"]: row for row in rows if row["task"] == task and row["optimizer"] == optimizer}
             y = np.arange(len(names)) + 0.25 * (i - (len(optimizers) - 1) / 2)
-            ratio = np.array([found[name]["ratio"] for name in names])
-            error = np.array([found[name]["log_error"] for name in names])
-            ends = np.abs(ratio * np.exp(np.stack([-2 * error, 2 * error])) - ratio)
-            ax.errorbar(ratio, y, xerr=ends, fmt="o", ms=4, color=color, lw=1.2, label=optimizer)
-        ax.axvline(1, color="#bbbbbb", lw=1, zorder=0)
+            more = 100 * np.log([found[name]["ratio"] for name in names])
+            error = 100 * np.array([found[name]["log_error"] for name in names])
+            ax.errorbar(more, y, xerr=2 * error, fmt="o", ms=4, color=color, lw=1.2, label=optimizer)
+        ax.axvline(0, color="#bbbbbb", lw=1, zorder=0)
         ax.set_title(task, fontsize=8)
-        ax.set_xscale("log")
         ax.set_yticks(range(len(names)), names)
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].invert_yaxis()
     axes[-1].legend(frameon=False, fontsize=8)
-    figure.supxlabel("training loss at the end over that of float32 (bars: two standard errors)", fontsize=9)
+    figure.supxlabel("training loss at the end, % above that of float32 (bars: two standard errors)", fontsize=9)
     figure.savefig(path, dpi=150)
 
 
