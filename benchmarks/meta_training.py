@@ -14,7 +14,7 @@ import resource
 import time
 from pathlib import Path
 
-# One device a core, and one thread a device, as `learned-opt train` sets it, for both.
+# One device a core, one thread a device and the widest vectors, as `learned-opt train` sets it, for both.
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
 
 import jax
@@ -26,6 +26,7 @@ import learned_opt
 from meta_train.estimators import pes
 from meta_train.learners import task_learner
 from meta_train.trainer import AXIS, begin, make_mesh, make_trainer, place
+from meta_train.vectors import use_widest
 from tasks.vision import image_mlp
 
 UNROLL = 50
@@ -105,6 +106,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", type=Path, default=Path("reports/meta_training.json"))
     arguments = parser.parse_args()
+    use_widest()
     jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
     rows = []
     for batch in (64, 128):

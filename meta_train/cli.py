@@ -20,6 +20,7 @@ from learned_opt.describe import describe
 from learned_opt.unsupervised.rule import RULES as UNSUPERVISED
 
 from . import config as configs
+from . import vectors
 from .config import Config, ConfigError
 
 _EXTRA = "pip install 'learned-opt[train]'"
@@ -194,6 +195,7 @@ def _train(arguments: argparse.Namespace) -> int:
         )  # a mistake there must not wait for the end of the run
     workdir = arguments.workdir or Path("runs") / f"{arguments.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     _use_cores(arguments.devices, config.particles)
+    vectors.use_widest()
     _keep_compiled()
     if arguments.distributed:
         _join(arguments)

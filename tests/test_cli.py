@@ -13,7 +13,7 @@ import pytest
 import tensorboardX  # noqa: F401  (imported here: its deprecation warnings are not the command line's)
 
 import learned_opt
-from meta_train import cli
+from meta_train import cli, vectors
 from tasks import suites
 from tasks.synthetic import quadratic, rosenbrock
 
@@ -183,7 +183,7 @@ def test_without_the_extra_train(tmp_path):
 def test_what_one_command_compiled_the_next_reads(tmp_path):
     program = """
 import jax, logging
-from meta_train import cli
+from meta_train import cli, vectors
 cli._keep_compiled()
 logging.basicConfig(level=logging.DEBUG)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
@@ -201,3 +201,21 @@ print(jax.jit(lambda x: x * 3)(2.0))
 
     assert [run(), run()] == [False, True]
     assert list((tmp_path / "data" / "compiled").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("flags", "cpu", "wanted"),
+    [
+        ("", "flags : fpu avx512f avx2", "--xla_cpu_prefer_vector_width=512"),
+        ("--other", "flags : fpu avx512f", "--other --xla_cpu_prefer_vector_width=512"),
+        ("--xla_cpu_prefer_vector_width=128", "flags : avx512f", "--xla_cpu_prefer_vector_width=128"),
+        ("--other", "flags : avx2 avx512fp16", "--other"),
+        ("--other", None, "--other"),
+    ],
+)
+def test_the_widest_vectors_are_used_where_they_are_there(flags, cpu, wanted, tmp_path, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    if cpu is not None:
+        (tmp_path / "cpuinfo").write_text(cpu)
+    vectors.use_widest(tmp_path / "cpuinfo")
+    assert os.environ["XLA_FLAGS"] == wanted
