@@ -9,7 +9,7 @@ _WIDTH = "xla_cpu_prefer_vector_width"
 def use_widest(cpuinfo: Path = Path("/proc/cpuinfo")) -> None:
     """Sets ``XLA_FLAGS`` to the full width of AVX-512, of which XLA takes half unless told; a width given there stays.
 
-    Meta-training of small networks makes a sixth to a fifth more steps a second with it
+    Meta-training of small networks makes a tenth to a fifth more steps a second with it
     (``benchmarks/meta_training.py``, AMD Zen 5). To be called before JAX's first use of a device.
 
     Args:
