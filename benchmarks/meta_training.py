@@ -14,19 +14,16 @@ import resource
 import time
 from pathlib import Path
 
-# One device a core, one thread a device and the widest vectors, as `learned-opt train` sets it, for both.
-os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
-
 import jax
 import numpy as np
 import optax
 from jax.sharding import PartitionSpec
 
 import learned_opt
+from meta_train import xla_flags
 from meta_train.estimators import pes
 from meta_train.learners import task_learner
 from meta_train.trainer import AXIS, begin, make_mesh, make_trainer, place
-from meta_train.vectors import use_widest
 from tasks.vision import image_mlp
 
 UNROLL = 50
@@ -106,7 +103,8 @@ def main():
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", type=Path, default=Path("reports/meta_training.json"))
     arguments = parser.parse_args()
-    use_widest()
+    xla_flags.one_thread_a_device()  # as `learned-opt train` does, for both
+    xla_flags.widest_vectors()
     jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
     rows = []
     for batch in (64, 128):

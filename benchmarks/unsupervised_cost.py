@@ -5,16 +5,14 @@ taskset -c 0 python benchmarks/unsupervised_cost.py --out reports/unsupervised/c
 
 import argparse
 import json
-import os
 import time
 from pathlib import Path
-
-os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
 
 import jax
 import jax.numpy as jnp
 
 from learned_opt import unsupervised
+from meta_train import xla_flags
 from meta_train.estimators import ESTIMATORS
 from meta_train.unsupervised import feature_learner
 from tasks.representation import suite
@@ -39,6 +37,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
+    xla_flags.one_thread_a_device()
     rule = unsupervised.unsupervised()
     theta = rule.init_theta(jax.random.key(0))
     (entry,) = suite("letters_small")

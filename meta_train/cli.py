@@ -20,11 +20,10 @@ from learned_opt.describe import describe
 from learned_opt.unsupervised.rule import RULES as UNSUPERVISED
 
 from . import config as configs
-from . import vectors
+from . import xla_flags
 from .config import Config, ConfigError
 
 _EXTRA = "pip install 'learned-opt[train]'"
-_THREADS = "xla_cpu_multi_thread_eigen"
 _COMPILED = 1 << 30  # bytes of compiled programs that are kept, the latest used
 
 
@@ -195,7 +194,7 @@ def _train(arguments: argparse.Namespace) -> int:
         )  # a mistake there must not wait for the end of the run
     workdir = arguments.workdir or Path("runs") / f"{arguments.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     _use_cores(arguments.devices, config.particles)
-    vectors.use_widest()
+    xla_flags.widest_vectors()
     _keep_compiled()
     if arguments.distributed:
         _join(arguments)
@@ -501,9 +500,8 @@ def _use_cores(devices: int | None, particles: int | None = None) -> None:
         raise UsageError(f"--devices must be at least 1, not {devices}")
     number = devices or max(n for n in range(1, cores + 1) if (particles or cores) % n == 0)
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # LAPACK's threads would fight the devices' for the cores
-    flags = os.environ.get("XLA_FLAGS", "")
-    if number >= cores and _THREADS not in flags:  # likewise those of single operations
-        os.environ["XLA_FLAGS"] = f"{flags} --{_THREADS}=false".strip()
+    if number >= cores:
+        xla_flags.one_thread_a_device()
     jax.config.update("jax_num_cpu_devices", number)
 
 

@@ -141,7 +141,7 @@ def pretrained(name_or_path: str) -> Contender:
 
 
 def fingerprint(contender: Contender, num_steps: int) -> str:
-    """The SHA-256 of what a contender computes, its meta-parameters included: its program on a few small tensors.
+    """The SHA-256 of what a contender computes, its meta-parameters included: its program on some tensors.
 
     Args:
         contender: any.
@@ -150,7 +150,9 @@ def fingerprint(contender: Contender, num_steps: int) -> str:
     Returns:
         The hash; its name, grid and default are not part of it.
     """
-    params = {str(rank): jnp.ones((5, 3, 4, 2)[:rank]) for rank in range(5)}
+    # every rank, then sides and a size beyond which an optimizer may do something else
+    shapes = [*((5, 3, 4, 2)[:rank] for rank in range(5)), *((2**k + 1, 2) for k in range(5, 13)), (600, 600)]
+    params = {str(shape): jnp.ones(shape) for shape in shapes}
 
     def update(rate, grads, state, loss):
         transform = optax.with_extra_args_support(contender.make(rate, num_steps))

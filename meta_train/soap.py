@@ -26,7 +26,7 @@ def soap(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     every: int = 10,
-    max_dim: int = 256,
+    max_dim: int = 1024,
 ) -> optax.GradientTransformation:
     r"""Adam in the eigenbasis of Shampoo's preconditioner.
 

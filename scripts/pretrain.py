@@ -7,17 +7,14 @@ was stopped before the end that is planned here, its model card says so.
 """
 
 import argparse
-import os
 from pathlib import Path
-
-os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")  # one thread a device, one device a core
 
 import jax
 
 import learned_opt
 from learned_opt import store
 from learned_opt.rules import scheduler
-from meta_train import loop
+from meta_train import loop, xla_flags
 from meta_train.config import Config, preset, replace
 
 _CPU = replace(preset("cpu"), bench_suite="")
@@ -48,6 +45,7 @@ STAGES: dict[str, list[Config]] = {
         replace(_CPU, **_PLAIN, meta_steps=8000),
         replace(_CPU, meta_steps=1400, suite="standard"),
         replace(_CPU, meta_steps=5000),
+        # the same weights in SOAP's coordinates
         replace(_CPU, rule="celo2_soap", rule_kwargs={}, meta_steps=2000, outer_learning_rate=1.5e-3, seed=7),
     ],
     "flagship-auto": [
@@ -94,6 +92,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="added to every stage's")
     parser.add_argument("--stages", type=int, default=None, help="take only so many")
     options = parser.parse_args()
+    xla_flags.one_thread_a_device()
+    xla_flags.widest_vectors()
     jax.config.update("jax_num_cpu_devices", 2)
     workdir = options.workdir / f"seed-{options.seed}" if options.seed else options.workdir
     start = STARTS[options.name](workdir / f"{options.name}-start") if options.name in STARTS else None

@@ -11,6 +11,7 @@ import pytest
 from meta_train import benchmark, cache, contenders, measures, timing
 from meta_train.benchmark import Plan, run_suite
 from meta_train.contenders import Contender
+from meta_train.soap import soap
 from tasks.suites import Entry
 from tasks.synthetic import quadratic
 
@@ -148,6 +149,13 @@ def test_a_contenders_meta_parameters_are_in_its_key():
 
     one, same, other = (contenders.fingerprint(scaled(jnp.asarray(s)), 10) for s in (1.0, 1.0, 1.0 + 1e-7))
     assert one == same != other
+
+
+def test_what_an_optimizer_does_with_long_sides_is_in_its_key():
+    def rotating(max_dim):
+        return Contender("soap", lambda rate, num_steps: soap(rate, max_dim=max_dim), ())
+
+    assert len({contenders.fingerprint(rotating(max_dim), 10) for max_dim in (256, 512, 1024, 2048)}) == 4
 
 
 def test_contents_tell_arrays_apart():

@@ -13,7 +13,7 @@ import pytest
 import tensorboardX  # noqa: F401  (imported here: its deprecation warnings are not the command line's)
 
 import learned_opt
-from meta_train import cli, vectors
+from meta_train import cli, xla_flags
 from tasks import suites
 from tasks.synthetic import quadratic, rosenbrock
 
@@ -183,7 +183,7 @@ def test_without_the_extra_train(tmp_path):
 def test_what_one_command_compiled_the_next_reads(tmp_path):
     program = """
 import jax, logging
-from meta_train import cli, vectors
+from meta_train import cli
 cli._keep_compiled()
 logging.basicConfig(level=logging.DEBUG)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
@@ -217,5 +217,5 @@ def test_the_widest_vectors_are_used_where_they_are_there(flags, cpu, wanted, tm
     monkeypatch.setenv("XLA_FLAGS", flags)
     if cpu is not None:
         (tmp_path / "cpuinfo").write_text(cpu)
-    vectors.use_widest(tmp_path / "cpuinfo")
+    xla_flags.widest_vectors(tmp_path / "cpuinfo")
     assert os.environ["XLA_FLAGS"] == wanted

@@ -82,11 +82,12 @@ def mlp(*, hidden_size: int = 32) -> LearnedOptimizer:
     @jax.jit  # traced once for all tensors of a shape
     def update_tensor(theta, t, gradient, p, *accumulators):
         dtype = ft.compute_dtype(p.dtype)
-        m = [ft.ema(x, ft.clean(gradient, _LIMIT, dtype), b) for x, b in zip(accumulators, MOMENTUM, strict=True)]
+        clean = functools.partial(ft.clean, limit=_LIMIT, dtype=dtype)
+        m = [ft.ema(x, clean(gradient), b) for x, b in zip(accumulators, MOMENTUM, strict=True)]
         layers = with_time(network(theta), t, COLUMNS)
 
         def columns_of(gradient, p, m):  # cleaned where it is read: the clean gradient need not be stored
-            return columns(ft.clean(gradient, _LIMIT, dtype), p.astype(dtype), m)
+            return columns(clean(gradient), p.astype(dtype), m)
 
         (u,) = whole_tensor_mlp(columns_of, (gradient, p, m), layers, eps=_EPS, outputs=2, finish=step_of)
         return u.astype(gradient.dtype), *m

@@ -11,6 +11,7 @@ from .. import features as ft
 from ..base import LearnedOptimizer, Theta
 from . import recurrent
 from .column_mlp import settle
+from .mlp import step_of
 from .networks import network, network_init, scale_lists, whole_tensor_mlp, without_factors
 from .recurrent import FRACTIONS, LOSSES, LossBuffer, LSTMState
 
@@ -27,7 +28,6 @@ _THROUGH = 7  # the column m_.9 s
 _CLIP = 1000.0
 _EPS = 1e-5
 _ROOT_EPS = 1e-6
-_STEP = 1e-3
 _BLOCK = 16384  # elements of one block of a large tensor: its arrays stay in the second-level cache
 _TINY = 1e-20  # of a second moment: below, the derivative of its root may overflow
 
@@ -116,19 +116,14 @@ def update_tensor(gradient: jax.Array, given: tuple, *accumulators: jax.Array):
     r = ft.ema(r, g * g, RMS)
     row, col = ft.factored_update(row, col, g, FACTORED)
     R, C = scale_lists(row, col, shape)
-    apply = functools.partial(whole_tensor_mlp, eps=_EPS, outputs=2, finish=_direction, order=ft.FACTORED_COLUMNS_ORDER)
+    apply = functools.partial(whole_tensor_mlp, eps=_EPS, outputs=2, finish=step_of, order=ft.FACTORED_COLUMNS_ORDER)
     if p.ndim >= 2:
         inputs = (g, p, m, r, R, C, list(row), list(col))
-        (d,) = apply(matrix_columns, inputs, network(weights), squares=matrix_squares)
+        (u,) = apply(matrix_columns, inputs, network(weights), squares=matrix_squares)
     else:
-        (d,) = apply(vector_columns, (g, p, m, r, R, list(row)), without_factors(network(weights), 15))
-    scale = multiplier.astype(dtype) * _STEP * jnp.sqrt(jnp.mean(p * p) + 1e-9)
-    return (-scale * d).astype(gradient.dtype), *m, r, row, col
-
-
-def _direction(outputs: list[jax.Array]) -> list[jax.Array]:
-    d, a = outputs
-    return [d * jnp.exp(_STEP * a)]
+        (u,) = apply(vector_columns, (g, p, m, r, R, list(row)), without_factors(network(weights), 15))
+    scale = multiplier.astype(dtype) * jnp.sqrt(jnp.mean(p * p) + 1e-9)
+    return (scale * u).astype(gradient.dtype), *m, r, row, col
 
 
 def start_state(params: optax.Params, memory: LSTMState) -> VeloState:
