@@ -154,27 +154,28 @@ def factored_update(row: jax.Array, col: jax.Array, g: jax.Array, decays) -> tup
         g: the gradient ``[*shape]``; its dtype is that of the result.
         decays: ``[k]`` in ``[0, 1]``.
     """
-    square = g * g + jnp.asarray(1e-30, g.dtype)
+    square, least = g * g, jnp.asarray(1e-30, g.dtype)
     axes = factored_axes(g.shape)
     b = per_decay(decays, g.ndim, g.dtype)
     if axes is None:
-        return b * row.astype(g.dtype) + (1 - b) * square[None], col.astype(g.dtype)
+        return b * row.astype(g.dtype) + (1 - b) * (square + least)[None], col.astype(g.dtype)
     if g.ndim == 2 and g.size >= _LARGE:
         mean_d0, mean_d1 = _means(g, axes)
     else:
         mean_d1, mean_d0 = (jnp.mean(square, axis, keepdims=True) for axis in axes)
+    mean_d0, mean_d1 = mean_d0 + least, mean_d1 + least  # of the means, so that sums of squares need no storage
     row = b * row.astype(g.dtype) + (1 - b) * mean_d0[None]
     col = b * col.astype(g.dtype) + (1 - b) * mean_d1[None]
     return row, col
 
 
 def _means(g: jax.Array, axes: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
-    """Means of ``g^2 + 1e-30`` of a large matrix over ``d0`` and over ``d1``, by blocks: ``g^2`` is never stored."""
+    """Means of ``g^2`` of a large matrix over ``d0`` and over ``d1``, by blocks: ``g^2`` is never stored."""
     rows = max(1, _BLOCK // g.shape[1])
 
     def add(total, start, rows=rows):
         block = jax.lax.dynamic_slice_in_dim(g, start, rows)
-        square = block * block + jnp.asarray(1e-30, g.dtype)
+        square = block * block
         return total + jnp.sum(square, 0, keepdims=True), jnp.mean(square, 1, keepdims=True)
 
     count, rest = divmod(g.shape[0], rows)

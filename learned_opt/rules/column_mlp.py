@@ -14,7 +14,7 @@ Written so that XLA's CPU compiler emits one fused loop for the whole network an
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,8 +24,8 @@ import numpy as np
 from ..base import Theta
 from ..features import Squares
 
-_UNROLL = 4  # length of the axis that a fused sum reduces
-_SUMS = 18  # sums in one fused reduction: with more, the unrolled body grows past what the compiler takes
+_UNROLL = 8  # the longest axis that a fused sum reduces
+_TERMS = 72  # in one fused reduction: with more, the compiler does not unroll it
 _BLOCK = 16384  # elements of one block of rows: its arrays stay in the second-level cache
 _BLOCK_OF_PRODUCTS = 4096  # the same where every element has a column of hidden units
 _WIDE = 12  # hidden units from which on a matrix product is the better code
@@ -87,16 +87,19 @@ def _fused_sums_jvp(primals, tangents):
 
 
 def _shrink(xs: list[jax.Array]) -> list[jax.Array]:
-    """Sums over ``_UNROLL`` equal parts of the rows."""
+    """Sums over equal parts of the rows, as often as those can be parted."""
     *lead, rows, cols = xs[0].shape
-    xs = [jnp.moveaxis(x.reshape(*lead, _UNROLL, rows // _UNROLL, cols), len(lead), 0) for x in xs]
-    return [y for i in range(0, len(xs), _SUMS) for y in _fused_sums(xs[i : i + _SUMS])]
+    parts = next((n for n in range(_UNROLL, 1, -1) if rows % n == 0), 1)
+    if parts == 1 or xs[0].size < 64:
+        return xs
+    xs = [jnp.moveaxis(x.reshape(*lead, parts, rows // parts, cols), len(lead), 0) for x in xs]
+    together = _TERMS // parts
+    return _shrink([y for i in range(0, len(xs), together) for y in _fused_sums(xs[i : i + together])])
 
 
 def _sums(xs: list[jax.Array], factors: list[jax.Array | None]) -> jax.Array:
     """``[k]`` sums of ``k`` arrays of one shape, each times a row if one is given."""
-    while xs[0].ndim >= 2 and xs[0].shape[-2] % _UNROLL == 0 and xs[0].size >= 128:
-        xs = _shrink(xs)
+    xs = _shrink(xs) if xs[0].ndim >= 2 else xs
     xs = [x if c is None else x * c for x, c in zip(xs, factors, strict=True)]
     if xs[0].size <= 512:
         return jnp.stack(_fused_sums([x.reshape(-1) for x in xs]))
@@ -160,7 +163,7 @@ def _mean_squares(terms: Callable[..., tuple], inputs: tuple, shape: tuple[int, 
 
     count, rest = divmod(shape[0], rows)
     xs, factors = block(0, rows)  # of which only the factors, the same in all blocks, are computed
-    zeros = [jnp.zeros((rows // _UNROLL, shape[1]), x.dtype) for x in xs]
+    zeros = [jnp.zeros(x.shape, x.dtype) for x in jax.eval_shape(_shrink, xs)]
     totals, _ = jax.lax.scan(add, zeros, rows * jnp.arange(count))
     total = _sums(totals, factors)
     if rest:
@@ -168,17 +171,19 @@ def _mean_squares(terms: Callable[..., tuple], inputs: tuple, shape: tuple[int, 
     return total / math.prod(shape)
 
 
-def _scalars(w: jax.Array) -> list:
-    """The entries of ``w`` as nested lists of scalars."""
-    return [_scalars(w[i]) if w.ndim > 1 else w[i] for i in range(w.shape[0])]
-
-
-def _layer(w: jax.Array, xs: list[jax.Array], biases: list) -> list[jax.Array]:
-    """``x W + b`` as sums of scalar x array."""
-    units = list(biases)
-    for weights, x in zip(_scalars(w), xs, strict=True):
-        units = [unit + weight * x for unit, weight in zip(units, weights, strict=True)]
+def _layer(w: jax.Array, xs: list[jax.Array], units: list[jax.Array]) -> list[jax.Array]:
+    """``x W + units`` as sums of scalar x array."""
+    weights = _spelt_out(w, xs[0].shape)
+    for x in xs:
+        units = [jax.lax.add(unit, jax.lax.mul(next(weights), x)) for unit in units]
     return units
+
+
+def _spelt_out(w: jax.Array, shape: tuple[int, ...]) -> Iterator[jax.Array]:
+    """The entries of ``w`` in turn, each as an array of ``shape``."""
+    flat = w.reshape(-1)
+    for i in range(flat.size):
+        yield jax.lax.broadcast_in_dim(jax.lax.slice(flat, (i,), (i + 1,)), shape, (len(shape) - 1,))
 
 
 def _network_of_products(columns: list[jax.Array], extra: list[jax.Array], layers: Layers) -> list[jax.Array]:
@@ -217,13 +222,16 @@ def _network_of_sums(
     """The network as sums of scalar x array: one fused loop."""
     extra = [once(x, zero) for x in extra]
     layers = layers._replace(first=(once(layers.first[0], zero), layers.first[1]))
+    shape = columns[0].shape
+    zeros = jnp.zeros_like(columns[0])
     w, b = layers.first
-    biases = _scalars(b)
+    units = list(_spelt_out(b, shape))
     for bias in extra:
-        biases = [x + bias[j] for j, x in enumerate(biases)]
-    h = _layer(w, columns, biases)
+        units = [unit + x for unit, x in zip(units, bias, strict=True)]
+    h = _layer(w, columns, units)
     for w, b in (*layers.hidden, layers.last):
-        h = _layer(w, [jax.nn.relu(x) for x in h], _scalars(b))
+        h = [jax.lax.select(x < 0, zeros, x) for x in h]  # one instruction, where a maximum takes three to keep NaN
+        h = _layer(w, h, list(_spelt_out(b, shape)))
     return [once(x, zero) for x in finish(h)]
 
 
@@ -281,9 +289,10 @@ def column_mlp(
     extra = []
     for s in sorted({s for s in shapes if s != shape}):
         where = [i for i, other in enumerate(shapes) if other == s]
-        x = jnp.stack([columns[i].reshape(-1) for i in where])
-        x = x * jax.lax.rsqrt(eps + jnp.mean(x * x, 1, keepdims=True))
-        extra.append(jnp.matmul(w[np.array(where)].T, x, precision=_HIGHEST).reshape(-1, *s))
+        xs = [columns[i].reshape(1, -1) for i in where]
+        scales = jax.lax.rsqrt(eps + _sums([x * x for x in xs], [None] * len(xs)) / xs[0].size)
+        rows = w[np.array(where)] * scales[:, None]
+        extra.append(sum(row[:, None] * x for row, x in zip(rows, xs, strict=True)).reshape(-1, *s))
     folded = w[np.array(full)] * jax.lax.rsqrt(eps + means)[:, None]
     w, c = layers.last
     layers = Layers((folded, b), layers.hidden, (w[:, :outputs], c[:outputs]))
