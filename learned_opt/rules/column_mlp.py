@@ -89,9 +89,11 @@ def _fused_sums_jvp(primals, tangents):
 def _shrink(xs: list[jax.Array]) -> list[jax.Array]:
     """Sums over equal parts of the rows, as often as those can be parted."""
     *lead, rows, cols = xs[0].shape
-    parts = next((n for n in range(_UNROLL, 1, -1) if rows % n == 0), 1)
-    if parts == 1 or xs[0].size < 64:
+    divisors = [n for n in range(2, _UNROLL + 1) if rows % n == 0]
+    if not divisors or xs[0].size < 64:
         return xs
+    # two loops over eight parts beat one over four, and one over few parts beats two over a few more
+    parts = max(divisors, key=lambda n: (n == _UNROLL, n * len(xs) <= _TERMS, n))
     xs = [jnp.moveaxis(x.reshape(*lead, parts, rows // parts, cols), len(lead), 0) for x in xs]
     together = _TERMS // parts
     return _shrink([y for i in range(0, len(xs), together) for y in _fused_sums(xs[i : i + together])])

@@ -1,5 +1,7 @@
 """Per-parameter networks with statistics over whole tensors, for tensors of any rank, and where they start from."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -19,10 +21,9 @@ def network_init(key: jax.Array, columns: int, hidden_size: int, outputs: int, t
     Returns:
         ``w0 [columns, h], b0 [h], w1 [h, h], b1 [h], w2 [h, outputs], b2 [outputs]``.
     """
-    k0, k1, k2 = jax.random.split(key, 3)
-    w0 = ft.truncated_normal(k0, (columns, hidden_size), columns)
-    w1 = ft.truncated_normal(k1, (hidden_size, hidden_size), hidden_size)
-    w2 = 0.1 * ft.truncated_normal(k2, (hidden_size, outputs), hidden_size)
+    draw = ft.truncated_normal(key, (columns + hidden_size + outputs, hidden_size), 1)  # three would compile slower
+    w0, w1, w2 = jnp.split(draw, [columns, columns + hidden_size])
+    w0, w1, w2 = w0 / math.sqrt(columns), w1 / math.sqrt(hidden_size), 0.1 * w2.T / math.sqrt(hidden_size)
     w0 = w0.at[:, :2].set(0).at[through, :2].set(jnp.array([1.0, -1.0]))
     w1 = w1.at[:, :2].set(jnp.eye(hidden_size, 2))
     w2 = w2.at[:2, 0].set(jnp.array([1.0, -1.0]))
