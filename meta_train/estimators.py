@@ -40,13 +40,13 @@ class WindowState(NamedTuple):
     """The state of the estimators that go on with an episode from window to window."""
 
     learner: LearnerState  # for antithetic pairs stacked, [2, ...]
-    noise: Theta  # the perturbations' carry; () for backpropagation
+    noise: Any  # the perturbations' carry, a vector of theta's size; () for backpropagation
     done: jax.Array  # bool: the next window starts an episode
     until: jax.Array  # int32: the episode ends when it has this many steps left
     phase: jax.Array  # float: `until` of the first episode as a fraction of its length, to stagger the particles
 
 
-def _begin(init: Callable[[], LearnerState], noise: Theta, key: jax.Array) -> WindowState:
+def _begin(init: Callable[[], LearnerState], noise: Any, key: jax.Array) -> WindowState:
     """Before the first window, which starts an episode of its own: zeros of the shapes that ``init`` gives."""
     blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(init))
     return WindowState(blank, noise, jnp.asarray(True), jnp.zeros((), jnp.int32), jax.random.uniform(key))
@@ -59,7 +59,7 @@ def _episode(state: WindowState, fresh: LearnerState, remaining: Callable) -> tu
     return start, jnp.where(state.done, first, state.until)
 
 
-def _end(learner: LearnerState, noise: Theta, until: jax.Array, remaining: Callable) -> WindowState:
+def _end(learner: LearnerState, noise: Any, until: jax.Array, remaining: Callable) -> WindowState:
     return WindowState(learner, noise, remaining(learner) <= until, until, jnp.zeros(()))
 
 
@@ -73,20 +73,22 @@ def _unroll(learner: Learner, steps: int, theta: Theta, state: LearnerState, key
     return jax.lax.scan(lambda s, k: step(theta, s, k), state, jax.random.split(key, steps))
 
 
-def _normal_like(key: jax.Array, tree: Theta) -> Theta:
-    flat, unravel = ravel_pytree(tree)
-    return unravel(jax.random.normal(key, flat.shape, flat.dtype))  # one draw: one a leaf compiles far slower
+def _normal_like(key: jax.Array, theta: Theta) -> jax.Array:
+    """A vector of theta's size: what perturbs is kept flat, an operation a leaf would compile far slower."""
+    flat, _ = ravel_pytree(theta)
+    return jax.random.normal(key, flat.shape, flat.dtype)
 
 
-def _pair(theta: Theta, noise: Theta, sigma: float) -> Theta:
+def _pair(theta: Theta, noise: jax.Array, sigma: float) -> Theta:
     """``theta + sigma noise`` and ``theta - sigma noise``, stacked."""
-    return jax.tree.map(lambda x, e: jnp.stack([x + sigma * e, x - sigma * e]), theta, noise)
+    flat, unravel = ravel_pytree(theta)
+    return jax.vmap(unravel)(jnp.stack([flat + sigma * noise, flat - sigma * noise]))
 
 
-def _score(losses: jax.Array, noise: Theta, sigma: float) -> Theta:
+def _score(theta: Theta, losses: jax.Array, noise: jax.Array, sigma: float) -> Theta:
     """The antithetic estimate ``(L+ - L-) noise / (2 sigma)``: ``losses [2, steps]``, ``noise`` of unit variance."""
     difference = jnp.mean(losses[0] - losses[1]) / (2 * sigma)  # step by step: the means would round it away
-    return jax.tree.map(lambda e: difference.astype(e.dtype) * e, noise)
+    return ravel_pytree(theta)[1](difference.astype(noise.dtype) * noise)
 
 
 def bptt(learner: Learner, *, unroll: int) -> GradientEstimator:
@@ -164,7 +166,7 @@ def es(learner: Learner, *, unroll: int, sigma: float = 0.01) -> GradientEstimat
             return _unroll(learner, unroll, theta, learner.init(theta, k_init), k_steps)[1]
 
         losses = jax.vmap(loss)(_pair(theta, noise, sigma))
-        return _score(losses, noise, sigma), state, Info(jnp.mean(losses), jnp.ones(()))
+        return _score(theta, losses, noise, sigma), state, Info(jnp.mean(losses), jnp.ones(()))
 
     return GradientEstimator(lambda theta, key: (), estimate)
 
@@ -176,7 +178,7 @@ def _windowed_es(learner: Learner, unroll: int, sigma: float, draw: Callable) ->
         return learner.remaining(jax.tree.map(lambda x: x[0], pair))  # the halves share their episode's length
 
     def init(theta, key):
-        zeros = jax.tree.map(jnp.zeros_like, theta)
+        zeros = jnp.zeros_like(ravel_pytree(theta)[0])
         return _begin(lambda: jax.vmap(learner.init, (0, None))(_pair(theta, zeros, sigma), key), zeros, key)
 
     def estimate(theta, state, key):
@@ -186,7 +188,7 @@ def _windowed_es(learner: Learner, unroll: int, sigma: float, draw: Callable) ->
         start, until = _episode(state, jax.vmap(learner.init, (0, None))(thetas, k_init), remaining)
         end, losses = jax.vmap(lambda t, s: _unroll(learner, unroll, t, s, k_steps))(thetas, start)
         info = Info(jnp.mean(losses), state.done.astype(jnp.float32))
-        return _score(losses, score_noise, sigma), _end(end, carry, until, remaining), info
+        return _score(theta, losses, score_noise, sigma), _end(end, carry, until, remaining), info
 
     return GradientEstimator(init, estimate)
 
@@ -226,7 +228,7 @@ def pes(learner: Learner, *, unroll: int, sigma: float = 0.01) -> GradientEstima
     """
 
     def draw(carry, fresh, done):
-        total = jax.tree.map(lambda c, f: jnp.where(done, 0, c) + f, carry, fresh)
+        total = jnp.where(done, 0, carry) + fresh
         return total, fresh, total
 
     return _windowed_es(learner, unroll, sigma, draw)
@@ -252,7 +254,7 @@ def nres(learner: Learner, *, unroll: int, sigma: float = 0.01) -> GradientEstim
     """
 
     def draw(carry, fresh, done):
-        noise = _select(done, fresh, carry)
+        noise = jnp.where(done, fresh, carry)
         return noise, noise, noise
 
     return _windowed_es(learner, unroll, sigma, draw)

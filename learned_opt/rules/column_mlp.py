@@ -14,7 +14,7 @@ Written so that XLA's CPU compiler emits one fused loop for the whole network an
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -176,16 +176,16 @@ def _mean_squares(terms: Callable[..., tuple], inputs: tuple, shape: tuple[int, 
 def _layer(w: jax.Array, xs: list[jax.Array], units: list[jax.Array]) -> list[jax.Array]:
     """``x W + units`` as sums of scalar x array."""
     weights = _spelt_out(w, xs[0].shape)
-    for x in xs:
-        units = [jax.lax.add(unit, jax.lax.mul(next(weights), x)) for unit in units]
+    for i, x in enumerate(xs):
+        rows = weights[i * len(units) : (i + 1) * len(units)]
+        units = [jax.lax.add(unit, jax.lax.mul(weight, x)) for unit, weight in zip(units, rows, strict=True)]
     return units
 
 
-def _spelt_out(w: jax.Array, shape: tuple[int, ...]) -> Iterator[jax.Array]:
-    """The entries of ``w`` in turn, each as an array of ``shape``."""
-    flat = w.reshape(-1)
-    for i in range(flat.size):
-        yield jax.lax.broadcast_in_dim(jax.lax.slice(flat, (i,), (i + 1,)), shape, (len(shape) - 1,))
+def _spelt_out(w: jax.Array, shape: tuple[int, ...]) -> list[jax.Array]:
+    """The entries of ``w`` in turn, each as an array of ``shape``; few operations, for there are hundreds of entries."""
+    entries = jax.lax.split(w.reshape(-1), (1,) * w.size)
+    return [jax.lax.broadcast_in_dim(x, shape, (len(shape) - 1,)) for x in entries]
 
 
 def _network_of_products(columns: list[jax.Array], extra: list[jax.Array], layers: Layers) -> list[jax.Array]:
@@ -227,13 +227,13 @@ def _network_of_sums(
     shape = columns[0].shape
     zeros = jnp.zeros_like(columns[0])
     w, b = layers.first
-    units = list(_spelt_out(b, shape))
+    units = _spelt_out(b, shape)
     for bias in extra:
         units = [unit + x for unit, x in zip(units, bias, strict=True)]
     h = _layer(w, columns, units)
     for w, b in (*layers.hidden, layers.last):
         h = [jax.lax.select(x < 0, zeros, x) for x in h]  # one instruction, where a maximum takes three to keep NaN
-        h = _layer(w, h, list(_spelt_out(b, shape)))
+        h = _layer(w, h, _spelt_out(b, shape))
     return [once(x, zero) for x in finish(h)]
 
 
@@ -294,7 +294,8 @@ def column_mlp(
         xs = [columns[i].reshape(1, -1) for i in where]
         scales = jax.lax.rsqrt(eps + _sums([x * x for x in xs], [None] * len(xs)) / xs[0].size)
         rows = w[np.array(where)] * scales[:, None]
-        extra.append(sum(row[:, None] * x for row, x in zip(rows, xs, strict=True)).reshape(-1, *s))
+        parts = [row[:, None] * x for row, x in zip(rows, xs, strict=True)]
+        extra.append(functools.reduce(jax.lax.add, parts).reshape(-1, *s))
     folded = w[np.array(full)] * jax.lax.rsqrt(eps + means)[:, None]
     w, c = layers.last
     layers = Layers((folded, b), layers.hidden, (w[:, :outputs], c[:outputs]))
