@@ -19,6 +19,7 @@ from .estimators import GradientEstimator
 
 AXIS = "tasks"
 _REPLICATED, _SHARDED = PartitionSpec(), PartitionSpec(AXIS)
+_FIGURES = 3  # sums over particles that the log wants: losses, how many are finite, restarts
 _CACHED = 16  # particles of the usual small tasks whose inner state fits a CPU core's cache
 
 
@@ -116,27 +117,37 @@ def make_trainer(
         built = enumerate(estimators(data))
         return tuple(jax.vmap(estimator.init, (None, 0))(theta, keys_of(key, i)) for i, estimator in built)
 
-    def gradient(theta: Theta, states: tuple, key: jax.Array, data: Data):
-        zeros, unravel = ravel_pytree(theta)
-        total, new_states, figures = jnp.zeros_like(zeros), [], []
-        for i, (estimator, state) in enumerate(zip(estimators(data), states, strict=True)):
-            run = functools.partial(estimator.estimate, theta)
-            held = (state, keys_of(key, i))
-            grads, state, info = jax.lax.map(lambda x, run=run: run(*x), held, batch_size=together)
+    def estimate(estimator: GradientEstimator, theta: Theta, state: Any, keys: jax.Array):
+        """Sums over particles, of their gradients and behind those of what the log wants; their new states."""
+
+        def some(carry, start):  # of the particles, their states in place: stacking new ones compiles slower
+            total, state = carry
+            held = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, together), (state, keys))
+            grads, new, info = jax.vmap(functools.partial(estimator.estimate, theta))(*held)
             flat = jax.vmap(lambda g: ravel_pytree(g)[0])(grads)
             finite = jnp.all(jnp.isfinite(flat), axis=1) & jnp.isfinite(info.loss)
             shares = jnp.minimum(1, particle_clip / jnp.maximum(jnp.linalg.norm(flat, axis=1), 1e-30))
-            total += jnp.sum(jnp.where(finite[:, None], shares[:, None] * flat, 0), axis=0)
-            new_states.append(state)
+            gradient = jnp.sum(jnp.where(finite[:, None], shares[:, None] * flat, 0), axis=0)
             loss = jnp.sum(jnp.where(finite, info.loss, 0))
-            figures.append(jnp.stack([loss, jnp.sum(finite), jnp.sum(info.restarts)]))
+            figures = jnp.stack([loss, jnp.sum(finite), jnp.sum(info.restarts)]).astype(total.dtype)
+            state = jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, start, 0), state, new)
+            return (total + jnp.concatenate([gradient, figures]), state), None
+
+        zeros = jnp.zeros_like(jnp.pad(ravel_pytree(theta)[0], (0, _FIGURES)))
+        return jax.lax.scan(some, (zeros, state), together * jnp.arange(local // together))[0]
+
+    def gradient(theta: Theta, states: tuple, key: jax.Array, data: Data):
+        _, unravel = ravel_pytree(theta)
+        built = enumerate(zip(estimators(data), states, strict=True))
+        totals, states = zip(*(estimate(e, theta, state, keys_of(key, i)) for i, (e, state) in built), strict=True)
         # One vector, one all-reduce: the gradient and, behind it, what the log wants.
-        told = jnp.concatenate(figures).astype(total.dtype)
-        vector = jax.lax.psum(jnp.concatenate([total, told]), AXIS) / particles
-        loss, finite, restarts = vector[total.size :].reshape(-1, 3).T
+        sums = jnp.stack(totals)
+        total, told = jnp.sum(sums[:, :-_FIGURES], axis=0), sums[:, -_FIGURES:]
+        vector = jax.lax.psum(jnp.concatenate([total, told.reshape(-1)]), AXIS) / particles
+        loss, finite, restarts = vector[total.size :].reshape(told.shape).T
         dropped = jnp.maximum(1 - jnp.mean(finite), 0)  # the mean of ones may round to more
         shown = (loss / jnp.maximum(finite, 1 / particles), dropped, jnp.mean(restarts))
-        return unravel(vector[: total.size] / len(new_states)), tuple(new_states), shown
+        return unravel(vector[: total.size] / len(states)), states, shown
 
     def on_mesh(function, in_specs, out_specs):
         # The replication of the outputs follows from the psum; the checker would want every constant marked.
