@@ -94,10 +94,14 @@ def restore(checkpoints: ocp.CheckpointManager, like: Any) -> tuple[int, Any] | 
             are now.
 
     Returns:
-        ``(step, state)``, or ``None`` if there is no sound checkpoint.
+        ``(step, state)``, or ``None`` if nothing has been saved.
+
+    Raises:
+        CheckpointError: none of what has been saved is sound, or it was saved by another version.
     """
     wanted = {"state": like, "checksum": jax.ShapeDtypeStruct((), jnp.uint32)}
-    for step in sorted(checkpoints.all_steps(), reverse=True):
+    steps = sorted(checkpoints.all_steps(), reverse=True)
+    for step in steps:
         try:
             found = checkpoints.restore(step, args=ocp.args.StandardRestore(wanted))
             sound = int(checksum(found["state"])) == int(found["checksum"])
@@ -107,6 +111,11 @@ def restore(checkpoints: ocp.CheckpointManager, like: Any) -> tuple[int, Any] | 
         if sound:
             return step, found["state"]
         warnings.warn(f"checkpoint {step} is damaged ({why}); trying the one before", stacklevel=2)
+    if steps:  # to begin again would overwrite them
+        raise CheckpointError(
+            f"no checkpoint under {checkpoints.directory} can be restored: they are damaged, or of another version of "
+            "learned-opt; begin again in another folder"
+        )
     return None
 
 

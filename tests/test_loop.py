@@ -154,6 +154,22 @@ def test_a_damaged_checkpoint_is_passed_over(undisturbed, tmp_path, damage):
     np.testing.assert_array_equal(flat(outcome.theta), flat(undisturbed[1].theta))
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_run_without_a_sound_checkpoint_is_left_as_it_is(undisturbed, tmp_path):
+    folder = shutil.copytree(undisturbed[0], tmp_path / "copy")
+    for path in (folder / "checkpoints").rglob("*"):
+        if path.is_file() and path.parent.name == "d":
+            path.unlink()
+    before = sorted(path for path in folder.rglob("*") if path.is_file())
+    with (
+        pytest.warns(UserWarning, match="is damaged"),
+        pytest.raises(checkpoint.CheckpointError, match="begin again in another folder"),
+    ):
+        loop.run(SETTINGS, folder, resume=True)
+    gc.collect()
+    assert sorted(path for path in folder.rglob("*") if path.is_file()) == before
+
+
 def test_a_half_written_checkpoint_is_passed_over(undisturbed, tmp_path):
     folder = shutil.copytree(undisturbed[0], tmp_path / "copy")
     whole = folder / "checkpoints" / "12"

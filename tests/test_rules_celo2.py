@@ -48,7 +48,7 @@ def reference(theta, params, gradients):
     return -(d / np.sqrt(1e-9 + (d * d).mean(axes, keepdims=True))).reshape(np.shape(params))
 
 
-SHAPES = [(), (1,), (7,), (32,), (4096,), (5, 3), (3, 5), (32, 10), (64, 32), (6, 1), (1, 6), (1, 1)]
+SHAPES = [(), (1,), (7,), (32,), (4096,), (5, 3), (3, 5), (32, 10), (64, 32), (50, 48), (6, 1), (1, 6), (1, 1)]
 SHAPES += [(2, 3, 4), (3, 3, 8, 16), (5, 5, 2, 4), (16, 1, 1)]
 
 
