@@ -18,6 +18,7 @@ from tasks.networks import log_uniform
 
 LearnerState = Any
 ENDLESS = jnp.iinfo(jnp.int32).max
+_BEYOND = 2**31 - 1  # a counter of the generator that no batch's draws reach
 
 _FLOOR = 0.01  # share of the initial loss below which less is hardly better
 # Name -> meta-loss of a training loss that is given as a share of the initial one.
@@ -143,8 +144,7 @@ def task_learner(
 
     def step(theta: Theta, state: TaskState, key: jax.Array) -> tuple[TaskState, jax.Array]:
         task = family.task(family.data, state.cfg)
-        # from a counter that no batch reaches, and never computed for a loss that draws nothing: a split would be
-        k_loss = jax.random.fold_in(key, ENDLESS)
+        k_loss = jax.random.fold_in(key, _BEYOND)  # never computed for a loss that draws nothing, as a split would be
         batch = task.batch(key, "train")
         loss, grads = jax.value_and_grad(lambda p: task.loss(p, k_loss, batch)[0])(state.params)
         grads = jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), g, 0), grads)
