@@ -1,6 +1,8 @@
 """Meta-training: one pure step of theta, over particles on a mesh of devices."""
 
+import contextlib
 import functools
+import gc
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -193,6 +195,18 @@ def abstract_state(trainer: Trainer, key: jax.Array, data: Data) -> TrainState:
     )
 
 
+@contextlib.contextmanager
+def _no_garbage_collection():
+    """Tracing makes so many lasting objects that a quarter of its time goes to looking through them for garbage."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
 def begin(
     trainer: Trainer, key: jax.Array, data: Data, start: Callable[[TrainState], TrainState | None] = lambda like: None
 ) -> tuple[TrainState, Callable[[TrainState, Data], tuple[TrainState, TrainInfo]]]:
@@ -207,8 +221,8 @@ def begin(
     Returns:
         ``(state, meta_step)``.
     """
-    like = abstract_state(trainer, key, data)
-    with ThreadPoolExecutor(1) as beside:
+    with _no_garbage_collection(), ThreadPoolExecutor(1) as beside:
+        like = abstract_state(trainer, key, data)
         meta_step = beside.submit(lambda: trainer.meta_step.lower(like, data).compile())
         state = start(like)
         return trainer.init(key, data) if state is None else state, meta_step.result()
