@@ -81,7 +81,9 @@ def mlp_spec(
 
 
 def log_uniform(key: jax.Array, low: float, high: float) -> jax.Array:
-    """Draw a number whose logarithm is uniform between those of ``low`` and ``high``."""
+    """Draw a number whose logarithm is uniform between those of ``low`` and ``high``; nothing where they are one."""
+    if low == high:
+        return jnp.asarray(low, jnp.result_type(float))
     return jnp.exp(jax.random.uniform(key, minval=float(np.log(low)), maxval=float(np.log(high))))
 
 
