@@ -2,7 +2,7 @@
 
 Prints, for the 64-32-10 image MLP at batch 64 and 128 with 16 and 128 particles, the inner steps a second of both and
 their ratio, the seconds from nothing compiled to the first meta-step's end, and the peak memory. The two take turns, so
-that a machine that slows down slows both. Writes reports/meta_training.json:
+that a machine that slows down slows both. Writes reports/meta_training/run_1.json:
 
     python benchmarks/meta_training.py
 """
@@ -101,7 +101,7 @@ def measure(batch, particles, rounds):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--out", type=Path, default=Path("reports/meta_training.json"))
+    parser.add_argument("--out", type=Path, default=Path("reports/meta_training/run_1.json"))
     arguments = parser.parse_args()
     xla_flags.one_thread_a_device()  # as `learned-opt train` does, for both
     xla_flags.widest_vectors()
