@@ -66,7 +66,7 @@ def measure(batch, particles, rounds):
     trainer = make_trainer(
         rule.init,
         lambda data: [pes(task_learner(rule, family._replace(data=data[0]), multiple_of=UNROLL), unroll=UNROLL)],
-        optax.adam(1e-4),
+        optax.flatten(optax.adam(1e-4)),  # as `learned-opt train` does
         particles=particles,
         mesh=mesh,
     )

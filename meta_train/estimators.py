@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from learned_opt.base import Theta
+from learned_opt.rules.column_mlp import once
 
 from .learners import Learner, LearnerState
 
@@ -76,13 +78,14 @@ def _unroll(learner: Learner, steps: int, theta: Theta, state: LearnerState, key
 def _normal_like(key: jax.Array, theta: Theta) -> jax.Array:
     """A vector of theta's size: what perturbs is kept flat, an operation a leaf would compile far slower."""
     flat, _ = ravel_pytree(theta)
-    return jax.random.normal(key, flat.shape, flat.dtype)
+    return once(jax.random.normal(key, flat.shape, flat.dtype), 0 * flat)
 
 
 def _pair(theta: Theta, noise: jax.Array, sigma: float) -> Theta:
     """``theta + sigma noise`` and ``theta - sigma noise``, stacked."""
     flat, unravel = ravel_pytree(theta)
-    return jax.vmap(unravel)(jnp.stack([flat + sigma * noise, flat - sigma * noise]))
+    signs = np.array([[sigma], [-sigma]], noise.dtype)
+    return jax.vmap(unravel)(flat[None] + signs * noise[None])
 
 
 def _score(theta: Theta, losses: jax.Array, noise: jax.Array, sigma: float) -> Theta:

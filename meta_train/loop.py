@@ -170,7 +170,7 @@ def outer_optimizer(config: Config) -> optax.GradientTransformation:
         optimizer.init({"theta": jax.numpy.zeros(1)})
     except (AttributeError, TypeError, ValueError) as error:
         raise ConfigError(f"outer_optimizer {config.outer_optimizer!r} cannot be made with optax: {error}") from None
-    return optax.chain(optax.clip_by_global_norm(config.outer_clip), optimizer)
+    return optax.flatten(optax.chain(optax.clip_by_global_norm(config.outer_clip), optimizer))
 
 
 def run(config: Config, workdir: Path, *, resume: bool = False, console: Console | None = None) -> Outcome:

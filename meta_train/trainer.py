@@ -18,6 +18,7 @@ from learned_opt.base import Theta
 from tasks.base import Data
 
 from .estimators import GradientEstimator
+from .keys import fast
 
 AXIS = "tasks"
 _REPLICATED, _SHARDED = PartitionSpec(), PartitionSpec(AXIS)
@@ -32,7 +33,7 @@ class TrainState(NamedTuple):
     outer_state: optax.OptState
     particles: tuple[Any, ...]  # per estimator, the estimators' states, [particles, ...]
     step: jax.Array  # int32, meta-steps taken
-    key: jax.Array  # the run's key; step i uses fold_in(key, i)
+    key: jax.Array  # the run's key, uint32 [2]; step i uses fold_in(key, i)
 
 
 class TrainInfo(NamedTuple):
@@ -112,8 +113,8 @@ def make_trainer(
     together = math.gcd(local, _CACHED) if mesh.devices.flat[0].platform == "cpu" else local
 
     def keys_of(key: jax.Array, estimator: int) -> jax.Array:
-        first = jax.lax.axis_index(AXIS) * local
-        return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, estimator), first + jnp.arange(local))
+        first = estimator * particles + jax.lax.axis_index(AXIS) * local
+        return jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(local))
 
     def init_particles(theta: Theta, key: jax.Array, data: Data):
         built = enumerate(estimators(data))
@@ -127,8 +128,9 @@ def make_trainer(
             held = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, together), (state, keys))
             grads, new, info = jax.vmap(functools.partial(estimator.estimate, theta))(*held)
             flat = jax.vmap(lambda g: ravel_pytree(g)[0])(grads)
-            finite = jnp.all(jnp.isfinite(flat), axis=1) & jnp.isfinite(info.loss)
-            shares = jnp.minimum(1, particle_clip / jnp.maximum(jnp.linalg.norm(flat, axis=1), 1e-30))
+            norms = jnp.linalg.norm(flat, axis=1)  # that of a gradient with one NaN in it is NaN
+            finite = jnp.isfinite(norms) & jnp.isfinite(info.loss)
+            shares = jnp.minimum(1, particle_clip / jnp.maximum(norms, 1e-30))
             gradient = jnp.sum(jnp.where(finite[:, None], shares[:, None] * flat, 0), axis=0)
             loss = jnp.sum(jnp.where(finite, info.loss, 0))
             figures = jnp.stack([loss, jnp.sum(finite), jnp.sum(info.restarts)]).astype(total.dtype)
@@ -148,8 +150,9 @@ def make_trainer(
         vector = jax.lax.psum(jnp.concatenate([total, told.reshape(-1)]), AXIS) / particles
         loss, finite, restarts = vector[total.size :].reshape(told.shape).T
         dropped = jnp.maximum(1 - jnp.mean(finite), 0)  # the mean of ones may round to more
-        shown = (loss / jnp.maximum(finite, 1 / particles), dropped, jnp.mean(restarts))
-        return unravel(vector[: total.size] / len(states)), states, shown
+        grad = vector[: total.size] / len(states)
+        shown = (loss / jnp.maximum(finite, 1 / particles), jnp.linalg.norm(grad), dropped, jnp.mean(restarts))
+        return unravel(grad), states, shown
 
     def on_mesh(function, in_specs, out_specs):
         # The replication of the outputs follows from the psum; the checker would want every constant marked.
@@ -160,20 +163,20 @@ def make_trainer(
     state_sharding = TrainState(**shardings)
 
     def init(key: jax.Array, data: Data) -> TrainState:
-        k_theta, k_particles, k_run = jax.random.split(key, 3)
+        k_theta, k_particles, k_run = jax.random.split(fast(key), 3)
         theta = init_theta(k_theta)
         states = on_mesh(init_particles, _REPLICATED, _SHARDED)(theta, k_particles, data)
-        return TrainState(theta, outer.init(theta), states, jnp.zeros((), jnp.int32), k_run)
+        return TrainState(theta, outer.init(theta), states, jnp.zeros((), jnp.int32), jax.random.key_data(k_run))
 
     def meta_step(state: TrainState, data: Data) -> tuple[TrainState, TrainInfo]:
-        key = jax.random.fold_in(state.key, state.step)
+        key = jax.random.fold_in(fast(state.key), state.step)
         everywhere = on_mesh(
             gradient, (_REPLICATED, _SHARDED, _REPLICATED, _REPLICATED), (_REPLICATED, _SHARDED, _REPLICATED)
         )
-        grad, particles, (losses, dropped, restarts) = everywhere(state.theta, state.particles, key, data)
+        grad, particles, (losses, norm, dropped, restarts) = everywhere(state.theta, state.particles, key, data)
         updates, outer_state = outer.update(grad, state.outer_state, state.theta)
         theta = optax.apply_updates(state.theta, updates)
-        info = TrainInfo(jnp.mean(losses), losses, optax.tree.norm(grad), dropped, restarts)
+        info = TrainInfo(jnp.mean(losses), losses, norm, dropped, restarts)
         return TrainState(theta, outer_state, particles, state.step + 1, state.key), info
 
     return Trainer(
