@@ -4,6 +4,7 @@ All of it is per tensor and element-wise or a reduction over axes; nothing is ev
 ``[elements, features]`` array. A feature that is constant along an axis keeps that axis with size one.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -226,7 +227,8 @@ def factored_columns(g, p, m, r, R, C, row, col, *, eps: float) -> list[jax.Arra
     scales = [a * b for a, b in zip(R, C, strict=True)] if C else R
     columns, last = _factored_products(g, jnp.clip(g, -0.1, 0.1), p, m, r, jax.lax.rsqrt(r + eps), scales)
     if row:
-        columns += [*row, *col, *(jax.lax.rsqrt(x + 1e-8) for x in (*row, *col)), *last]
+        roots = (list(jax.lax.rsqrt(jnp.stack(x) + 1e-8)) for x in (row, col))  # at once: half the kernels
+        columns += [*row, *col, *itertools.chain(*roots), *last]
     return columns
 
 

@@ -284,7 +284,8 @@ def column_mlp(
 
     means = _mean_squares(terms, inputs, shape)
     layers = jax.tree.map(lambda w: w.astype(dtype), layers)
-    zero = jax.lax.stop_gradient(0 * jax.lax.rsqrt(eps + means[0]))
+    scales = jax.lax.rsqrt(eps + means)
+    zero = jax.lax.stop_gradient(0 * scales[0])
     w, b = layers.first
     # not the very arrays that the statistics were taken of: the compiler would store every column for both to share
     columns = features(*jax.tree.map(lambda x: x + zero, inputs))
@@ -292,11 +293,11 @@ def column_mlp(
     for s in sorted({s for s in shapes if s != shape}):
         where = [i for i, other in enumerate(shapes) if other == s]
         xs = [columns[i].reshape(1, -1) for i in where]
-        scales = jax.lax.rsqrt(eps + _sums([x * x for x in xs], [None] * len(xs)) / xs[0].size)
-        rows = w[np.array(where)] * scales[:, None]
+        mean = _sums([x * x for x in xs], [None] * len(xs)) / xs[0].size
+        rows = w[np.array(where)] * jax.lax.rsqrt(eps + mean)[:, None]
         parts = [row[:, None] * x for row, x in zip(rows, xs, strict=True)]
         extra.append(functools.reduce(jax.lax.add, parts).reshape(-1, *s))
-    folded = w[np.array(full)] * jax.lax.rsqrt(eps + means)[:, None]
+    folded = w[np.array(full)] * scales[:, None]
     w, c = layers.last
     layers = Layers((folded, b), layers.hidden, (w[:, :outputs], c[:outputs]))
     columns = [columns[i] for i in full]
