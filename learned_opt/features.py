@@ -4,7 +4,6 @@ All of it is per tensor and element-wise or a reduction over axes; nothing is ev
 ``[elements, features]`` array. A feature that is constant along an axis keeps that axis with size one.
 """
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -207,6 +206,16 @@ def factored_scales(row: jax.Array, col: jax.Array, shape: tuple[int, ...]) -> t
 FACTORED_COLUMNS_ORDER = (*range(7), 11, 12, 13, 27, 28, 29, 7, 8, 9, 10, 14, *range(15, 27))
 
 
+def roots(moments: list[jax.Array], size: int) -> list[jax.Array]:
+    """``rsqrt(x + 1e-8)`` of factored moments of a tensor of ``size`` elements.
+
+    At once where they are smaller than it: a kernel for each would compile slower.
+    """
+    if not moments or moments[0].size == size:
+        return [jax.lax.rsqrt(x + 1e-8) for x in moments]
+    return list(jax.lax.rsqrt(jnp.stack(moments) + 1e-8))
+
+
 def factored_columns(g, p, m, r, R, C, row, col, *, eps: float) -> list[jax.Array]:
     """Columns of the Celo and VeLO rules, with three momenta, one second moment and three factored ones.
 
@@ -227,8 +236,7 @@ def factored_columns(g, p, m, r, R, C, row, col, *, eps: float) -> list[jax.Arra
     scales = [a * b for a, b in zip(R, C, strict=True)] if C else R
     columns, last = _factored_products(g, jnp.clip(g, -0.1, 0.1), p, m, r, jax.lax.rsqrt(r + eps), scales)
     if row:
-        roots = (list(jax.lax.rsqrt(jnp.stack(x) + 1e-8)) for x in (row, col))  # at once: half the kernels
-        columns += [*row, *col, *itertools.chain(*roots), *last]
+        columns += [*row, *col, *roots(row, g.size), *roots(col, g.size), *last]
     return columns
 
 

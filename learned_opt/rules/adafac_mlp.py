@@ -64,7 +64,7 @@ def columns(g, p, m, r, R, C, row, col) -> list[jax.Array]:
     last = scales if col else [jax.lax.rsqrt(v + _ROOT_EPS) for v in row]
     return [
         *(g, p, *m, r, *(x * s for x in m), s, *(g * x for x in scales)),
-        *(*row, *col, *(jax.lax.rsqrt(x + 1e-8) for x in (*row, *col))),
+        *(*row, *col, *ft.roots(row, g.size), *ft.roots(col, g.size)),
         *(x * y for x, y in zip(m, last, strict=True)),
     ]
 

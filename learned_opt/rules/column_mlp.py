@@ -29,6 +29,7 @@ _TERMS = 72  # in one fused reduction: with more, the compiler does not unroll i
 _BLOCK = 16384  # elements of one block of rows: its arrays stay in the second-level cache
 _BLOCK_OF_PRODUCTS = 4096  # the same where every element has a column of hidden units
 _WIDE = 12  # hidden units from which on a matrix product is the better code
+_LITTLE = 4096  # elements of a tensor for which the weights may be spelt out as arrays
 _LANES = 8  # a loop over rows of another length wastes much of the vector unit
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -160,14 +161,14 @@ def _mean_squares(terms: Callable[..., tuple], inputs: tuple, shape: tuple[int, 
     def block(start, count):
         return terms(*jax.tree.map(lambda x: _rows(x, start, count), inputs))
 
-    def add(totals, start):
-        return [total + x for total, x in zip(totals, _shrink(block(start, rows)[0]), strict=True)], None
+    def add(totals, start):  # stacked: every other operation of a loop costs as much as a thousand sums
+        return totals + jnp.stack(_shrink(block(start, rows)[0])), None
 
     count, rest = divmod(shape[0], rows)
     xs, factors = block(0, rows)  # of which only the factors, the same in all blocks, are computed
-    zeros = [jnp.zeros(x.shape, x.dtype) for x in jax.eval_shape(_shrink, xs)]
-    totals, _ = jax.lax.scan(add, zeros, rows * jnp.arange(count))
-    total = _sums(totals, factors)
+    zeros = jax.eval_shape(lambda xs: jnp.stack(_shrink(xs)), xs)
+    totals, _ = jax.lax.scan(add, jnp.zeros(zeros.shape, zeros.dtype), rows * jnp.arange(count))
+    total = _sums(list(totals), factors)
     if rest:
         total += _sums(*block(count * rows, rest))
     return total / math.prod(shape)
@@ -184,6 +185,8 @@ def _layer(w: jax.Array, xs: list[jax.Array], units: list[jax.Array]) -> list[ja
 
 def _spelt_out(w: jax.Array, shape: tuple[int, ...]) -> list[jax.Array]:
     """The entries of ``w`` in turn, each as an array of ``shape``: in few operations, there are hundreds of entries."""
+    if shape[0] == 1 and math.prod(shape) <= _LITTLE:  # half the operations: a rule of a small net compiles sooner
+        return jax.lax.split(jax.lax.broadcast_in_dim(w.reshape(-1), (w.size, *shape[1:]), (0,)), (1,) * w.size)
     entries = jax.lax.split(w.reshape(-1), (1,) * w.size)
     return [jax.lax.broadcast_in_dim(x, shape, (len(shape) - 1,)) for x in entries]
 
@@ -312,4 +315,6 @@ def column_mlp(
     if is_short(shape):
         columns = [c.reshape(-1) for c in columns]
         extra = [spread(x, shape).reshape(b.size, -1) for x in extra]
+    if math.prod(shape) <= _LITTLE:  # an axis for the weights
+        columns, extra = [c[None] for c in columns], [x[:, None] for x in extra]
     return [x.reshape(shape) for x in _network_of_sums(finish, columns, extra, layers, zero)]
