@@ -1,9 +1,10 @@
 """What one update of a learned rule costs: time against optax.adam, memory, state.
 
-Every optimizer's update and `optax.apply_updates` are one compiled step with donated buffers; the optimizers take turns
-within each round, so that a machine that slows down slows all of them. Prints the median over rounds of each rule's
-time as a multiple of Adam's in the same round, the ratio of the fastest rounds, the temporary bytes and the state's
-bytes a parameter. Writes reports/update.json:
+Every optimizer's update and `optax.apply_updates` are one compiled step with donated buffers. Each rule takes turns
+with Adam alone: what ran before would slow it down (after `celo2_soap` Adam takes half as long again). Prints medians
+over rounds of the rule's time as a multiple of Adam's in the same round: "hot" of updates one after the other, "cold"
+of one update after other data went through the caches, as a net's activations do in training; further the temporary
+bytes and the state's bytes a parameter. Writes reports/update/all_cores.json:
 
     python benchmarks/update.py [--rules celo2 adam] [--rounds 15]
 """
@@ -21,7 +22,8 @@ import optax
 
 import learned_opt
 
-STEPS = 5  # updates of one timing
+STEPS = 5  # updates of one timing, hot
+LARGER_THAN_CACHES = 48 * 2**20  # floats
 
 
 def mlp_1m():
@@ -73,27 +75,39 @@ def prepare(rule, shapes, dtype):
     return compiled, list(arguments), facts
 
 
+def seconds(compiled, arguments, steps):
+    """Of one of several updates in a row."""
+    start = time.perf_counter()
+    for _ in range(steps):
+        arguments[0], arguments[1] = compiled(*arguments)
+    jax.block_until_ready(arguments[0])
+    return (time.perf_counter() - start) / steps
+
+
 def measure(rules, shapes, rounds, dtype):
-    prepared = {rule: prepare(rule, shapes, dtype) for rule in (None, *rules)}
-    times = {rule: [] for rule in prepared}
-    for turn in range(rounds + 1):
-        for rule, (compiled, arguments, _) in prepared.items():
-            start = time.perf_counter()
-            for _ in range(STEPS):
-                arguments[0], arguments[1] = compiled(*arguments)
-            jax.block_until_ready(arguments[0])
-            if turn:  # the first warms up
-                times[rule].append((time.perf_counter() - start) / STEPS)
-    adam = np.array(times[None])
+    adam = prepare(None, shapes, dtype)
+    other = np.zeros(LARGER_THAN_CACHES, np.float32)
     rows = {}
     for rule in rules:
-        mine = np.array(times[rule])
-        rows[rule] = prepared[rule][2] | {
-            "times_adam": round(float(np.median(mine / adam)), 2),
-            "times_adam_fastest": round(float(mine.min() / adam.min()), 2),
-            "milliseconds": round(float(np.median(mine)) * 1e3, 3),
-            "adam_milliseconds": round(float(np.median(adam)) * 1e3, 3),
-        }
+        pair = (prepare(rule, shapes, dtype), adam)
+        times = {"hot": [], "cold": []}
+        for turn in range(rounds + 1):
+            cold, hot = [], []
+            for compiled, arguments, _ in pair:
+                np.add(other, 1, out=other)
+                cold.append(seconds(compiled, arguments, 1))
+                hot.append(seconds(compiled, arguments, STEPS))
+            if turn:  # the first warms up
+                times["hot"].append(hot)
+                times["cold"].append(cold)
+        rows[rule] = dict(pair[0][2])
+        for name, pairs in times.items():
+            mine, adams = np.array(pairs).T
+            rows[rule] |= {
+                f"times_adam_{name}": round(float(np.median(mine / adams)), 2),
+                f"milliseconds_{name}": round(float(np.median(mine)) * 1e3, 3),
+                f"adam_milliseconds_{name}": round(float(np.median(adams)) * 1e3, 3),
+            }
     return rows
 
 
@@ -103,7 +117,7 @@ def main():
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--out", type=Path, default=Path("reports/update.json"))
+    parser.add_argument("--out", type=Path, default=Path("reports/update/all_cores.json"))
     arguments = parser.parse_args()
     report = {"jax": jax.__version__, "cores": os.cpu_count(), "device": jax.devices()[0].device_kind, "models": {}}
     for model in arguments.models:
@@ -111,7 +125,7 @@ def main():
         report["models"][model] = rows
         for rule, row in rows.items():
             print(
-                f"{model:16} {rule:12} {row['times_adam']:6.2f} x adam (fastest {row['times_adam_fastest']:.2f}),",
+                f"{model:16} {rule:12} {row['times_adam_cold']:6.2f} x adam cold, {row['times_adam_hot']:.2f} hot;",
                 f"bytes a parameter: temporaries {row['temporary_bytes_per_parameter']:.2f},",
                 f"state {row['state_bytes_per_parameter']:.2f}; compiled in {row['compile_seconds']} s",
                 flush=True,

@@ -39,10 +39,10 @@ def plot(rows, path):
     for rule, color in zip(rules, COLORS, strict=False):
         mine = [row for row in rows if row["rule"] == rule]
         sizes = [row["parameters"] for row in mine]
-        left.loglog(sizes, [row["milliseconds"] for row in mine], "o-", ms=4, color=color, label=rule)
-        right.semilogx(sizes, [row["times_adam"] for row in mine], "o-", ms=4, color=color, label=rule)
+        left.loglog(sizes, [row["milliseconds_hot"] for row in mine], "o-", ms=4, color=color, label=rule)
+        right.semilogx(sizes, [row["times_adam_hot"] for row in mine], "o-", ms=4, color=color, label=rule)
     sizes = sorted({row["parameters"] for row in rows})
-    adam = [np.median([row["adam_milliseconds"] for row in rows if row["parameters"] == size]) for size in sizes]
+    adam = [np.median([row["adam_milliseconds_hot"] for row in rows if row["parameters"] == size]) for size in sizes]
     left.loglog(sizes, adam, "o-", ms=4, color="#555555", label="optax.adam")
     left.loglog(sizes, np.array(sizes) * adam[2] / sizes[2], ":", color="#aaaaaa", label="linear")
     right.axhline(1, color="#555555", lw=1)
@@ -71,7 +71,10 @@ def main():
             load = os.getloadavg()[0]
             facts = measure([rule], square_layers(10**power), rounds, jnp.float32)[rule]
             rows.append({"rule": rule, **facts, "load_before": round(load, 1)})
-            print(f"10^{power} {rule:11} {facts['times_adam']:6.2f} x adam, {facts['milliseconds']:.3f} ms", flush=True)
+            print(
+                f"10^{power} {rule:11} {facts['times_adam_hot']:6.2f} x adam, {facts['milliseconds_hot']:.3f} ms",
+                flush=True,
+            )
             jax.clear_caches()
     arguments.out.mkdir(parents=True, exist_ok=True)
     with open(arguments.out / "scaling.csv", "w", newline="") as file:

@@ -44,7 +44,7 @@ class Config:
         told_length: share of the episodes in which the rule is told their length (see ``task_learner``).
         max_loss: cap of the meta-loss in units of the initial loss; what a non-finite loss counts as.
         measure: the meta-loss, ``"relative"`` (the loss in units of the initial loss) or ``"log"`` (its logarithm).
-        outer_optimizer: the name of an Optax optimizer that takes a learning rate.
+        outer_optimizer: the name of an Optax optimizer that takes a learning rate; it sees theta as one vector.
         outer_kwargs: its other arguments.
         outer_learning_rate: its peak learning rate.
         outer_schedule: ``"constant"`` or ``"cosine"`` (to zero at the last meta-step).
