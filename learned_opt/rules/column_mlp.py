@@ -26,7 +26,7 @@ from ..features import Squares
 
 _UNROLL = 8  # the longest axis that a fused sum reduces
 _TERMS = 72  # in one fused reduction: with more, the compiler does not unroll it
-_BLOCK = 16384  # elements of one block of rows: its arrays stay in the second-level cache
+_BLOCK = 65536  # elements of one block of rows: its arrays stay in the caches, and two cores share a block
 _BLOCK_OF_PRODUCTS = 4096  # the same where every element has a column of hidden units
 _WIDE = 12  # hidden units from which on a matrix product is the better code
 _LITTLE = 4096  # elements of a tensor for which the weights may be spelt out as arrays
@@ -119,7 +119,7 @@ def _block_rows(shape: tuple[int, ...]) -> int:
     if len(shape) != 2:
         return 0
     rows = max(_UNROLL, _BLOCK // max(shape[1], 1) // _UNROLL * _UNROLL)
-    return rows if shape[0] >= 16 * rows else 0
+    return rows if shape[0] >= 4 * rows else 0
 
 
 def is_short(shape: tuple[int, ...]) -> bool:
