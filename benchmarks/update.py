@@ -119,7 +119,7 @@ def main():
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--out", type=Path, default=Path("reports/update/all_cores.json"))
     arguments = parser.parse_args()
-    report = {"jax": jax.__version__, "cores": os.cpu_count(), "device": jax.devices()[0].device_kind, "models": {}}
+    report = {"jax": jax.__version__, "cores": len(os.sched_getaffinity(0)), "device": jax.devices()[0].device_kind, "models": {}}
     for model in arguments.models:
         rows = measure(arguments.rules, MODELS[model](), arguments.rounds, jnp.dtype(arguments.dtype))
         report["models"][model] = rows
