@@ -90,7 +90,7 @@ def fast(key: jax.Array) -> jax.Array:
     """The key whose draws are those of ``key``, sooner compiled.
 
     Args:
-        key: one of JAX's default generator, Threefry, typed or as uint32 ``[2]``.
+        key: one of JAX's default generator, Threefry, typed or as uint32 ``[2]``; any other is returned as it is.
 
     Returns:
         A typed key for all functions of :mod:`jax.random`; of fewer than ``2**32`` numbers a draw.
@@ -101,4 +101,6 @@ def fast(key: jax.Array) -> jax.Array:
         True
     """
     raw = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
+    if raw.shape != (2,):
+        return key
     return jax.random.wrap_key_data(raw, impl=_IMPLEMENTATION)

@@ -39,3 +39,8 @@ def test_draws_of_64_bits():
     with jax.enable_x64(True):
         key = jax.random.key(3)
         np.testing.assert_array_equal(jax.random.normal(fast(key), (5,)), jax.random.normal(key, (5,)))
+
+
+def test_keys_of_other_generators_stay_what_they_are():
+    key = jax.random.key(3, impl="rbg")
+    assert fast(key) is key
