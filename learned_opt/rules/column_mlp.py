@@ -186,7 +186,7 @@ def _layer(w: jax.Array, xs: list[jax.Array], units: list[jax.Array]) -> list[ja
 def _spelt_out(w: jax.Array, shape: tuple[int, ...]) -> list[jax.Array]:
     """The entries of ``w`` in turn, each as an array of ``shape``: in few operations, there are hundreds of entries."""
     if shape[0] == 1 and math.prod(shape) <= _LITTLE:  # a quarter fewer operations to compile
-        return jax.lax.split(jax.lax.broadcast_in_dim(w.reshape(-1), (w.size, *shape[1:]), (0,)), (1,) * w.size)
+        return list(jax.lax.split(jax.lax.broadcast_in_dim(w.reshape(-1), (w.size, *shape[1:]), (0,)), (1,) * w.size))
     entries = jax.lax.split(w.reshape(-1), (1,) * w.size)
     return [jax.lax.broadcast_in_dim(x, shape, (len(shape) - 1,)) for x in entries]
 
