@@ -268,7 +268,8 @@ def test_meta_parameters_are_as_many_as_published():
 
 def test_the_table_of_the_rules_tells_the_truth():
     rows = {}
-    for line in (Path(__file__).parent.parent / "docs" / "rules.md").read_text().splitlines():
+    text = (Path(__file__).parent.parent / "docs" / "rules.md").read_text()
+    for line in text.split("\n## What an update costs\n")[0].splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         names = re.findall("`(\\w+)`", cells[0])
         if len(cells) != 6 or not names:
