@@ -166,8 +166,8 @@ def _mean_squares(terms: Callable[..., tuple], inputs: tuple, shape: tuple[int, 
 
     count, rest = divmod(shape[0], rows)
     xs, factors = block(0, rows)  # of which only the factors, the same in all blocks, are computed
-    zeros = jax.eval_shape(lambda xs: jnp.stack(_shrink(xs)), xs)
-    totals, _ = jax.lax.scan(add, jnp.zeros(zeros.shape, zeros.dtype), rows * jnp.arange(count))
+    like = jax.eval_shape(lambda xs: jnp.stack(_shrink(xs)), xs)
+    totals, _ = jax.lax.scan(add, jnp.zeros(like.shape, like.dtype), rows * jnp.arange(count))
     total = _sums(list(totals), factors)
     if rest:
         total += _sums(*block(count * rows, rest))
