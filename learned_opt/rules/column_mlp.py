@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..base import Theta
-from ..features import Squares
+from ..features import Squares, zero_of
 
 _UNROLL = 8  # the longest axis that a fused sum reduces
 _TERMS = 72  # in one fused reduction: with more, the compiler does not unroll it
@@ -65,47 +65,53 @@ def settle(theta: Theta, gradients: list[jax.Array]) -> Theta:
     """``theta``, tied to this update's data (see :func:`once`); to be done before the rule's loop over tensors."""
     if not gradients:
         return theta
-    first = gradients[0].reshape(-1)[:1]
-    zero = 0 * jnp.sum(jnp.where(jnp.isfinite(first), first, jnp.zeros_like(first)))
-    zero = jax.lax.stop_gradient(zero)
     tree: Any
     leaves, tree = jax.tree.flatten(theta)
-    flat = once(jnp.concatenate([x.reshape(-1) for x in leaves]), zero.astype(jnp.result_type(*leaves)))
+    zero = zero_of(gradients[0]).astype(jnp.result_type(*leaves))
+    flat = once(jnp.concatenate([x.reshape(-1) for x in leaves]), zero)
     cuts = np.cumsum([x.size for x in leaves])[:-1]
     return tree.unflatten([x.reshape(y.shape) for x, y in zip(jnp.split(flat, cuts), leaves, strict=True)])
 
 
-@jax.custom_jvp
-def _fused_sums(xs: list[jax.Array]) -> list[jax.Array]:
-    """Sums over the first axis of arrays of one shape, in one pass over whatever they are computed from."""
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _fused_sums(xs: list[jax.Array], axis: int) -> list[jax.Array]:
+    """Sums over an axis of arrays of one shape, in one pass over whatever they are computed from."""
     zeros = [np.zeros((), x.dtype) for x in xs]
-    return list(jax.lax.reduce(xs, zeros, lambda a, b: [x + y for x, y in zip(a, b, strict=True)], (0,)))
+    return list(jax.lax.reduce(xs, zeros, lambda a, b: [x + y for x, y in zip(a, b, strict=True)], (axis,)))
 
 
 @_fused_sums.defjvp
-def _fused_sums_jvp(primals, tangents):
-    return _fused_sums(*primals), [jnp.sum(t, 0) for t in tangents[0]]
+def _fused_sums_jvp(axis, primals, tangents):
+    return _fused_sums(*primals, axis), [jnp.sum(t, axis) for t in tangents[0]]
+
+
+def _sum_parts(xs: list[jax.Array]) -> list[jax.Array]:
+    """Sums over the last axis but one, which is short; so many in one pass that the compiler unrolls it."""
+    together = _TERMS // xs[0].shape[-2]
+    axis = xs[0].ndim - 2
+    return [y for i in range(0, len(xs), together) for y in _fused_sums(xs[i : i + together], axis)]
 
 
 def _shrink(xs: list[jax.Array]) -> list[jax.Array]:
-    """Sums over equal parts of the rows, as often as those can be parted."""
+    """Sums over groups of rows, as often as those can be formed."""
     *lead, rows, cols = xs[0].shape
     divisors = [n for n in range(2, _UNROLL + 1) if rows % n == 0]
     if not divisors or xs[0].size < 64:
         return xs
-    # two loops over eight parts beat one over four, and one over few parts beats two over a few more
+    # two loops over eight rows beat one over four, and one over few rows beats two over a few more
     parts = max(divisors, key=lambda n: (n == _UNROLL, n * len(xs) <= _TERMS, n))
-    xs = [jnp.moveaxis(x.reshape(*lead, parts, rows // parts, cols), len(lead), 0) for x in xs]
-    together = _TERMS // parts
-    return _shrink([y for i in range(0, len(xs), together) for y in _fused_sums(xs[i : i + together])])
+    return _shrink(_sum_parts([x.reshape(*lead, rows // parts, parts, cols) for x in xs]))
+
+
+def _times(xs: list[jax.Array], factors: list[jax.Array | None]) -> list[jax.Array]:
+    return [x if c is None else x * c for x, c in zip(xs, factors, strict=True)]
 
 
 def _sums(xs: list[jax.Array], factors: list[jax.Array | None]) -> jax.Array:
     """``[k]`` sums of ``k`` arrays of one shape, each times a row if one is given."""
-    xs = _shrink(xs) if xs[0].ndim >= 2 else xs
-    xs = [x if c is None else x * c for x, c in zip(xs, factors, strict=True)]
+    xs = _times(_shrink(xs) if xs[0].ndim >= 2 else xs, factors)
     if xs[0].size <= 512:
-        return jnp.stack(_fused_sums([x.reshape(-1) for x in xs]))
+        return jnp.stack(_fused_sums([x.reshape(-1) for x in xs], 0))
     return jnp.sum(jnp.stack(xs).reshape(len(xs), -1), 1)
 
 
@@ -161,14 +167,23 @@ def _mean_squares(terms: Callable[..., tuple], inputs: tuple, shape: tuple[int, 
     def block(start, count):
         return terms(*jax.tree.map(lambda x: _rows(x, start, count), inputs))
 
+    def partial(start):
+        xs, factors = block(start, rows)
+        xs = _times(_sum_parts([x.reshape(-1, _UNROLL, shape[1]) for x in xs]), factors)
+        if shape[1] % _UNROLL:
+            return jnp.stack(_shrink(xs))
+        # not over whole rows again: at strides of a power of two the cache holds few lines
+        length = shape[1] // _UNROLL
+        length = max((n for n in range(32, 129) if length % n == 0), default=length)
+        return jnp.stack(_sum_parts([x.reshape(-1, _UNROLL, length) for x in xs]))
+
     def add(totals, start):  # stacked: every other operation of a loop costs as much as a thousand sums
-        return totals + jnp.stack(_shrink(block(start, rows)[0])), None
+        return totals + partial(start), None
 
     count, rest = divmod(shape[0], rows)
-    xs, factors = block(0, rows)  # of which only the factors, the same in all blocks, are computed
-    like = jax.eval_shape(lambda xs: jnp.stack(_shrink(xs)), xs)
+    like = jax.eval_shape(partial, 0)
     totals, _ = jax.lax.scan(add, jnp.zeros(like.shape, like.dtype), rows * jnp.arange(count))
-    total = _sums(list(totals), factors)
+    total = _sums(list(totals), [None] * len(totals))
     if rest:
         total += _sums(*block(count * rows, rest))
     return total / math.prod(shape)

@@ -83,7 +83,9 @@ def mlp(*, hidden_size: int = 32) -> LearnedOptimizer:
     def update_tensor(theta, t, gradient, p, *accumulators):
         dtype = ft.compute_dtype(p.dtype)
         clean = functools.partial(ft.clean, limit=_LIMIT, dtype=dtype)
-        m = [ft.ema(x, clean(gradient), b) for x, b in zip(accumulators, MOMENTUM, strict=True)]
+        g = clean(gradient)
+        # not ft.ema: for .5 the compiler simplifies it, computes it anew in every consumer and copies the state for that
+        m = [g + b * (x.astype(dtype) - g) for x, b in zip(accumulators, MOMENTUM, strict=True)]
         layers = with_time(network(theta), t, COLUMNS)
 
         def columns_of(gradient, p, m):  # cleaned where it is read: the clean gradient need not be stored
