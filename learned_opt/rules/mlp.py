@@ -84,7 +84,7 @@ def mlp(*, hidden_size: int = 32) -> LearnedOptimizer:
         dtype = ft.compute_dtype(p.dtype)
         clean = functools.partial(ft.clean, limit=_LIMIT, dtype=dtype)
         g = clean(gradient)
-        # not ft.ema: for .5 the compiler simplifies it, computes it anew in every consumer and copies the state for that
+        # not ft.ema: of .5 the compiler makes a simpler form, computed anew in every consumer of a copied state
         m = [g + b * (x.astype(dtype) - g) for x, b in zip(accumulators, MOMENTUM, strict=True)]
         layers = with_time(network(theta), t, COLUMNS)
 
