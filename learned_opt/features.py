@@ -20,7 +20,7 @@ Squares = list[Any]  # see factored_squares
 
 _ALONE = 1 << 14  # elements from which on a tensor waits for the one before it
 _LARGE = 1 << 16  # elements from which on a matrix is summed by blocks of rows
-_BLOCK = 1 << 14  # elements of a block
+_BLOCK = 1 << 15  # elements of a block
 
 
 def compute_dtype(dtype) -> jnp.dtype:
