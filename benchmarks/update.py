@@ -43,14 +43,15 @@ def transformer_10m():
 MODELS = {"mlp_1m": mlp_1m, "transformer_10m": transformer_10m}
 
 
-def prepare(rule, shapes, dtype):
+def transform(rule):
+    """A fresh rule with its default settings."""
+    made = learned_opt.RULES[rule]()
+    tx = made.build(made.init(jax.random.key(0)), num_steps=1000)
+    return optax.chain(tx, optax.scale(made.learning_rate or 1.0))
+
+
+def prepare(tx, shapes, dtype):
     """The compiled step and its first arguments; what it takes in memory."""
-    if rule is None:
-        tx = optax.adam(1e-3)
-    else:
-        made = learned_opt.RULES[rule]()
-        tx = made.build(made.init(jax.random.key(0)), num_steps=1000)
-        tx = optax.chain(tx, optax.scale(made.learning_rate or 1.0))
     keys = jax.random.split(jax.random.key(1), len(shapes))
     params = {n: 0.03 * jax.random.normal(k, s, dtype) for (n, s), k in zip(shapes.items(), keys, strict=True)}
     grads = jax.tree.map(lambda p: 0.1 * p + jnp.asarray(1e-3, dtype), params)
@@ -84,12 +85,12 @@ def seconds(compiled, arguments, steps):
     return (time.perf_counter() - start) / steps
 
 
-def measure(rules, shapes, rounds, dtype):
-    adam = prepare(None, shapes, dtype)
+def measure(transforms, shapes, rounds, dtype=jnp.float32):
+    adam = prepare(optax.adam(1e-3), shapes, dtype)
     other = np.zeros(LARGER_THAN_CACHES, np.float32)
     rows = {}
-    for rule in rules:
-        pair = (prepare(rule, shapes, dtype), adam)
+    for name, tx in transforms.items():
+        pair = (prepare(tx, shapes, dtype), adam)
         times = {"hot": [], "cold": []}
         for turn in range(rounds + 1):
             cold, hot = [], []
@@ -100,13 +101,13 @@ def measure(rules, shapes, rounds, dtype):
             if turn:  # the first warms up
                 times["hot"].append(hot)
                 times["cold"].append(cold)
-        rows[rule] = dict(pair[0][2])
-        for name, pairs in times.items():
+        rows[name] = dict(pair[0][2])
+        for kind, pairs in times.items():
             mine, adams = np.array(pairs).T
-            rows[rule] |= {
-                f"times_adam_{name}": round(float(np.median(mine / adams)), 2),
-                f"milliseconds_{name}": round(float(np.median(mine)) * 1e3, 3),
-                f"adam_milliseconds_{name}": round(float(np.median(adams)) * 1e3, 3),
+            rows[name] |= {
+                f"times_adam_{kind}": round(float(np.median(mine / adams)), 2),
+                f"milliseconds_{kind}": round(float(np.median(mine)) * 1e3, 3),
+                f"adam_milliseconds_{kind}": round(float(np.median(adams)) * 1e3, 3),
             }
     return rows
 
@@ -126,7 +127,8 @@ def main():
         "models": {},
     }
     for model in arguments.models:
-        rows = measure(arguments.rules, MODELS[model](), arguments.rounds, jnp.dtype(arguments.dtype))
+        transforms = {rule: transform(rule) for rule in arguments.rules}
+        rows = measure(transforms, MODELS[model](), arguments.rounds, jnp.dtype(arguments.dtype))
         report["models"][model] = rows
         for rule, row in rows.items():
             print(

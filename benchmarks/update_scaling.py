@@ -14,10 +14,9 @@ import os
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import matplotlib
 import numpy as np
-from update import measure
+from update import measure, transform
 
 import learned_opt
 
@@ -69,7 +68,7 @@ def main():
             break
         for rule in arguments.rules:
             load = os.getloadavg()[0]
-            facts = measure([rule], square_layers(10**power), rounds, jnp.float32)[rule]
+            facts = measure({rule: transform(rule)}, square_layers(10**power), rounds)[rule]
             rows.append({"rule": rule, **facts, "load_before": round(load, 1)})
             print(
                 f"10^{power} {rule:11} {facts['times_adam_hot']:6.2f} x adam, {facts['milliseconds_hot']:.3f} ms",

@@ -136,10 +136,12 @@ def test_update_is_the_formula_s(case):
         np.testing.assert_allclose(updates[i], want, atol=2e-4 * scale, rtol=2e-5, err_msg=str(shape))
 
 
+# rows that part into eights of any length, of a length in bounds, and not at all
+@pytest.mark.parametrize("shape", [(4115, 64), (67, 4096), (261, 1001)])
 @pytest.mark.parametrize("make", [adafac_mlp, functools.partial(celo, scheduled=False)])
-def test_a_large_matrix_goes_by_blocks_and_gives_the_same(make):
+def test_a_large_matrix_goes_by_blocks_and_gives_the_same(make, shape):
     rng = np.random.default_rng(0)
-    rule, shape = make(), (4115, 64)
+    rule = make()
     theta = rule.init(jax.random.key(1))
     p, g = rng.normal(size=shape), rng.normal(size=shape)
     expected = {adafac_mlp: adafac_mlp_update}.get(make, celo_update)
@@ -551,6 +553,31 @@ def test_memory_of_a_large_update_is_that_of_its_result(name):
 
     compiled = jax.jit(step, donate_argnums=(0, 1)).lower(p, tx.init(p), p).compile()
     assert compiled.memory_analysis().temp_size_in_bytes <= 8 * p.size
+
+
+def test_large_tensors_take_turns():
+    rule = RULES["celo2"]()
+    tx = rule.build(rule.init(jax.random.key(0)))
+
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    def temporaries(count):
+        params = [jnp.zeros((256, 128))] * count
+        compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, tx.init(params), params).compile()
+        return compiled.memory_analysis().temp_size_in_bytes / params[0].nbytes
+
+    assert temporaries(5) < temporaries(1) + 1  # of every one some kilobytes, not its gradient and its update
+
+
+def test_what_a_large_tensor_waits_for_does_not_reach_it():
+    rule = RULES["celo2"]()
+    tx = rule.build(rule.init(jax.random.key(0)))
+    params = [jax.random.normal(key, (256, 128)) for key in jax.random.split(jax.random.key(1), 2)]
+    (_, beside_nan), _ = jax.jit(tx.update)([jnp.full_like(params[0], jnp.nan), params[1]], tx.init(params), params)
+    alone, _ = jax.jit(tx.update)(params[1], tx.init(params[1]), params[1])
+    np.testing.assert_allclose(beside_nan, alone, rtol=1e-5)
 
 
 def test_blocks_of_rows_give_what_the_whole_matrix_does(monkeypatch):
