@@ -70,7 +70,8 @@ def map_tensors(update: Callable[..., Sequence[jax.Array]], updates: Tree, *tree
 
     ``None`` in place of a gradient, and tensors without elements, pass through unchanged. On a CPU large tensors take
     turns: left to itself the compiler runs the first loop of all of them, then the second of all, each time over memory
-    that no cache holds, and keeps the temporaries of all. (On many accelerators their reductions had better overlap.)
+    that no cache holds, and keeps the temporaries of all. Not elsewhere: with parameters sharded over accelerators a
+    turn would wait for the reductions of the one before.
 
     Args:
         update: ``(gradient, parameter, *accumulators) -> (update, *new accumulators)``.

@@ -167,7 +167,7 @@ def _mean_squares(terms: Callable[..., tuple], inputs: tuple, shape: tuple[int, 
     def block(start, count):
         return terms(*jax.tree.map(lambda x: _rows(x, start, count), inputs))
 
-    def partial(start):
+    def sums_of_block(start):
         xs, factors = block(start, rows)
         xs = _times(_sum_parts([x.reshape(-1, _UNROLL, shape[1]) for x in xs]), factors)
         if shape[1] % _UNROLL:
@@ -178,10 +178,10 @@ def _mean_squares(terms: Callable[..., tuple], inputs: tuple, shape: tuple[int, 
         return jnp.stack(_sum_parts([x.reshape(-1, _UNROLL, length) for x in xs]))
 
     def add(totals, start):  # stacked: every other operation of a loop costs as much as a thousand sums
-        return totals + partial(start), None
+        return totals + sums_of_block(start), None
 
     count, rest = divmod(shape[0], rows)
-    like = jax.eval_shape(partial, 0)
+    like = jax.eval_shape(sums_of_block, 0)
     totals, _ = jax.lax.scan(add, jnp.zeros(like.shape, like.dtype), rows * jnp.arange(count))
     total = _sums(list(totals), [None] * len(totals))
     if rest:

@@ -85,7 +85,8 @@ def mlp(*, hidden_size: int = 32) -> LearnedOptimizer:
         clean = functools.partial(ft.clean, limit=_LIMIT, dtype=dtype)
         g = clean(gradient)
         # not ft.ema: of .5 the compiler makes a simpler form, computed anew in every consumer of a copied state
-        m = [g + b * (x.astype(dtype) - g) for x, b in zip(accumulators, MOMENTUM, strict=True)]
+        m = [x.astype(dtype) for x in accumulators]
+        m = [x + (1 - jnp.asarray(b, dtype)) * (g - x) for x, b in zip(m, MOMENTUM, strict=True)]
         layers = with_time(network(theta), t, COLUMNS)
 
         def columns_of(gradient, p, m):  # cleaned where it is read: the clean gradient need not be stored
