@@ -581,7 +581,7 @@ def test_what_a_large_tensor_waits_for_does_not_reach_it():
 
 
 def test_blocks_of_rows_give_what_the_whole_matrix_does(monkeypatch):
-    p = jax.random.normal(jax.random.key(0), (150, 256))  # nine blocks of 16 rows, and six more rows
+    p = jax.random.normal(jax.random.key(0), (150, 256))  # three blocks of 48 rows, and six more rows
 
     def update():
         rule = mlp()  # traced anew

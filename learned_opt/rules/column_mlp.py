@@ -27,7 +27,7 @@ from ..features import Squares, zero_of
 _UNROLL = 8  # the longest axis that a fused sum reduces
 _TERMS = 72  # in one fused reduction: with more, the compiler does not unroll it
 _BLOCK = 65536  # elements of one block of rows: its arrays stay in the caches, and two cores share a block
-_BLOCK_OF_PRODUCTS = 4096  # the same where every element has a column of hidden units
+_BLOCK_OF_PRODUCTS = 12288  # the same where every element has a column of hidden units: less does not feed two cores
 _WIDE = 12  # hidden units from which on a matrix product is the better code
 _LITTLE = 4096  # elements of a tensor for which the weights may be spelt out as arrays
 _LANES = 8  # a loop over rows of another length wastes much of the vector unit
@@ -320,7 +320,7 @@ def column_mlp(
     layers = Layers((folded, b), layers.hidden, (w[:, :outputs], c[:outputs]))
     columns = [columns[i] for i in full]
     if b.size >= _WIDE:
-        if len(shape) != 2 or math.prod(shape) < 4 * _BLOCK_OF_PRODUCTS:
+        if len(shape) != 2 or math.prod(shape) < 2 * _BLOCK_OF_PRODUCTS:
             return finish(_network_of_products(columns, extra, layers))
         return _by_rows(
             lambda *block: finish(_network_of_products([features(*block[:-1])[i] for i in full], block[-1], layers)),
