@@ -42,10 +42,14 @@ def accumulate(gradient, state):
     return g, celo2.Celo2State(m, ft.ema(state.r, g * g, celo2.RMS), row, col)
 
 
-def columns(g, p, m, r, scales, moments):
-    """The features; `scales` and `moments` are pairs of stacks, constant along an axis each."""
-    lists = [list(x) for x in (*scales, *moments)]
-    return ft.factored_columns(g, p, list(m), r, *lists, eps=celo2._ROOT_EPS)
+def columns(g, p, m, r, *stacks):
+    """The features; `stacks` are what `factored_scales` gives and the factored moments, constant along an axis each."""
+    return ft.factored_columns(g, p, list(m), r, *(list(x) for x in stacks), eps=celo2._ROOT_EPS)
+
+
+def columns_of_matrix(g, p, state):
+    scales = ft.factored_scales(state.row, state.col, g.shape)
+    return columns(g, p, state.m, state.r, *scales, state.row, state.col)
 
 
 def weighted_sums(w, xs, units):
@@ -62,9 +66,8 @@ def network_of_sums(xs, first, units):
 
 
 def features_by_parameters(g, p, state):
-    scales = ft.factored_scales(state.row, state.col, g.shape)
-    xs = columns(g, p, state.m, state.r, scales, (state.row, state.col))
-    x = jnp.stack([jnp.broadcast_to(x, g.shape).reshape(-1) for x in xs], -1)
+    xs = [jnp.broadcast_to(x, g.shape).reshape(-1) for x in columns_of_matrix(g, p, state)]
+    x = jnp.stack(xs, -1)
     h = x * jax.lax.rsqrt(EPS + jnp.mean(x * x, 0))
     for i in (0, 1):
         h = jax.nn.relu(h @ THETA[f"w{i}"] + THETA[f"b{i}"])
@@ -72,9 +75,7 @@ def features_by_parameters(g, p, state):
 
 
 def array_a_feature(g, p, state):
-    scales = ft.factored_scales(state.row, state.col, g.shape)
-    xs = columns(g, p, state.m, state.r, scales, (state.row, state.col))
-    xs = [jnp.broadcast_to(x, g.shape) for x in xs]
+    xs = [jnp.broadcast_to(x, g.shape) for x in columns_of_matrix(g, p, state)]
     folded = THETA["w0"] * jnp.stack([jax.lax.rsqrt(EPS + jnp.mean(x * x)) for x in xs])[:, None]
     return network_of_sums(xs, folded, list(THETA["b0"]))
 
@@ -88,13 +89,12 @@ def blocks_of_rows(g, p, state):
 
     def block_columns(block):
         g, p, m, r, R, row = block
-        return columns(g, p, m, r, (R, C), (row, state.col))
+        return columns(g, p, m, r, R, C, row, state.col)
 
-    whole = columns(g, p, state.m, state.r, (R, C), (state.row, state.col))
+    whole = columns_of_matrix(g, p, state)
     full = [i for i, x in enumerate(whole) if x.shape == g.shape]
-    folded = [THETA["w0"][i] * jax.lax.rsqrt(EPS + jnp.mean(x * x)) for i, x in enumerate(whole) if i not in full]
-    biases = zip(folded, (x for i, x in enumerate(whole) if i not in full), strict=True)
-    parts = [w[:, None, None] * x for w, x in biases]
+    others = [(w, x) for w, x in zip(THETA["w0"], whole, strict=True) if x.shape != g.shape]
+    parts = [(w * jax.lax.rsqrt(EPS + jnp.mean(x * x)))[:, None, None] * x for w, x in others]
     by_column = sum(x for x in parts if x.shape[1] == 1)
     by_row = sum(x for x in parts if x.shape[1] != 1)
 

@@ -8,7 +8,7 @@ column statistics) keep that axis at size one and enter as a bias per row or col
 Written so that XLA's CPU compiler emits one fused loop for the whole network and few for all the statistics:
 
 - several sums in one :func:`jax.lax.reduce` share their inputs, where separate sums would each read them again;
-  reducing an axis of four lets the compiler unroll it and use vector instructions across the others;
+  reducing an axis of eight lets the compiler unroll it and use vector instructions across the others;
 - :func:`once` ends what must be computed once and stored.
 """
 
