@@ -26,7 +26,7 @@ from ..features import Squares, zero_of
 
 _UNROLL = 8  # the longest axis that a fused sum reduces
 _TERMS = 72  # in one fused reduction: with more, the compiler does not unroll it
-_BLOCK = 65536  # elements of one block of rows: its arrays stay in the caches, and two cores share a block
+_BLOCK = 131072  # elements of one block of rows: its arrays stay in the caches, and it is long enough for two cores
 _BLOCK_OF_PRODUCTS = 12288  # the same where every element has a column of hidden units: less does not feed two cores
 _WIDE = 12  # hidden units from which on a matrix product is the better code
 _LITTLE = 4096  # elements of a tensor for which the weights may be spelt out as arrays
@@ -125,7 +125,7 @@ def _block_rows(shape: tuple[int, ...]) -> int:
     if len(shape) != 2:
         return 0
     rows = max(_UNROLL, _BLOCK // max(shape[1], 1) // _UNROLL * _UNROLL)
-    return rows if shape[0] >= 4 * rows else 0
+    return rows if shape[0] >= 2 * rows else 0
 
 
 def is_short(shape: tuple[int, ...]) -> bool:
@@ -305,10 +305,13 @@ def column_mlp(
     scales = jax.lax.rsqrt(eps + means)
     zero = jax.lax.stop_gradient(0 * scales[0])
     w, b = layers.first
-    # not the very arrays that the statistics were taken of: the compiler would store every column for both to share
-    columns = features(*jax.tree.map(lambda x: x + zero, inputs))
+    # not the very arrays that the statistics were taken of, unless those saw blocks: the compiler would store every
+    # column for both to share
+    apart = inputs if _block_rows(shape) else jax.tree.map(lambda x: x + zero, inputs)
+    columns = features(*apart)
     extra = []
-    for s in sorted({s for s in shapes if s != shape}):
+    # what is constant along a row first: it is added to the network's bias once a row
+    for s in sorted({s for s in shapes if s != shape}, reverse=True):
         where = [i for i, other in enumerate(shapes) if other == s]
         xs = [columns[i].reshape(1, -1) for i in where]
         mean = _sums([x * x for x in xs], [None] * len(xs)) / xs[0].size
