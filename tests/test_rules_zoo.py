@@ -109,6 +109,7 @@ CASES = {
     "mlp of 4": (functools.partial(mlp, hidden_size=4), mlp_update, FEW),
     "adafac_mlp": (adafac_mlp, adafac_mlp_update, SHAPES),
     "adafac_mlp of 16": (functools.partial(adafac_mlp, hidden_size=16), adafac_mlp_update, FEW),
+    "adafac_mlp of 32": (functools.partial(adafac_mlp, hidden_size=32), adafac_mlp_update, FEW),
     "celo": (functools.partial(celo, scheduled=False, lstm_size=1), celo_update, SHAPES),
 }
 
@@ -580,11 +581,12 @@ def test_what_a_large_tensor_waits_for_does_not_reach_it():
     np.testing.assert_allclose(beside_nan, alone, rtol=1e-5)
 
 
-def test_blocks_of_rows_give_what_the_whole_matrix_does(monkeypatch):
+@pytest.mark.parametrize("hidden", [32, 29])  # units that part into eights, and that do not part
+def test_blocks_of_rows_give_what_the_whole_matrix_does(monkeypatch, hidden):
     p = jax.random.normal(jax.random.key(0), (150, 256))  # three blocks of 48 rows, and six more rows
 
     def update():
-        rule = mlp()  # traced anew
+        rule = mlp(hidden_size=hidden)  # traced anew
         tx = rule.build(rule.init(jax.random.key(1)))
         return jax.jit(lambda p: tx.update(p, tx.init(p), p)[0])(p)
 

@@ -28,7 +28,8 @@ _UNROLL = 8  # the longest axis that a fused sum reduces
 _TERMS = 72  # in one fused reduction: with more, the compiler does not unroll it
 _BLOCK = 131072  # elements of one block of rows: its arrays stay in the caches, and it is long enough for two cores
 _BLOCK_OF_PRODUCTS = 12288  # the same where every element has a column of hidden units: less does not feed two cores
-_WIDE = 12  # hidden units from which on a matrix product is the better code
+_WIDE = 800  # multiply-adds of a network from which on matrix products are used: sums of more are slow to compile
+_FEW = 8  # columns that may be computed anew for every hidden unit
 _LITTLE = 4096  # elements of a tensor for which the weights may be spelt out as arrays
 _LANES = 8  # a loop over rows of another length wastes much of the vector unit
 
@@ -210,12 +211,22 @@ def _network_of_products(columns: list[jax.Array], extra: list[jax.Array], layer
     """The network as matrix products over stacked columns."""
     tail = (1,) * columns[0].ndim
     w, b = layers.first
-    h = jnp.tensordot(w, jnp.stack(columns), (0, 0), precision=_HIGHEST) + b.reshape(-1, *tail)
+    h = _product(w, jnp.stack(columns)) + b.reshape(-1, *tail)
     for bias in extra:
         h = h + bias
     for w, b in (*layers.hidden, layers.last):
-        h = jnp.tensordot(w, jax.nn.relu(h), (0, 0), precision=_HIGHEST) + b.reshape(-1, *tail)
+        h = _product(w, jax.nn.relu(h)) + b.reshape(-1, *tail)
     return list(h)
+
+
+def _product(w: jax.Array, x: jax.Array) -> jax.Array:
+    """``[i, o]`` and ``[i, *shape]`` multiplied: ``[o, *shape]``."""
+    return jnp.tensordot(w, x, (0, 0), precision=_HIGHEST)
+
+
+def _relu(x: jax.Array) -> jax.Array:
+    """``max(x, 0)`` in one instruction, where a maximum takes three to keep NaN."""
+    return jax.lax.select(x < 0, jnp.zeros_like(x), x)
 
 
 def _by_rows(function: Callable[..., list[jax.Array]], inputs: tuple, shape: tuple[int, ...]) -> list[jax.Array]:
@@ -243,15 +254,13 @@ def _network_of_sums(
     extra = [once(x, zero) for x in extra]
     layers = layers._replace(first=(once(layers.first[0], zero), layers.first[1]))
     shape = columns[0].shape
-    zeros = jnp.zeros_like(columns[0])
     w, b = layers.first
     units = _spelt_out(b, shape)
     for bias in extra:
         units = [unit + x for unit, x in zip(units, bias, strict=True)]
     h = _layer(w, columns, units)
     for w, b in (*layers.hidden, layers.last):
-        h = [jax.lax.select(x < 0, zeros, x) for x in h]  # one instruction, where a maximum takes three to keep NaN
-        h = _layer(w, h, _spelt_out(b, shape))
+        h = _layer(w, [_relu(x) for x in h], _spelt_out(b, shape))
     return [once(x, zero) for x in finish(h)]
 
 
@@ -259,6 +268,38 @@ def _network_of_sums(
 def _network_of_sums_jvp(finish, primals, tangents):
     # derivatives of the sums would be a reduction for every single weight
     return jax.jvp(lambda *primals: finish(_network_of_products(*primals)), primals[:3], tangents[:3])
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _wide_network(
+    finish: Finish, columns: list[jax.Array], extra: list[jax.Array], layers: Layers, zero: jax.Array
+) -> list[jax.Array]:
+    """The network as matrix products, but for the last layer and a first one of few columns.
+
+    Those are sums of scalar x array, fused with the ReLUs: a product of a few rows is slow, and the ReLU before or
+    after it would be one more pass over all units.
+    """
+    tail = (1,) * columns[0].ndim
+    w, b = layers.first
+    h = b.reshape(-1, *tail)
+    for bias in extra:
+        h = h + bias
+    if len(columns) > _FEW:
+        h = h + _product(w, jnp.stack(columns))
+    else:
+        for weights, x in zip(w, columns, strict=True):
+            h = h + weights.reshape(-1, *tail) * x[None]
+    for w, b in layers.hidden:
+        h = _product(w, _relu(h)) + b.reshape(-1, *tail)
+    w, b = layers.last
+    # few units at a time: their rows are at strides of a power of two, and the cache holds few such lines
+    parts = max(n for n in range(1, _UNROLL + 1) if h.shape[0] % n == 0)
+    terms = [(_relu(h) * weights.reshape(-1, *tail)).reshape(-1, parts, *h.shape[1:]) for weights in w.T]
+    sums = [functools.reduce(jnp.add, x, bias) for x, bias in zip(_fused_sums(terms, 1), b, strict=True)]
+    return [once(x, zero) for x in finish(sums)]
+
+
+_wide_network.defjvp(_network_of_sums_jvp)
 
 
 def column_mlp(
@@ -322,11 +363,11 @@ def column_mlp(
     w, c = layers.last
     layers = Layers((folded, b), layers.hidden, (w[:, :outputs], c[:outputs]))
     columns = [columns[i] for i in full]
-    if b.size >= _WIDE:
+    if sum(w.size for w, _ in (layers.first, *layers.hidden, layers.last)) > _WIDE:
         if len(shape) != 2 or math.prod(shape) < 2 * _BLOCK_OF_PRODUCTS:
             return finish(_network_of_products(columns, extra, layers))
         return _by_rows(
-            lambda *block: finish(_network_of_products([features(*block[:-1])[i] for i in full], block[-1], layers)),
+            lambda *block: _wide_network(finish, [features(*block[:-1])[i] for i in full], block[-1], layers, zero),
             (*inputs, extra),
             shape,
         )
