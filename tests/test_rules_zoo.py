@@ -587,9 +587,18 @@ def test_blocks_of_rows_give_what_the_whole_matrix_does(monkeypatch, hidden):
 
     def update():
         rule = mlp(hidden_size=hidden)  # traced anew
-        tx = rule.build(rule.init(jax.random.key(1)))
-        return jax.jit(lambda p: tx.update(p, tx.init(p), p)[0])(p)
+        theta = rule.init(jax.random.key(1))
+
+        def of(theta):
+            tx = rule.build(theta)
+            return tx.update(p, tx.init(p), p)[0]
+
+        gradient = jax.grad(lambda theta: jnp.sum(of(theta) * jnp.sin(7 * p)))
+        return jax.jit(of)(theta), jax.jit(gradient)(theta)
 
     by_blocks = update()
     monkeypatch.setattr(column_mlp, "_BLOCK_OF_PRODUCTS", p.size)
-    np.testing.assert_allclose(by_blocks, update(), rtol=1e-5, atol=1e-8)
+    whole = update()
+    np.testing.assert_allclose(by_blocks[0], whole[0], rtol=1e-5, atol=1e-8)
+    for name, x in whole[1].items():
+        np.testing.assert_allclose(by_blocks[1][name], x, rtol=1e-4, atol=1e-4 * np.abs(x).max(), err_msg=name)

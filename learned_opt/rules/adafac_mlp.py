@@ -26,7 +26,7 @@ _EPS = 1e-5
 _ROOT_EPS = 1e-6
 # Columns that share a root or a product are next to each other; those with the root are together in the last seven,
 # whose squares are summed apart from the nine before: the root need not be stored for both.
-_ORDER = (0, 1, 10, 25, 11, 26, 12, 27, 2, *range(3, 10), *range(13, 25))
+_ORDER = (0, 1, 10, 25, 11, 26, 12, 27, *range(2, 10), *range(13, 25))
 _VECTOR_ORDER = (*range(10), 13, 16, 10, 19, 14, 17, 11, 20, 15, 18, 12, 21)
 
 

@@ -246,6 +246,11 @@ def _by_rows(function: Callable[..., list[jax.Array]], inputs: tuple, shape: tup
     return jax.lax.scan(add, [jnp.zeros_like(inputs[0], x.dtype) for x in made], starts)[0]
 
 
+def _jvp_of_products(finish, primals, tangents):
+    """Derivatives of either network below: those of its sums would be a reduction for every single weight."""
+    return jax.jvp(lambda *primals: finish(_network_of_products(*primals)), primals[:3], tangents[:3])
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _network_of_sums(
     finish: Finish, columns: list[jax.Array], extra: list[jax.Array], layers: Layers, zero: jax.Array
@@ -264,10 +269,7 @@ def _network_of_sums(
     return [once(x, zero) for x in finish(h)]
 
 
-@_network_of_sums.defjvp
-def _network_of_sums_jvp(finish, primals, tangents):
-    # derivatives of the sums would be a reduction for every single weight
-    return jax.jvp(lambda *primals: finish(_network_of_products(*primals)), primals[:3], tangents[:3])
+_network_of_sums.defjvp(_jvp_of_products)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -299,7 +301,7 @@ def _wide_network(
     return [once(x, zero) for x in finish(sums)]
 
 
-_wide_network.defjvp(_network_of_sums_jvp)
+_wide_network.defjvp(_jvp_of_products)
 
 
 def column_mlp(
