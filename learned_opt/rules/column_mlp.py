@@ -234,7 +234,8 @@ def _by_rows(function: Callable[..., list[jax.Array]], inputs: tuple, shape: tup
 
     The last block begins where it ends with the matrix: some of its rows are computed twice.
     """
-    rows = min(shape[0], max(1, _BLOCK_OF_PRODUCTS // shape[1]))
+    rows = max(1, _BLOCK_OF_PRODUCTS // shape[1])
+    rows = min(shape[0], 3 if rows == 2 else rows)  # loops over two rows do not become vector instructions
 
     def add(wholes, start):
         block = function(*jax.tree.map(lambda x: _rows(x, start, rows), inputs))
