@@ -28,7 +28,8 @@ _UNROLL = 8  # the longest axis that a fused sum reduces
 _TERMS = 72  # in one fused reduction: with more, the compiler does not unroll it
 _BLOCK = 131072  # elements of one block of rows: its arrays stay in the caches, and it is long enough for two cores
 _BLOCK_OF_PRODUCTS = 12288  # the same where every element has a column of hidden units: less does not feed two cores
-_WIDE = 800  # multiply-adds of a network from which on matrix products are used: sums of more are slow to compile
+_WIDE = 800  # multiply-adds of a network from which on matrix products are used: sums of more compile slowly, those of
+# some 1,300 and more may run slowly too
 _FEW = 8  # columns that may be computed anew for every hidden unit
 _LITTLE = 4096  # elements of a tensor for which the weights may be spelt out as arrays
 _LANES = 8  # a loop over rows of another length wastes much of the vector unit
@@ -211,9 +212,7 @@ def _network_of_products(columns: list[jax.Array], extra: list[jax.Array], layer
     """The network as matrix products over stacked columns."""
     tail = (1,) * columns[0].ndim
     w, b = layers.first
-    h = _product(w, jnp.stack(columns)) + b.reshape(-1, *tail)
-    for bias in extra:
-        h = h + bias
+    h = _product(w, jnp.stack(columns)) + functools.reduce(jnp.add, extra, b.reshape(-1, *tail))
     for w, b in (*layers.hidden, layers.last):
         h = _product(w, jax.nn.relu(h)) + b.reshape(-1, *tail)
     return list(h)
@@ -284,9 +283,7 @@ def _wide_network(
     """
     tail = (1,) * columns[0].ndim
     w, b = layers.first
-    h = b.reshape(-1, *tail)
-    for bias in extra:
-        h = h + bias
+    h = functools.reduce(jnp.add, extra, b.reshape(-1, *tail))
     if len(columns) > _FEW:
         h = h + _product(w, jnp.stack(columns))
     else:
