@@ -23,6 +23,20 @@ _LARGE = 1 << 16  # elements from which on a matrix is summed by blocks of rows
 _BLOCK = 1 << 15  # elements of a block
 
 
+def on_cpu() -> bool:
+    """Whether JAX runs on CPUs by default: what makes fast loops there makes accelerators wait, or compile forever."""
+    return jax.default_backend() == "cpu"
+
+
+def fenced(x: jax.Array) -> jax.Array:
+    """``x``, past which an accelerator's compiler does not look.
+
+    For means by which the very numbers are scaled that they were taken of: XLA sees a softmax in those, and tries to
+    put all that is computed from the result into one kernel with it, for minutes.
+    """
+    return x if on_cpu() else jax.lax.optimization_barrier(x)
+
+
 def compute_dtype(dtype) -> jnp.dtype:
     """The dtype that a rule computes in: that of the parameters, and float32 at least.
 
@@ -88,12 +102,12 @@ def map_tensors(update: Callable[..., Sequence[jax.Array]], updates: Tree, *tree
     zero: Any = 0.0  # of the large tensor before
     for gradient, param, *accumulators in zip(gradients, *columns, strict=True):
         idle = gradient is None or gradient.size == 0
-        large = not idle and gradient.size >= _ALONE
+        large = not idle and gradient.size >= _ALONE and on_cpu()
         if large:
             gradient = gradient + jnp.asarray(zero, gradient.dtype)
         new = (gradient, *accumulators) if idle else update(gradient, param, *accumulators)
         if large:
-            zero = jax.lax.platform_dependent(new[0], cpu=zero_of, default=lambda x: jnp.zeros((), x.dtype))
+            zero = zero_of(new[0])
         for result, value in zip(results, new, strict=True):
             result.append(value)
     return [structure.unflatten(result) for result in results]
@@ -175,7 +189,7 @@ def factored_update(row: jax.Array, col: jax.Array, g: jax.Array, decays) -> tup
     b = per_decay(decays, g.ndim, g.dtype)
     if axes is None:
         return b * row.astype(g.dtype) + (1 - b) * (square + least)[None], col.astype(g.dtype)
-    if g.ndim == 2 and g.size >= _LARGE:
+    if g.ndim == 2 and g.size >= _LARGE and on_cpu():
         mean_d0, mean_d1 = _means(g, axes)
     else:
         mean_d1, mean_d0 = (jnp.mean(square, axis, keepdims=True) for axis in axes)
@@ -213,7 +227,7 @@ def factored_scales(row: jax.Array, col: jax.Array, shape: tuple[int, ...]) -> t
     axes = factored_axes(shape)
     if axes is None:
         return jax.lax.rsqrt(jnp.maximum(row + 1e-9, 1e-9)), col
-    mean = jnp.mean(row, axes[0] + 1, keepdims=True)
+    mean = fenced(jnp.mean(row, axes[0] + 1, keepdims=True))
     R = jax.lax.rsqrt(jnp.maximum(row / (mean + 1e-9), 1e-9))
     return R, jax.lax.rsqrt(jnp.maximum(col, 1e-9))
 
@@ -315,7 +329,7 @@ def stack_of_matrices(x: jax.Array, shape: tuple[int, ...] | None) -> jax.Array:
 
 def unit_rms(x: jax.Array, eps: float, axes: tuple[int, ...]) -> jax.Array:
     """``x rsqrt(eps + mean(x^2))`` over ``axes``."""
-    return x * jax.lax.rsqrt(eps + jnp.mean(x * x, axes, keepdims=True))
+    return x * jax.lax.rsqrt(eps + fenced(jnp.mean(x * x, axes, keepdims=True)))
 
 
 def truncated_normal(key: jax.Array, shape: tuple[int, ...], fan_in: int) -> jax.Array:

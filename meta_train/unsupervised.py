@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from learned_opt.base import Theta
+from learned_opt.features import on_cpu
 from learned_opt.unsupervised.network import ACTIVATIONS, Network
 from learned_opt.unsupervised.rule import UnsupervisedRule
 from tasks.base import Cfg
@@ -87,7 +88,7 @@ def feature_learner(
 
 def one_by_one(estimator: GradientEstimator) -> GradientEstimator:
     """The estimator, whose particles a CPU runs one after the other: its many small products are faster unbatched."""
-    if jax.default_backend() != "cpu":
+    if not on_cpu():
         return estimator
     return estimator._replace(estimate=jax.custom_batching.sequential_vmap(estimator.estimate))
 

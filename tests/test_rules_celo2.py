@@ -52,8 +52,18 @@ SHAPES = [(), (1,), (7,), (32,), (4096,), (5, 3), (3, 5), (32, 10), (64, 32), (5
 SHAPES += [(2, 3, 4), (3, 3, 8, 16), (5, 5, 2, 4), (16, 1, 1)]
 
 
-@pytest.mark.parametrize(("shapes", "hidden"), [(SHAPES, 8), ([(5, 3), (9,)], 2), ([(5, 3), (64, 16), (9,)], 32)])
-def test_update_is_the_formula_s(shapes, hidden):
+@pytest.mark.parametrize(
+    ("shapes", "hidden", "backend"),
+    [
+        (SHAPES, 8, "cpu"),
+        ([(5, 3), (9,)], 2, "cpu"),
+        ([(5, 3), (64, 16), (9,)], 32, "cpu"),
+        ([*SHAPES, (2100, 129)], 8, "gpu"),
+        ([(5, 3), (64, 16), (9,)], 32, "gpu"),
+    ],
+)
+def test_update_is_the_formula_s(shapes, hidden, backend, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
     rng = np.random.default_rng(0)
     rule = celo2(hidden_size=hidden)
     noise = lambda x: x + 0.3 * rng.normal(size=x.shape).astype(np.float32)  # noqa: E731

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..base import Theta
-from ..features import Squares, zero_of
+from ..features import Squares, fenced, on_cpu, zero_of
 
 _UNROLL = 8  # the longest axis that a fused sum reduces
 _TERMS = 72  # in one fused reduction: with more, the compiler does not unroll it
@@ -30,7 +30,7 @@ _BLOCK = 131072  # elements of one block of rows: its arrays stay in the caches,
 _BLOCK_OF_PRODUCTS = 12288  # the same where every element has a column of hidden units: less does not feed two cores
 _WIDE = 800  # multiply-adds of a network from which on matrix products are used: sums of more compile slowly, those of
 # some 1,300 and more may run slowly too
-_FEW = 8  # columns that may be computed anew for every hidden unit
+_FEW = 8  # columns that may be computed anew for every hidden unit; units of which sums are better than products
 _LITTLE = 4096  # elements of a tensor for which the weights may be spelt out as arrays
 _LANES = 8  # a loop over rows of another length wastes much of the vector unit
 
@@ -124,7 +124,7 @@ def _rows(x: jax.Array, start, count: int) -> jax.Array:
 
 def _block_rows(shape: tuple[int, ...]) -> int:
     """Rows of a block, or 0 for a tensor that is taken whole."""
-    if len(shape) != 2:
+    if len(shape) != 2 or not on_cpu():
         return 0
     rows = max(_UNROLL, _BLOCK // max(shape[1], 1) // _UNROLL * _UNROLL)
     return rows if shape[0] >= 2 * rows else 0
@@ -132,7 +132,7 @@ def _block_rows(shape: tuple[int, ...]) -> int:
 
 def is_short(shape: tuple[int, ...]) -> bool:
     """Whether a matrix has rows that make poor loops; it is then taken as one vector."""
-    return not _block_rows(shape) and (shape[-1] % _LANES != 0 or shape[-1] < 2 * _LANES)
+    return on_cpu() and not _block_rows(shape) and (shape[-1] % _LANES != 0 or shape[-1] < 2 * _LANES)
 
 
 def spread(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -221,6 +221,27 @@ def _network_of_products(columns: list[jax.Array], extra: list[jax.Array], layer
 def _product(w: jax.Array, x: jax.Array) -> jax.Array:
     """``[i, o]`` and ``[i, *shape]`` multiplied: ``[o, *shape]``."""
     return jnp.tensordot(w, x, (0, 0), precision=_HIGHEST)
+
+
+def _network_of_units(columns: list[jax.Array], extra: list[jax.Array], layers: Layers) -> list[jax.Array]:
+    """The network for accelerators: hidden units along the last axis, so that those of an element share what they read.
+
+    The first layer, with all that its columns are made of, is one kernel. So are the others if they are narrow, as
+    sums. One kernel for everything would move half the bytes, but takes a quarter of a minute a shape to compile.
+    """
+    one = (1,) * columns[0].ndim
+    w, b = layers.first
+    h = functools.reduce(jnp.add, [jnp.moveaxis(x, 0, -1) for x in extra], b.reshape(*one, -1))
+    for weights, x in zip(w, columns, strict=True):
+        h = h + weights.reshape(*one, -1) * x[..., None]
+    for w, b in layers.hidden:
+        h = jax.nn.relu(h)
+        narrow = w.shape[0] <= _FEW
+        y = jnp.sum(h[..., None] * w.reshape(*one, *w.shape), -2) if narrow else jnp.matmul(h, w, precision=_HIGHEST)
+        h = y + b.reshape(*one, -1)
+    w, b = layers.last
+    h = jax.nn.relu(h)
+    return [jnp.sum(h * weights.reshape(*one, -1), -1) + bias for weights, bias in zip(w.T, b, strict=True)]
 
 
 def _relu(x: jax.Array) -> jax.Array:
@@ -343,7 +364,7 @@ def column_mlp(
 
     means = _mean_squares(terms, inputs, shape)
     layers = jax.tree.map(lambda w: w.astype(dtype), layers)
-    scales = jax.lax.rsqrt(eps + means)
+    scales = jax.lax.rsqrt(eps + fenced(means))
     zero = jax.lax.stop_gradient(0 * scales[0])
     w, b = layers.first
     # not the very arrays that the statistics were taken of, unless those saw blocks: the compiler would store every
@@ -355,7 +376,7 @@ def column_mlp(
     for s in sorted({s for s in shapes if s != shape}, reverse=True):
         where = [i for i, other in enumerate(shapes) if other == s]
         xs = [columns[i].reshape(1, -1) for i in where]
-        mean = _sums([x * x for x in xs], [None] * len(xs)) / xs[0].size
+        mean = fenced(_sums([x * x for x in xs], [None] * len(xs)) / xs[0].size)
         rows = w[np.array(where)] * jax.lax.rsqrt(eps + mean)[:, None]
         parts = [row[:, None] * x for row, x in zip(rows, xs, strict=True)]
         extra.append(functools.reduce(jax.lax.add, parts).reshape(-1, *s))
@@ -363,6 +384,8 @@ def column_mlp(
     w, c = layers.last
     layers = Layers((folded, b), layers.hidden, (w[:, :outputs], c[:outputs]))
     columns = [columns[i] for i in full]
+    if not on_cpu():
+        return finish(_network_of_units(columns, extra, layers))
     if sum(w.size for w, _ in (layers.first, *layers.hidden, layers.last)) > _WIDE:
         if len(shape) != 2 or math.prod(shape) < 2 * _BLOCK_OF_PRODUCTS:
             return finish(_network_of_products(columns, extra, layers))

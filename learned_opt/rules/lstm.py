@@ -19,7 +19,9 @@ PAPER = "Andrychowicz et al. 2016, Learning to learn by gradient descent by grad
 INPUTS = 2
 _RANGE = 10.0  # log-gradients from -10 on are seen as such
 _LIMIT = 1e30
-_BLOCK = 4096  # parameters at a time: what lies between the layers of a large tensor is never stored whole
+# parameters at a time: what lies between the layers of a large tensor is never stored whole
+_BLOCK = 4096
+_BLOCK_OF_ACCELERATORS = 1 << 20  # which fewer would not keep busy
 
 
 class CoordinateLSTMState(NamedTuple):
@@ -107,11 +109,12 @@ def lstm(*, lstm_size: int = 20, output_scale: float = 0.01) -> LearnedOptimizer
     def update_tensor(theta, gradient, _, *memory):
         g = ft.clean(gradient, _LIMIT, memory[0].hidden.dtype)
         rows = jax.tree.map(lambda x: x.reshape(g.size, -1), (log_and_sign(g), list(memory)))
-        whole = g.size // _BLOCK * _BLOCK
+        block = _BLOCK if ft.on_cpu() else _BLOCK_OF_ACCELERATORS
+        whole = g.size // block * block
         parts = []
         if whole:
-            blocks = jax.tree.map(lambda x: x[:whole].reshape(-1, _BLOCK, x.shape[-1]), rows)
-            run = jax.lax.map(lambda block: network(theta, *block), blocks)
+            blocks = jax.tree.map(lambda x: x[:whole].reshape(-1, block, x.shape[-1]), rows)
+            run = jax.lax.map(lambda some: network(theta, *some), blocks)
             parts.append(jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), run))
         if g.size > whole:
             parts.append(network(theta, *jax.tree.map(lambda x: x[whole:], rows)))

@@ -191,7 +191,7 @@ def moments(r: jax.Array, *m: jax.Array) -> jax.Array:
     xs = [*m, r]
     if not r.size:
         return jnp.zeros(8, r.dtype)
-    if r.size < 4 * _BLOCK:
+    if r.size < 4 * _BLOCK or not ft.on_cpu():
         means = jnp.stack([jnp.mean(x) for x in xs])
         return jnp.concatenate([means, jnp.stack([jnp.mean((x - y) ** 2) for x, y in zip(xs, means, strict=True)])])
     flat = [x.reshape(-1) for x in xs]
