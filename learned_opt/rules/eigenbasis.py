@@ -140,14 +140,21 @@ def _correct(first, due, statistic, basis):
         found = found * _sign(jnp.diagonal(r, axis1=-2, axis2=-1))[:, None]  # the same way round as before
         return jnp.where(due[:, None, None], found, basis), jnp.where(due[:, None], order, same)
 
-    def decompose():
+    def decompose(corrected, order):
         found = jnp.linalg.eigh(statistic)[1][..., ::-1]
         largest = jnp.argmax(jnp.abs(found), axis=-2, keepdims=True)
         found = found * _sign(jnp.take_along_axis(found, largest, axis=-2))  # LAPACK's sign hangs on rounding
         return jnp.where(first[:, None, None], found, corrected), jnp.where(first[:, None], same, order)
 
-    corrected, order = jax.lax.cond(jnp.any(due & ~first), iterate, lambda: (basis + jnp.zeros_like(statistic), same))
-    return jax.lax.cond(jnp.any(first), decompose, lambda: (corrected, order))
+    def keep():
+        return basis + jnp.zeros_like(statistic), same
+
+    def change():
+        found = jax.lax.cond(jnp.any(due & ~first), iterate, keep)
+        return jax.lax.cond(jnp.any(first), decompose, lambda *found: found, *found)
+
+    # one condition at most steps: an accelerator waits for the host at each; the first step is due too
+    return jax.lax.cond(jnp.any(due), change, keep)
 
 
 @_correct.def_vmap
