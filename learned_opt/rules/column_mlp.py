@@ -10,6 +10,8 @@ Written so that XLA's CPU compiler emits one fused loop for the whole network an
 - several sums in one :func:`jax.lax.reduce` share their inputs, where separate sums would each read them again;
   reducing an axis of eight lets the compiler unroll it and use vector instructions across the others;
 - :func:`once` ends what must be computed once and stored.
+
+Accelerators take whole tensors, and the network as :func:`_network_of_units` writes it.
 """
 
 import functools
