@@ -195,6 +195,7 @@ def _train(arguments: argparse.Namespace) -> int:
     workdir = arguments.workdir or Path("runs") / f"{arguments.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     _use_cores(arguments.devices, config.particles)
     xla_flags.widest_vectors()
+    xla_flags.no_softmax_kernels()
     _keep_compiled()
     if arguments.distributed:
         _join(arguments)

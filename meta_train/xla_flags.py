@@ -1,4 +1,4 @@
-"""What XLA is told of the CPU: ``XLA_FLAGS``, to be set before JAX's first use of a device."""
+"""What XLA is told of the machine: ``XLA_FLAGS``, to be set before JAX's first use of a device."""
 
 import os
 from pathlib import Path
@@ -19,6 +19,15 @@ def prefer(name: str, value: str) -> None:
 def one_thread_a_device() -> None:
     """No threads inside single operations: with one device a core they would fight the devices' for the cores."""
     prefer("xla_cpu_multi_thread_eigen", "false")
+
+
+def no_softmax_kernels() -> None:
+    """No search for a softmax, around which a GPU's compiler would make one kernel of all that is near.
+
+    It sees one wherever something is normalised; in an unrolled rule that normalises everywhere it tries for minutes.
+    (See :func:`learned_opt.features.fenced` for rules by themselves.)
+    """
+    prefer("xla_disable_hlo_passes", "triton-softmax-rewriter")
 
 
 def widest_vectors(cpuinfo: Path = Path("/proc/cpuinfo")) -> None:

@@ -219,3 +219,10 @@ def test_the_widest_vectors_are_used_where_they_are_there(flags, cpu, wanted, tm
         (tmp_path / "cpuinfo").write_text(cpu)
     xla_flags.widest_vectors(tmp_path / "cpuinfo")
     assert os.environ["XLA_FLAGS"] == wanted
+
+
+@pytest.mark.parametrize("flags", ["", "--xla_disable_hlo_passes=dce"])
+def test_the_user_s_choice_of_passes_stands(flags, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    xla_flags.no_softmax_kernels()
+    assert os.environ["XLA_FLAGS"] == (flags or "--xla_disable_hlo_passes=triton-softmax-rewriter")
