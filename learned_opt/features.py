@@ -102,11 +102,11 @@ def map_tensors(update: Callable[..., Sequence[jax.Array]], updates: Tree, *tree
     zero: Any = 0.0  # of the large tensor before
     for gradient, param, *accumulators in zip(gradients, *columns, strict=True):
         idle = gradient is None or gradient.size == 0
-        large = not idle and gradient.size >= _ALONE and on_cpu()
-        if large:
+        in_turn = not idle and gradient.size >= _ALONE and on_cpu()
+        if in_turn:
             gradient = gradient + jnp.asarray(zero, gradient.dtype)
         new = (gradient, *accumulators) if idle else update(gradient, param, *accumulators)
-        if large:
+        if in_turn:
             zero = zero_of(new[0])
         for result, value in zip(results, new, strict=True):
             result.append(value)

@@ -29,6 +29,12 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 matplotlib.use("Agg")
 
 
+@pytest.fixture
+def accelerate(monkeypatch):
+    """A function from whose call on rules are written as for accelerators; they run where they did."""
+    return lambda: monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+
+
 def pytest_unconfigure():
     """The cache goes with the process that made it."""
     if _cache:

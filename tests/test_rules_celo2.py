@@ -53,17 +53,18 @@ SHAPES += [(2, 3, 4), (3, 3, 8, 16), (5, 5, 2, 4), (16, 1, 1)]
 
 
 @pytest.mark.parametrize(
-    ("shapes", "hidden", "backend"),
+    ("shapes", "hidden", "accelerator"),
     [
-        (SHAPES, 8, "cpu"),
-        ([(5, 3), (9,)], 2, "cpu"),
-        ([(5, 3), (64, 16), (9,)], 32, "cpu"),
-        ([*SHAPES, (2100, 129)], 8, "gpu"),
-        ([(5, 3), (64, 16), (9,)], 32, "gpu"),
+        (SHAPES, 8, False),
+        ([(5, 3), (9,)], 2, False),
+        ([(5, 3), (64, 16), (9,)], 32, False),
+        ([*SHAPES, (2100, 129)], 8, True),
+        ([(5, 3), (64, 16), (9,)], 32, True),
     ],
 )
-def test_update_is_the_formula_s(shapes, hidden, backend, monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+def test_update_is_the_formula_s(shapes, hidden, accelerator, accelerate):
+    if accelerator:
+        accelerate()
     rng = np.random.default_rng(0)
     rule = celo2(hidden_size=hidden)
     noise = lambda x: x + 0.3 * rng.normal(size=x.shape).astype(np.float32)  # noqa: E731

@@ -47,9 +47,10 @@ def part(golden, prefix):
 OTHERWISE = ("AdafacMLPLOpt_h32", "AdafacMLPLOpt_h4", "Celo", "Celo2Base", "HyperV2_fixed", "MLPLOpt")
 
 
-@pytest.mark.parametrize(("name", "backend"), [*((x, "cpu") for x in GOLDEN), *((x, "gpu") for x in OTHERWISE)])
-def test_trajectory_is_the_reference_s(name, backend, monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+@pytest.mark.parametrize(("name", "accelerator"), [*((x, False) for x in GOLDEN), *((x, True) for x in OTHERWISE)])
+def test_trajectory_is_the_reference_s(name, accelerator, accelerate):
+    if accelerator:
+        accelerate()
     rule_name, kwargs, tolerance = GOLDEN[name]
     golden = read(name)
     meta = json.loads(str(golden["meta"]))

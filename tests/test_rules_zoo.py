@@ -582,7 +582,7 @@ def test_what_a_large_tensor_waits_for_does_not_reach_it():
 
 
 @pytest.mark.parametrize("hidden", [32, 29])  # units that part into eights, and that do not part
-def test_blocks_of_rows_give_what_the_whole_matrix_does_and_an_accelerator(monkeypatch, hidden):
+def test_blocks_of_rows_give_what_the_whole_matrix_does_and_an_accelerator(monkeypatch, accelerate, hidden):
     p = jax.random.normal(jax.random.key(0), (150, 256))  # three blocks of 48 rows, and six more rows
 
     def update():
@@ -599,7 +599,7 @@ def test_blocks_of_rows_give_what_the_whole_matrix_does_and_an_accelerator(monke
     by_blocks = update()
     monkeypatch.setattr(column_mlp, "_BLOCK_OF_PRODUCTS", p.size)
     whole = update()
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    accelerate()
     for other in (by_blocks, update()):
         np.testing.assert_allclose(other[0], whole[0], rtol=1e-5, atol=1e-8)
         for name, x in whole[1].items():

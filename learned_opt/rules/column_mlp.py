@@ -133,7 +133,7 @@ def _block_rows(shape: tuple[int, ...]) -> int:
 
 
 def is_short(shape: tuple[int, ...]) -> bool:
-    """Whether a matrix has rows that make poor loops; it is then taken as one vector."""
+    """Whether a matrix has rows that make poor loops; it is then taken as one vector. Only on a CPU."""
     return on_cpu() and not _block_rows(shape) and (shape[-1] % _LANES != 0 or shape[-1] < 2 * _LANES)
 
 
