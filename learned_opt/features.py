@@ -113,6 +113,19 @@ def map_tensors(update: Callable[..., Sequence[jax.Array]], updates: Tree, *tree
     return [structure.unflatten(result) for result in results]
 
 
+def scan_blocks(body: Callable, init: Any, starts: jax.Array) -> tuple:
+    """:func:`jax.lax.scan` of ``body`` over where blocks start, each of whose operations may use all cores.
+
+    From JAX 0.11.1 on, XLA's CPU compiler makes a whole loop one kernel, and that runs on one core, unless something
+    in the loop can not be part of a kernel. Sorting is: here a pair.
+    """
+
+    def turn(carry, start):
+        return body(carry, jax.lax.sort(jnp.stack([start, start]))[0])
+
+    return jax.lax.scan(turn, init, starts)
+
+
 def zero_of(x: jax.Array) -> jax.Array:
     """A scalar 0 that is known only once ``x`` is."""
     first = x.reshape(-1)[:1]
@@ -209,7 +222,7 @@ def _means(g: jax.Array, axes: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
         return total + jnp.sum(square, 0, keepdims=True), jnp.mean(square, 1, keepdims=True)
 
     count, rest = divmod(g.shape[0], rows)
-    total, means = jax.lax.scan(add, jnp.zeros_like(g[:1]), rows * jnp.arange(count))
+    total, means = scan_blocks(add, jnp.zeros_like(g[:1]), rows * jnp.arange(count))
     means = means.reshape(-1, 1)
     if rest:
         total, tail = add(total, count * rows, rest)

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..base import Theta
-from ..features import Squares, fenced, on_cpu, zero_of
+from ..features import Squares, fenced, on_cpu, scan_blocks, zero_of
 
 _UNROLL = 8  # the longest axis that a fused sum reduces
 _TERMS = 72  # in one fused reduction: with more, the compiler does not unroll it
@@ -186,7 +186,7 @@ def _mean_squares(terms: Callable[..., tuple], inputs: tuple, shape: tuple[int, 
 
     count, rest = divmod(shape[0], rows)
     like = jax.eval_shape(sums_of_block, 0)
-    totals, _ = jax.lax.scan(add, jnp.zeros(like.shape, like.dtype), rows * jnp.arange(count))
+    totals, _ = scan_blocks(add, jnp.zeros(like.shape, like.dtype), rows * jnp.arange(count))
     total = _sums(list(totals), [None] * len(totals))
     if rest:
         total += _sums(*block(count * rows, rest))
@@ -266,7 +266,7 @@ def _by_rows(function: Callable[..., list[jax.Array]], inputs: tuple, shape: tup
 
     made = jax.eval_shape(function, *inputs)
     starts = jnp.minimum(rows * jnp.arange(-(-shape[0] // rows)), shape[0] - rows)
-    return jax.lax.scan(add, [jnp.zeros_like(inputs[0], x.dtype) for x in made], starts)[0]
+    return scan_blocks(add, [jnp.zeros_like(inputs[0], x.dtype) for x in made], starts)[0]
 
 
 def _jvp_of_products(finish, primals, tangents):

@@ -204,7 +204,7 @@ def moments(r: jax.Array, *m: jax.Array) -> jax.Array:
         return [x + y for x, y in zip(total, terms(start, _BLOCK), strict=True)], None
 
     count = r.size // _BLOCK
-    total, _ = jax.lax.scan(add, [jnp.zeros(_BLOCK, r.dtype)] * 8, _BLOCK * jnp.arange(count))
+    total, _ = ft.scan_blocks(add, [jnp.zeros(_BLOCK, r.dtype)] * 8, _BLOCK * jnp.arange(count))
     rest = terms(count * _BLOCK, r.size - count * _BLOCK)
     means, squares = jnp.split(
         jnp.stack([jnp.sum(x) + jnp.sum(y) for x, y in zip(total, rest, strict=True)]) / r.size, 2
