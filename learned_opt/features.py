@@ -16,7 +16,6 @@ import numpy as np
 VERSION = 1
 
 Tree = Any
-Squares = list[Any]  # see factored_squares
 
 _ALONE = 1 << 14  # elements from which on a tensor waits for the one before it
 _LARGE = 1 << 16  # elements from which on a matrix is summed by blocks of rows
@@ -283,41 +282,15 @@ def factored_columns(g, p, m, r, R, C, row, col, *, eps: float) -> list[jax.Arra
     return columns
 
 
-def factored_squares(g, p, m, r, R, C, row, col, *, eps: float) -> Squares:
-    """Squares of :func:`factored_columns`, without roots and with the columns' factors ``C^2`` left for last.
-
-    Args:
-        g: and the others as there.
-        p: see above.
-        m: see above.
-        r: see above.
-        R: see above.
-        C: see above.
-        row: see above.
-        col: see above.
-        eps: see above.
-
-    Returns:
-        For each column ``(x, c)``, its square ``x c``, ``c`` one row or ``None`` for 1.
-    """
-    g, p, m = g * g, p * p, [x * x for x in m]
-    split = [_row_apart(a * a, b * b) for a, b in zip(R, C, strict=True)] if C else [(a * a, None) for a in R]
-    scales, factors = zip(*split, strict=True)
+def factored_squares(g, p, m, r, R, C, row, col, *, eps: float) -> list[jax.Array]:
+    """Squares of :func:`factored_columns`, without roots. The arguments are the same."""
+    R, C, m = ([x * x for x in xs] for xs in (R, C, m))
+    g, p, scales = g * g, p * p, [a * b for a, b in zip(R, C, strict=True)] if C else R
     columns, last = _factored_products(g, jnp.minimum(g, 0.01), p, m, r * r, 1 / (r + eps), scales)
-    of_g = [*[None] * 11, *factors, None]
-    pairs: Squares = list(zip(columns, of_g, strict=True))
     if row:
         both = [*row, *col]
-        pairs += [(x, None) for x in (*(x * x for x in both), *(1 / (x + 1e-8) for x in both))]
-        pairs += zip(last, factors, strict=True)
-    return pairs
-
-
-def _row_apart(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """The product of two arrays of rank >= 2 as ``(x, c)`` with ``c`` one row, or ``None`` where neither is one."""
-    if b.shape[-2] == 1:
-        return a, b
-    return (b, a) if a.shape[-2] == 1 else (a * b, None)
+        columns += [*(x * x for x in both), *(1 / (x + 1e-8) for x in both), *last]
+    return columns
 
 
 def _factored_products(g, clipped, p, m, r, s, scales) -> tuple[list[jax.Array], list[jax.Array]]:

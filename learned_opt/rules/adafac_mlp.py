@@ -24,8 +24,8 @@ _THROUGH = 6  # the column m_.9 s
 _LIMIT = 1e15  # of a gradient's size: sums of its square are still float32; as published, nothing is clipped below
 _EPS = 1e-5
 _ROOT_EPS = 1e-6
-# Columns that share a root or a product are next to each other; those with the root are together in the last seven,
-# whose squares are summed apart from the nine before: the root need not be stored for both.
+# Columns that share a root or a product are next to each other; those with the root are together in the last eight,
+# whose squares are summed apart from the eight before: the root need not be stored for both.
 _ORDER = (0, 1, 10, 25, 11, 26, 12, 27, *range(2, 10), *range(13, 25))
 _VECTOR_ORDER = (*range(10), 13, 16, 10, 19, 14, 17, 11, 20, 15, 18, 12, 21)
 
@@ -70,10 +70,10 @@ def columns(g, p, m, r, R, C, row, col) -> list[jax.Array]:
     ]
 
 
-def matrix_squares(*inputs) -> ft.Squares:
+def matrix_squares(*inputs) -> list[jax.Array]:
     """The squares of :func:`columns` from rank 2 on."""
-    pairs = ft.factored_squares(*inputs, eps=_ROOT_EPS)
-    return [pairs[0], *pairs[2:14], *pairs[15:]]  # without those of clip(g) and g s
+    squares = ft.factored_squares(*inputs, eps=_ROOT_EPS)
+    return [squares[0], *squares[2:14], *squares[15:]]  # without those of clip(g) and g s
 
 
 def adafac_mlp(*, hidden_size: int = 4) -> LearnedOptimizer:

@@ -24,17 +24,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..base import Theta
-from ..features import Squares, fenced, on_cpu, scan_blocks, zero_of
+from ..features import fenced, on_cpu, scan_blocks, zero_of
 
 _UNROLL = 8  # the longest axis that a fused sum reduces
-_TERMS = 72  # in one fused reduction: with more, the compiler does not unroll it
+_FEW_SUMS = 512  # elements that are added up in one loop
+_TERMS = 64  # in one fused reduction: with more, the compiler does not unroll it
 _BLOCK = 131072  # elements of one block of rows: its arrays stay in the caches, and it is long enough for two cores
 _BLOCK_OF_PRODUCTS = 12288  # the same where every element has a column of hidden units: less does not feed two cores
 _WIDE = 800  # multiply-adds of a network from which on matrix products are used: sums of more compile slowly, those of
 # some 1,300 and more may run slowly too
 _FEW = 8  # columns that may be computed anew for every hidden unit; units of which sums are better than products
 _LITTLE = 4096  # elements of a tensor for which the weights may be spelt out as arrays
-_LANES = 8  # a loop over rows of another length wastes much of the vector unit
+_LANES = 8  # a loop over rows of another length wastes much of the vector unit; one over so many is unrolled
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -91,14 +92,18 @@ def _fused_sums_jvp(axis, primals, tangents):
 
 def _sum_parts(xs: list[jax.Array]) -> list[jax.Array]:
     """Sums over the last axis but one, which is short; so many in one pass that the compiler unrolls it."""
-    together = _TERMS // xs[0].shape[-2]
+    passes = -(-len(xs) * xs[0].shape[-2] // _TERMS)
+    together = -(-len(xs) // passes)
     axis = xs[0].ndim - 2
     return [y for i in range(0, len(xs), together) for y in _fused_sums(xs[i : i + together], axis)]
 
 
 def _shrink(xs: list[jax.Array]) -> list[jax.Array]:
-    """Sums over groups of rows, as often as those can be formed."""
+    """Sums over groups of pieces of rows, or of whole rows, as often as those can be formed."""
     *lead, rows, cols = xs[0].shape
+    pieces = next((n for n in range(_UNROLL, _UNROLL // 2, -1) if cols % (n * _LANES) == 0), 0)
+    if pieces and xs[0].size > _FEW_SUMS and on_cpu():
+        return _shrink(_sum_parts([x.reshape(*lead, -1, pieces, _LANES) for x in xs]))
     divisors = [n for n in range(2, _UNROLL + 1) if rows % n == 0]
     if not divisors or xs[0].size < 64:
         return xs
@@ -107,14 +112,10 @@ def _shrink(xs: list[jax.Array]) -> list[jax.Array]:
     return _shrink(_sum_parts([x.reshape(*lead, rows // parts, parts, cols) for x in xs]))
 
 
-def _times(xs: list[jax.Array], factors: list[jax.Array | None]) -> list[jax.Array]:
-    return [x if c is None else x * c for x, c in zip(xs, factors, strict=True)]
-
-
-def _sums(xs: list[jax.Array], factors: list[jax.Array | None]) -> jax.Array:
-    """``[k]`` sums of ``k`` arrays of one shape, each times a row if one is given."""
-    xs = _times(_shrink(xs) if xs[0].ndim >= 2 else xs, factors)
-    if xs[0].size <= 512:
+def _sums(xs: list[jax.Array]) -> jax.Array:
+    """``[k]`` sums of ``k`` arrays of one shape."""
+    xs = _shrink(xs) if xs[0].ndim >= 2 else xs
+    if xs[0].size <= _FEW_SUMS:
         return jnp.stack(_fused_sums([x.reshape(-1) for x in xs], 0))
     return jnp.sum(jnp.stack(xs).reshape(len(xs), -1), 1)
 
@@ -156,40 +157,27 @@ def spread(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jnp.broadcast_to(rows, (x.shape[0], groups, together * B)).reshape(x.shape[0], -1, B)[:, :A]
 
 
-def _mean_squares(terms: Callable[..., tuple], inputs: tuple, shape: tuple[int, ...]) -> jax.Array:
+def _mean_squares(squares: Callable[..., list[jax.Array]], inputs: tuple, shape: tuple[int, ...]) -> jax.Array:
     """``[k]`` mean squares of ``k`` columns of full shape; large matrices by blocks of rows.
 
     Args:
-        terms: ``(*inputs) -> (k arrays, k factors)``, the squares, see :func:`learned_opt.features.factored_squares`.
+        squares: ``(*inputs) -> k arrays``.
         inputs: as of :func:`column_mlp`.
         shape: of the tensor.
     """
     rows = _block_rows(shape)
     if not rows:
-        return _sums(*terms(*inputs)) / math.prod(shape)
+        return _sums(squares(*inputs)) / math.prod(shape)
 
-    def block(start, count):
-        return terms(*jax.tree.map(lambda x: _rows(x, start, count), inputs))
-
-    def sums_of_block(start):
-        xs, factors = block(start, rows)
-        xs = _times(_sum_parts([x.reshape(-1, _UNROLL, shape[1]) for x in xs]), factors)
-        if shape[1] % _UNROLL:
-            return jnp.stack(_shrink(xs))
-        # not over whole rows again: at strides of a power of two the cache holds few lines
-        length = shape[1] // _UNROLL
-        length = max((n for n in range(32, 129) if length % n == 0), default=length)
-        return jnp.stack(_sum_parts([x.reshape(-1, _UNROLL, length) for x in xs]))
-
-    def add(totals, start):  # stacked: every other operation of a loop costs as much as a thousand sums
-        return totals + sums_of_block(start), None
+    def sums(start, count):
+        return _sums(squares(*jax.tree.map(lambda x: _rows(x, start, count), inputs)))
 
     count, rest = divmod(shape[0], rows)
-    like = jax.eval_shape(sums_of_block, 0)
-    totals, _ = scan_blocks(add, jnp.zeros(like.shape, like.dtype), rows * jnp.arange(count))
-    total = _sums(list(totals), [None] * len(totals))
+    like = jax.eval_shape(lambda: sums(0, rows))
+    starts = rows * jnp.arange(count)
+    total, _ = scan_blocks(lambda total, start: (total + sums(start, rows), None), jnp.zeros_like(like), starts)
     if rest:
-        total += _sums(*block(count * rows, rest))
+        total += sums(count * rows, rest)
     return total / math.prod(shape)
 
 
@@ -334,7 +322,7 @@ def column_mlp(
     outputs: int = 1,
     finish: Finish = list,
     order: Sequence[int] | None = None,
-    squares: Callable[..., Squares] | None = None,
+    squares: Features | None = None,
 ) -> list[jax.Array]:
     """Apply a ReLU network to every parameter of a tensor.
 
@@ -349,8 +337,7 @@ def column_mlp(
         outputs: how many of the last layer's outputs to compute.
         finish: what is made of them, element by element: where they are made, so that they need not be stored.
         order: the columns in an order that puts those with costly common parts (a root) next to each other.
-        squares: the columns' squares, where they are cheaper than the columns are: ``(*inputs) -> pairs`` as
-            :func:`learned_opt.features.factored_squares`.
+        squares: ``(*inputs) -> the columns' squares``, where they are cheaper than the columns are.
 
     Returns:
         ``finish`` of ``outputs`` arrays, each of the tensor's shape.
@@ -359,12 +346,11 @@ def column_mlp(
     shape, shapes, dtype = inputs[0].shape, [c.shape for c in made], made[0].dtype
     full = [i for i in order or range(len(shapes)) if i < len(shapes) and shapes[i] == shape]
 
-    def terms(*block):
-        pairs = [(c * c, None) for c in features(*block)] if squares is None else squares(*block)
-        xs, factors = zip(*(pairs[i] for i in full), strict=True)
-        return list(xs), list(factors)
+    def full_squares(*block):
+        xs = [c * c for c in features(*block)] if squares is None else squares(*block)
+        return [xs[i] for i in full]
 
-    means = _mean_squares(terms, inputs, shape)
+    means = _mean_squares(full_squares, inputs, shape)
     layers = jax.tree.map(lambda w: w.astype(dtype), layers)
     scales = jax.lax.rsqrt(eps + fenced(means))
     zero = jax.lax.stop_gradient(0 * scales[0])
@@ -378,7 +364,7 @@ def column_mlp(
     for s in sorted({s for s in shapes if s != shape}, reverse=True):
         where = [i for i, other in enumerate(shapes) if other == s]
         xs = [columns[i].reshape(1, -1) for i in where]
-        mean = fenced(_sums([x * x for x in xs], [None] * len(xs)) / xs[0].size)
+        mean = fenced(_sums([x * x for x in xs]) / xs[0].size)
         rows = w[np.array(where)] * jax.lax.rsqrt(eps + mean)[:, None]
         parts = [row[:, None] * x for row, x in zip(rows, xs, strict=True)]
         extra.append(functools.reduce(jax.lax.add, parts).reshape(-1, *s))
