@@ -118,3 +118,24 @@ def test_spread_costs_the_same_for_every_element_of_a_tall_matrix():
         return jax.jit(lambda x: spread(x, (rows, 10))).lower(x).compile().cost_analysis()["flops"]
 
     assert flops(4096) <= 1.01 * 16 * flops(256)
+
+
+def test_loops_over_blocks_are_no_kernels():
+    """XLA's CPU compiler makes one kernel of a whole loop, for one core, unless something in it can not be part of one.
+
+    From JAX 0.11.1 on; CI runs this with the newest JAX, too.
+    """
+
+    def sums(x, scan):
+        def add(total, start):
+            block = jax.lax.dynamic_slice_in_dim(x, start, 64)
+            zeros = [np.float32(0)] * 2
+            parts = jax.lax.reduce([block, block * block], zeros, lambda a, b: [a[0] + b[0], a[1] + b[1]], (0,))
+            return total + jnp.stack(parts), None
+
+        return scan(add, jnp.zeros((2, 256)), 64 * jnp.arange(16))[0]
+
+    x = jnp.arange(1024.0 * 256).reshape(1024, 256) / 1e5
+    compiled = jax.jit(lambda x: sums(x, ft.scan_blocks)).lower(x).compile()
+    np.testing.assert_array_equal(compiled(x), sums(x, jax.lax.scan))
+    assert "small_call" not in compiled.as_text()
