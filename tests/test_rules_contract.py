@@ -220,7 +220,10 @@ def test_what_a_rule_needs_is_named_when_missing(rule):
 
 
 def test_meta_gradients_are_finite_differences_in_float64(rule):
-    """Twenty steps on a smooth loss; a random direction of theta; central differences at two sizes must agree."""
+    """Twenty steps on a smooth loss, a random direction of theta; central differences at two sizes, extrapolated to 0.
+
+    Third derivatives may be large: through `outer` the difference at the larger size is off by .003 for some theta.
+    """
     made = rule[0]
     with jax.enable_x64(True):
         key = jax.random.key(3)
@@ -254,7 +257,7 @@ def test_meta_gradients_are_finite_differences_in_float64(rule):
 
         both = jax.jit(jax.value_and_grad(outer))
         value, slope = both(0.0)
-        numeric = [float(both(h)[0] - both(-h)[0]) / (2 * h) for h in (1e-6, 3e-7)]
+        coarse, fine = (float(both(h)[0] - both(-h)[0]) / (2 * h) for h in (9e-7, 3e-7))
         assert np.isfinite(value)
         assert abs(slope) > 1e-9
-        np.testing.assert_allclose(slope, numeric, rtol=2e-4)
+        np.testing.assert_allclose(slope, (9 * fine - coarse) / 8, rtol=2e-4)
