@@ -301,7 +301,8 @@ def _wide_network(
         for weights, x in zip(w, columns, strict=True):
             h = h + weights.reshape(-1, *tail) * x[None]
     for w, b in layers.hidden:
-        h = _product(w, _relu(h)) + b.reshape(-1, *tail)
+        # apart from the product's view of it as a matrix: writing that is slow from JAX 0.12 on
+        h = _product(w, jax.lax.optimization_barrier(_relu(h))) + b.reshape(-1, *tail)
     w, b = layers.last
     # few units at a time: their rows are at strides of a power of two, and the cache holds few such lines
     parts = max(n for n in range(1, _UNROLL + 1) if h.shape[0] % n == 0)
