@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from learned_opt import features as ft
-from learned_opt.rules.column_mlp import spread
+from learned_opt.rules.column_mlp import _sums, spread
 
 
 @given(st.lists(st.integers(1, 6), min_size=2, max_size=4))
@@ -118,6 +118,16 @@ def test_spread_costs_the_same_for_every_element_of_a_tall_matrix():
         return jax.jit(lambda x: spread(x, (rows, 10))).lower(x).compile().cost_analysis()["flops"]
 
     assert flops(4096) <= 1.01 * 16 * flops(256)
+
+
+@pytest.mark.parametrize("shape", [(700,), (1, 4096), (4, 1000), (16, 784), (9, 96), (2, 3, 192), (48, 300), (7, 11)])
+def test_sums_in_pieces_are_the_sums(shape):
+    """Rows of eight, seven, six, five and no pieces; 21 sums, more than one pass takes."""
+    xs = np.random.default_rng(0).normal(size=(21, *shape))
+    sums = jax.jit(lambda xs: _sums(list(xs)))(jnp.asarray(xs, jnp.float32))
+    # of float32's roundings; a term missed or counted twice would be hundreds of times as much
+    bound = 20 * 2**-24 * np.abs(xs).reshape(21, -1).sum(1)
+    np.testing.assert_array_less(np.abs(sums - xs.reshape(21, -1).sum(1)), bound)
 
 
 def test_loops_over_blocks_are_no_kernels():
