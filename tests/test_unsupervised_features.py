@@ -1,5 +1,8 @@
 """LearnedFeatures: scikit-learn's own checks, pipelines, seeds, and what it says to mistakes."""
 
+import contextlib
+import gc
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +10,7 @@ import pytest
 from sklearn.base import clone
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import KFold, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
@@ -90,7 +94,15 @@ def test_progress_is_shown_only_if_asked_for(theta, digits, capsys):
     ("settings", "wrong"),
     [
         ({"activation": "gelu"}, "unknown activation 'gelu'"),
-        ({"sizes": ()}, "sizes"),
+        ({"activation": None}, "unknown activation None"),
+        ({"sizes": ()}, "sizes must be each layer's units, positive integers"),
+        ({"sizes": 4}, "positive integers, not 4"),
+        ({"sizes": (4.0,)}, "positive integers"),
+        ({"sizes": ("4",)}, "positive integers"),
+        ({"sizes": "44"}, "positive integers"),
+        ({"sizes": (4, 0)}, "positive integers"),
+        ({"sizes": (True,)}, "positive integers"),
+        ({"steps": True}, "steps must be an integer"),
         ({"steps": -1}, "steps must be an integer of at least 0"),
         ({"steps": 1.5}, "steps must be an integer"),
         ({"batch_size": 1}, "batch_size must be an integer of at least 2"),
@@ -117,3 +129,104 @@ def test_an_unknown_rule(digits):
         LearnedFeatures("nonesuch").fit(digits[0])
     with pytest.raises(learned_opt.StoreError, match="is an optimizer"):
         LearnedFeatures("flagship").fit(digits[0])
+    for wrong in (None, 3):
+        with pytest.raises(learned_opt.StoreError, match="a name, a folder or meta-parameters"):
+            LearnedFeatures(wrong).fit(digits[0])
+
+
+def test_meta_parameters_of_another_rule(theta, digits):
+    for wrong in ({}, {"merge": theta["merge"]}, theta | {"merge": np.zeros(3)}, {name: "x" for name in theta}):
+        with pytest.raises(learned_opt.StoreError, match="other names or shapes"):
+            LearnedFeatures(wrong).fit(digits[0])
+
+
+# ---- data are centred and scaled in float64
+
+
+TIMES = 1_700_000_000 + 8 * np.arange(60)[:, None] + np.arange(3)  # seconds since 1970
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint32, np.float64])
+def test_large_numbers_keep_their_differences(theta, dtype):
+    expected = small(theta).fit_transform((TIMES - TIMES[0, 0]).astype(np.float64))
+    features = small(theta).fit_transform(TIMES.astype(dtype))
+    assert features.dtype == np.float64
+    assert len(np.unique(features, axis=0)) == 60
+    np.testing.assert_allclose(features, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_float32_is_centred_in_float64(theta):
+    """Near 2^19 a float32 is a multiple of 1/16: an exact shift of the same data."""
+    x = np.random.default_rng(0).integers(0, 64, size=(60, 3)).astype(np.float32) / 16
+    moved = x + np.float32(2**19)
+    assert np.array_equal(moved - np.float32(2**19), x)
+    np.testing.assert_allclose(small(theta).fit_transform(moved), small(theta).fit_transform(x), rtol=1e-3, atol=1e-4)
+    assert small(theta).fit_transform(x).dtype == np.float32
+
+
+@pytest.mark.parametrize("factor", [1e100, 1e-100, 2.0**400])
+def test_a_scale_within_range_does_not_matter(theta, digits, factor):
+    x = digits[0][:60].astype(np.float64)
+    np.testing.assert_allclose(
+        small(theta).fit_transform(x * factor), small(theta).fit_transform(x), rtol=1e-3, atol=1e-4
+    )
+
+
+def test_a_scale_out_of_range_is_refused(theta, digits):
+    x = digits[0][:60].astype(np.float64)
+    for factor in (1e200, 1e-300, 1e305):
+        with pytest.raises(ValueError, match=r"standard deviation of X .* give X in other units"):
+            small(theta).fit(x * factor)
+    model = small(theta).fit(x)
+    with pytest.raises(ValueError, match="from their mean"):
+        model.transform(x * 1e30)
+    with pytest.raises(ValueError, match="beyond 2\\^53"):
+        small(theta).fit(TIMES * 10**9)
+    with pytest.raises(ValueError, match="must hold numbers"):
+        small(theta).fit(TIMES.astype("datetime64[s]"))
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 7, 1e300])
+def test_constant_data_have_one_row_of_features(theta, value):
+    features = small(theta).fit_transform(np.full((60, 3), value))
+    assert np.all(np.isfinite(features))
+    assert len(np.unique(features, axis=0)) == 1
+
+
+# ---- compilation
+
+
+@contextlib.contextmanager
+def compilations():
+    """How many programs are compiled (or read from the cache of compiled ones) inside."""
+    counted = []
+
+    def listener(event, duration, **more):
+        if event == "/jax/core/compile/backend_compile_duration":
+            counted.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    try:
+        yield counted
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listener)
+
+
+def test_one_compilation_a_shape(digits):
+    x, y = digits[0][:90], digits[1][:90]
+    model = make_pipeline(LearnedFeatures("letters", sizes=(7, 5), steps=3), LogisticRegression(max_iter=500))
+    with compilations() as counted:
+        cross_val_score(model, x, y, cv=KFold(3))
+    assert counted
+    gc.collect()
+    arrays = len(jax.live_arrays())
+    with compilations() as counted:
+        cross_val_score(model, x, y, cv=KFold(3))
+        for seed in range(3):
+            for steps in (0, 2, 55, 110):
+                clone(model).set_params(learnedfeatures__steps=steps, learnedfeatures__random_state=seed).fit(
+                    x[:60], y[:60]
+                )
+    assert not counted
+    gc.collect()
+    assert len(jax.live_arrays()) <= arrays

@@ -6,18 +6,20 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from ..store import load_unsupervised
+from ..store import StoreError, load_unsupervised
 from . import network
 from .rule import UnsupervisedRule, unsupervised
 
 _MIN_ROWS = 2  # a batch of one row has no spread to normalise by
 _CHUNK = 50  # steps between two lines of progress
+_EXACT = 2**53  # float64 holds every integer up to here
+_SCALES = (1e-150, 1e150)  # between them squares neither vanish nor overflow in float64
+_FAR = 1e18  # its square is within float32
 
 
 class LearnedFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
@@ -25,12 +27,15 @@ class LearnedFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
 
     ``fit`` trains a small network on batches of rows by a meta-trained rule, with no loss and no gradient.
     ``transform`` gives the activations of its top layer, each row by itself, normalised by the moments of the training
-    rows. Inputs are shifted and scaled as a whole to zero mean and unit variance.
+    rows. Inputs are shifted and scaled as a whole to zero mean and unit variance, in float64, before they become
+    float32. Columns of very different size are therefore the user's to scale, and integers beyond 2^53, which float64
+    does not hold, are refused. What is compiled for one shape of data serves refits, clones and other rows of that
+    shape.
 
     Args:
         rule: a name in ``learned_opt.unsupervised.available()``, the folder of a saved rule, or meta-parameters of
             ``learned_opt.unsupervised.unsupervised()``.
-        sizes: units of each layer; the last is the number of features.
+        sizes: units of each layer, positive integers; the last is the number of features.
         activation: ``"relu"``, ``"leaky_relu"``, ``"tanh"``, ``"swish"``, ``"sigmoid"`` or ``"step"``.
         steps: how many batches to learn from.
         batch_size: rows of a batch, drawn anew each step; at most the number of rows.
@@ -44,9 +49,10 @@ class LearnedFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         n_iter_: steps taken.
 
     Raises:
-        StoreError: in ``fit``, for an unknown or damaged rule.
-        ValueError: in ``fit`` and ``transform``, for NaN or infinite entries, another number of columns than in
-            ``fit``, fewer than two rows in ``fit``, or a bad parameter.
+        StoreError: in ``fit``, for an unknown or damaged rule, or meta-parameters of another one.
+        ValueError: in ``fit`` and ``transform``, for entries that are no numbers, NaN, infinite, or integers beyond
+            2^53; another number of columns than in ``fit``; fewer than two rows in ``fit``; a standard deviation
+            outside 1e-150 to 1e150 in ``fit``; rows 1e18 of them away in ``transform``; or a bad parameter.
 
     Example:
         >>> from sklearn.linear_model import LogisticRegression
@@ -91,26 +97,27 @@ class LearnedFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         """
         del y
         rule, theta = self._rule()
-        X = validate_data(self, X, dtype=[np.float32, np.float64], ensure_min_samples=_MIN_ROWS)
+        sizes = network.check_sizes(self.sizes, 1, "each layer's units")
         for name, least in (("steps", 0), ("batch_size", _MIN_ROWS)):
-            if not isinstance(value := getattr(self, name), int | np.integer) or value < least:
+            value = getattr(self, name)
+            if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name} must be an integer of at least {least}, not {value!r}")
-        self.shift_ = float(np.mean(X, dtype=np.float64))
-        self.scale_ = float(np.std(X, dtype=np.float64)) or 1.0
+        X, _ = self._numbers(X, ensure_min_samples=_MIN_ROWS)
+        self.shift_, self.scale_ = _shift_and_scale(X)
         x = self._scaled(X)
         seed = check_random_state(self.random_state).randint(np.iinfo(np.int32).max)
         k_init, k_steps = jax.random.split(jax.random.key(seed))
-        phi = rule.init(k_init, (X.shape[1], *self.sizes), self.activation)
-        size = min(self.batch_size, len(X))
-        for start in range(0, self.steps, _CHUNK):
-            count = min(_CHUNK, self.steps - start)
-            phi = _learn(rule.update, size, theta, phi, x, k_steps, jnp.arange(start, start + count))
+        phi = rule.init(k_init, (X.shape[1], *sizes), self.activation)
+        size = min(int(self.batch_size), len(X))
+        for start in range(0, int(self.steps), _CHUNK):
+            end = min(start + _CHUNK, int(self.steps))
+            phi = _learn(rule.update, size, theta, phi, x, k_steps, start, end)
             if self.verbose:
-                print(f"LearnedFeatures: step {start + count} of {self.steps}", flush=True)
+                print(f"LearnedFeatures: step {end} of {self.steps}", flush=True)
         self.network_ = phi
-        self.moments_ = jax.jit(network.statistics)(phi, x)
+        self.moments_ = _statistics(phi, x)
         self.n_iter_ = self.steps
-        self._n_features_out = self.sizes[-1]
+        self._n_features_out = sizes[-1]
         return self
 
     def transform(self, X):
@@ -120,28 +127,69 @@ class LearnedFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
             X: ``[rows, columns]``, the columns of ``fit``.
 
         Returns:
-            ``[rows, sizes[-1]]``, computed in float32, of the dtype of ``X`` where that is floating.
+            ``[rows, sizes[-1]]``, computed in float32; float32 for rows of float32, else float64.
         """
         check_is_fitted(self)
-        X = validate_data(self, X, dtype=[np.float32, np.float64], reset=False)
-        return np.asarray(_features(self.network_, self.moments_, self._scaled(X))).astype(X.dtype)
+        X, dtype = self._numbers(X, reset=False)
+        return np.asarray(_features(self.network_, self.moments_, self._scaled(X))).astype(dtype)
+
+    def _numbers(self, X, **checks) -> tuple[np.ndarray, type]:
+        """The rows in float64, and the dtype of their features."""
+        X = validate_data(self, X, dtype="numeric", **checks)
+        if X.dtype.kind not in "biuf":
+            raise ValueError(f"X must hold numbers, not {X.dtype}")
+        if X.dtype.kind in "iu" and (X.max() > _EXACT or X.min() < -_EXACT):
+            raise ValueError("X holds integers beyond 2^53, which float64 rounds: subtract an origin from them first")
+        return X.astype(np.float64), np.float32 if X.dtype == np.float32 else np.float64
 
     def _scaled(self, X: np.ndarray) -> np.ndarray:
-        return ((X - self.shift_) / self.scale_).astype(np.float32)
+        scaled = (X - self.shift_) / self.scale_
+        if not np.max(np.abs(scaled)) < _FAR:
+            raise ValueError(
+                f"X lies {_FAR:g} or more of the training rows' standard deviations ({self.scale_:g}) from their mean "
+                f"({self.shift_:g}): are these the same columns, in the same units?"
+            )
+        return scaled.astype(np.float32)
 
     def _rule(self) -> tuple[UnsupervisedRule, Any]:
-        if isinstance(self.rule, Mapping):
-            return unsupervised(), self.rule
-        return load_unsupervised(self.rule)
+        if not isinstance(self.rule, Mapping):
+            if not isinstance(self.rule, str | os.PathLike):
+                raise StoreError(f"rule must be a name, a folder or meta-parameters, not {self.rule!r}")
+            return load_unsupervised(self.rule)
+        rule = unsupervised()
+        wanted = jax.eval_shape(rule.init_theta, jax.random.key(0))
+        if jax.tree.map(np.shape, wanted) != jax.tree.map(np.shape, dict(self.rule)):
+            raise StoreError(
+                "rule is no meta-parameters of learned_opt.unsupervised.unsupervised(): other names or shapes"
+            )
+        return rule, self.rule
+
+
+def _shift_and_scale(X: np.ndarray) -> tuple[float, float]:
+    """Mean and standard deviation of all entries, float64; the scale of constant data is 1."""
+    if np.min(X) == np.max(X):
+        return float(X.flat[0]), 1.0
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        shift, scale = float(np.mean(X)), float(np.std(X))
+    if not _SCALES[0] < scale < _SCALES[1]:  # NaN included
+        raise ValueError(
+            f"the standard deviation of X ({scale:g}) is not within {_SCALES[0]:g} to {_SCALES[1]:g}: "
+            "give X in other units"
+        )
+    return shift, scale
+
+
+# At module level, with the rule's functions as static arguments: one compilation a shape, whichever object asks.
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _learn(update, size, theta, phi, x, key, steps):
-    def step(phi, i):
+def _learn(update, size, theta, phi, x, key, start, end):
+    def step(i, phi):
         rows = jax.random.choice(jax.random.fold_in(key, i), x.shape[0], (size,), replace=False)
-        return update(theta, phi, x[rows]), None
+        return update(theta, phi, x[rows])
 
-    return jax.lax.scan(step, phi, steps)[0]
+    return jax.lax.fori_loop(start, end, step, phi)  # the bounds are data: any number of steps
 
 
+_statistics = jax.jit(network.statistics)
 _features = jax.jit(lambda phi, moments, x: network.features(phi, x, moments))

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 ACTIVATIONS = ("relu", "leaky_relu", "tanh", "swish", "sigmoid", "step")
 
@@ -52,10 +53,9 @@ def init(key: jax.Array, sizes: Sequence[int], activation: str | jax.Array = "re
         >>> [layer.w.shape for layer in phi.layers]
         [(64, 32), (32, 32)]
     """
-    if len(sizes) < 2 or min(sizes) < 1:
-        raise ValueError(f"sizes must be the number of inputs and then each layer's units, not {tuple(sizes)}")
-    if isinstance(activation, str):
-        if activation not in ACTIVATIONS:
+    sizes = check_sizes(sizes, 2, "the number of inputs and then each layer's units")
+    if not hasattr(activation, "dtype"):  # no array
+        if not isinstance(activation, str) or activation not in ACTIVATIONS:
             raise ValueError(f"unknown activation {activation!r}; activations: {', '.join(ACTIVATIONS)}")
         activation = jnp.asarray(ACTIVATIONS.index(activation), jnp.int32)
     layers = []
@@ -64,6 +64,22 @@ def init(key: jax.Array, sizes: Sequence[int], activation: str | jax.Array = "re
         w, v = (0.01 * jax.random.truncated_normal(k, -2.0, 2.0, (inputs, units)) for k in (k_w, k_v))
         layers.append(Layer(w, v, 0.1 * jax.random.truncated_normal(k_b, -2.0, 2.0, (units,))))
     return Network(tuple(layers), activation)
+
+
+def check_sizes(sizes: Sequence[int], least: int, what: str) -> tuple[int, ...]:
+    """The sizes as a tuple of Python ints.
+
+    Raises:
+        ValueError: they are no sequence of ``least`` or more positive integers; the message says ``what`` they are.
+    """
+    try:
+        listed = list(sizes)
+    except TypeError:
+        listed = []
+    whole = [isinstance(size, int | np.integer) and not isinstance(size, bool) and size >= 1 for size in listed]
+    if len(listed) < least or not all(whole):
+        raise ValueError(f"sizes must be {what}, positive integers, not {sizes!r}")
+    return tuple(int(size) for size in listed)
 
 
 def activate(activation: jax.Array, z: jax.Array) -> jax.Array:

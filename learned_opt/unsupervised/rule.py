@@ -1,5 +1,6 @@
 """The learned update: what a layer's units see, what they tell the layers below, and how their weights change."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -43,6 +44,7 @@ class UnsupervisedRule(NamedTuple):
     features: Callable[..., jax.Array]
 
 
+@functools.cache  # the same functions for the same arguments: what is compiled for one rule serves the next
 def unsupervised(
     *, hidden_size: int = 16, signal_size: int = 8, channels: int = 2, front_end: str = "equivariant"
 ) -> UnsupervisedRule:
