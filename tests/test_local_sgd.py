@@ -397,6 +397,63 @@ def test_last_in_a_chain():
     assert worker_axes(state)[0] == 0
 
 
+@pytest.mark.parametrize(
+    "code", [None, "bf16", "int8", communication.top_k(0.5)], ids=["none", "bf16", "int8", "top-k"]
+)
+def test_both_parts_of_complex_parameters_are_sent(code):
+    """A complex vector moves as the real vector of its parts does."""
+    rng = np.random.default_rng(1)
+    grads = (rng.normal(size=(4, K, 6)) + 1j * rng.normal(size=(4, K, 6))).astype(np.complex64)
+    opt = local_sgd(optax.sgd(0.1), optax.sgd(0.7, momentum=0.5), sync_every=2, compression=code)
+    w, state = run(opt, lambda w, g: g, jnp.zeros(6, jnp.complex64), grads, 4)
+    parts = np.stack([grads.real, grads.imag], axis=2)
+    real, expected = run(opt, lambda w, g: g, jnp.zeros((2, 6)), parts, 4)
+    assert w.dtype == state.anchor.dtype == jnp.complex64
+    assert np.abs(state.anchor.imag).max() > 0.01
+    np.testing.assert_allclose(np.stack([state.anchor.real, state.anchor.imag]), expected.anchor, atol=1e-6)
+    np.testing.assert_allclose(np.stack([w.real, w.imag], 1), real, atol=1e-6)
+    assert communication.total_bytes(state.bytes) == communication.total_bytes(expected.bytes)
+
+
+@pytest.mark.parametrize("options", [{}, {"compression": "int8"}, {"fragments": 2}], ids=str)
+def test_what_is_no_parameter_stays(options):
+    params = {"w": jnp.ones(3), "v": jnp.ones(2), "count": jnp.int32(16_777_217), "flag": jnp.array([True, False])}
+    opt = local_sgd(optax.sgd(0.1), optax.sgd(0.7, momentum=0.9), sync_every=1, **options)
+    grads_of = lambda p, g: jax.tree.map(lambda x: x * g[0].astype(x.dtype), p)  # noqa: E731
+    w, state = run(opt, grads_of, params, np.ones((2, K, 1), np.float32), 2)
+    for tree in (jax.tree.map(lambda x: x[0], w), state.anchor):
+        assert tree["count"] == 16_777_217
+        assert tree["count"].dtype == jnp.int32
+        assert tree["flag"].tolist() == [True, False]
+        assert np.abs(tree["w"] - 1).min() > 0.01
+
+
+def test_keys_among_the_parameters_are_refused():
+    with pytest.raises(ValueError, match=r"\['key'\] is key<fry>"):
+        local_sgd(optax.sgd(0.1), sync_every=1).init({"key": jax.random.key(0)})
+
+
+def test_gradients_accumulated_inside():
+    """2 rounds of 3 steps of 2 micro-steps are 2 rounds of 3 steps on the mean gradients, the inner state reset."""
+    grads = np.random.default_rng(2).normal(size=(12, K, 5)).astype(np.float32)
+    options = {"outer": optax.sgd(0.7, momentum=0.5), "inner_state": "reset"}
+    multi = optax.MultiSteps(optax.adam(0.1), 2)
+    for inner in (multi, multi.gradient_transformation()):
+        opt = local_sgd(inner, sync_every=schedules.micro_steps(3, 2), **options)
+        w, state = run(opt, lambda w, g: g, jnp.zeros(5), grads, 12)
+        plain = local_sgd(optax.adam(0.1), sync_every=3, **options)
+        expected, _ = run(plain, lambda w, g: g, jnp.zeros(5), grads.reshape(6, 2, K, 5).mean(axis=1), 6)
+        assert int(state.round) == 2
+        np.testing.assert_allclose(w, expected, atol=1e-5)
+
+
+def test_extra_arguments_reach_what_accumulates():
+    tx = optax.MultiSteps(counting_inner(), 2)
+    opt = local_sgd(tx, sync_every=2)
+    _, state = run(opt, lambda w, c: 0 * w, jnp.ones(2), np.zeros((2, K, 1)), 2, bump=jnp.arange(1, K + 1))
+    assert state.inner.inner_opt_state["mean"].tolist() == [1.0, 2.0, 3.0, 4.0]
+
+
 # ---- mistakes ----
 
 
@@ -452,11 +509,12 @@ def test_not_outermost():
     for bad in (
         optax.chain(sync, optax.scale(0.5)),
         optax.masked(sync, {"w": True}),
-        optax.MultiSteps(sync, 2),
         optax.chain(optax.clip(1.0), optax.chain(sync, optax.scale(1.0))),
     ):
         with pytest.raises(ValueError, match="must be outermost"):
             worker_axes(bad.init({"w": jnp.zeros(2)}))
+    with pytest.raises(ValueError, match=r"accumulate gradients inside it, local_sgd\(optax.MultiSteps"):
+        worker_axes(optax.MultiSteps(sync, 2).init({"w": jnp.zeros(2)}))
     with pytest.raises(ValueError, match="no local_sgd state"):
         worker_specs(optax.adam(0.1).init(jnp.zeros(2)))
 
@@ -498,6 +556,38 @@ def test_files_hold_every_kind_of_leaf(tmp_path):
         np.testing.assert_array_equal(raw(a), raw(b))
 
 
+SMALL = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3b11fnuz", "float8_e8m0fnu", "float4_e2m1fn", "int4", "uint2")
+
+
+@pytest.mark.parametrize("name", [*SMALL, "bool", "int8", "uint16", "float16", "bfloat16", "float32", "complex64"])
+def test_anchors_of_every_dtype_come_back(tmp_path, name):
+    dtype = jnp.dtype(name)
+    values = np.array([[0, 1, 1], [1, 0, 1]]) * (1j if name == "complex64" else 1)
+    params = {"x": jnp.asarray(values.astype(dtype)), "scalar": jnp.asarray(np.ones((), dtype))}
+    state = local_sgd(optax.sgd(0.1), sync_every=2).init(params)
+    save_anchor(tmp_path / "anchor.safetensors", state)
+    blank = jax.tree.map(lambda x: jnp.asarray(np.zeros(x.shape, dtype)), state.anchor)
+    back, _ = load_anchor(tmp_path / "anchor.safetensors", state._replace(anchor=blank))
+    for found, kept in zip(jax.tree.leaves(back.anchor), jax.tree.leaves(params), strict=True):
+        assert (found.dtype, found.shape) == (dtype, kept.shape)
+        np.testing.assert_array_equal(np.asarray(found).astype(np.complex64), np.asarray(kept).astype(np.complex64))
+    wider = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.uint32), state.anchor)
+    with pytest.raises(ValueError, match=f"is {name}.*wanted uint32"):
+        load_anchor(tmp_path / "anchor.safetensors", state._replace(anchor=wider))
+
+
+def test_what_no_file_can_hold_is_refused_before_it_is_written(tmp_path):
+    for tree, metadata, message in (
+        ({"x": np.array(["a"])}, None, "no array of numbers"),
+        ({"x": object()}, None, "no array of numbers"),
+        ({"x": np.array(["2020"], "M8[D]")}, None, "no array of numbers"),
+        ({"x": jnp.ones(2)}, {"when": object()}, "no JSON"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            save_tree(tmp_path / "t.safetensors", tree, metadata)
+    assert not list(tmp_path.iterdir())
+
+
 def test_files_that_do_not_fit_are_refused(tmp_path):
     opt = local_sgd(optax.sgd(0.1), optax.adam(0.3), sync_every=2)
     path = tmp_path / "anchor.safetensors"
@@ -536,3 +626,11 @@ def test_watchdog_barks_once_and_only_when_stuck():
     assert len(messages) == 1
     with pytest.raises(ValueError, match="positive"):
         Watchdog(0.0)
+
+
+def test_a_watchdog_is_for_one_with():
+    watchdog = Watchdog(60.0)
+    with watchdog, pytest.raises(RuntimeError, match="make a new one"):
+        watchdog.__enter__()
+    with pytest.raises(RuntimeError, match="make a new one"), watchdog:
+        pass

@@ -3,21 +3,33 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
+
+_NONE = -1  # the label of leaves that are no parameters: integers, flags, keys
+
+
+def is_parameter(leaf: Any) -> bool:
+    """Whether a leaf holds floating or complex numbers, which can be averaged."""
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
 
 
 def fragment_labels(fragments: int | Any, params: Any) -> tuple[list[int] | None, int]:
-    """Return each leaf's fragment (None where there is one) and the number of fragments."""
+    """Return each leaf's fragment and the number of fragments; None in place of labels if all leaves are in one.
+
+    Leaves that are no parameters (see :func:`is_parameter`) are in no fragment.
+    """
     leaves = jax.tree.leaves(params)
+    moving = [i for i, leaf in enumerate(leaves) if is_parameter(leaf)]
     if isinstance(fragments, int):
-        if fragments == 1:
-            return None, 1
-        if fragments > len(leaves):
+        if fragments > max(len(moving), 1):
             raise ValueError(
-                f"fragments={fragments}, but the parameters have {len(leaves)} leaves; a leaf is not split"
+                f"fragments={fragments}, but the parameters have {len(moving)} leaves; a leaf is not split"
             )
-        labels, filled = [0] * len(leaves), [0] * fragments
-        for i in sorted(range(len(leaves)), key=lambda i: -leaves[i].size):
+        if fragments == 1 and len(moving) == len(leaves):
+            return None, 1
+        labels, filled = [_NONE] * len(leaves), [0] * fragments
+        for i in sorted(moving, key=lambda i: -leaves[i].size):
             labels[i] = filled.index(min(filled))
             filled[labels[i]] += max(leaves[i].size, 1)
         return labels, fragments
@@ -28,7 +40,9 @@ def fragment_labels(fragments: int | Any, params: Any) -> tuple[list[int] | None
         raise ValueError(
             f"fragments must be an int, or one int 0..n-1 a leaf of the parameters, all used; got {fragments}"
         )
-    return (labels, count) if count > 1 else (None, 1)
+    if count == 1 and len(moving) == len(leaves):
+        return None, 1
+    return [label if i in moving else _NONE for i, label in enumerate(labels)], count
 
 
 def pick(tree: Any, labels: list[int] | None, part: int) -> Any:

@@ -20,13 +20,17 @@ from .transform import REPLICATED, LocalSGDState
 
 FORMAT = "learned-opt anchor 1"
 STUCK_EXIT_CODE = 75  # EX_TEMPFAIL: trying again may help
+_NATIVE = {  # what safetensors reads back into NumPy
+    *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+    *("float16", "bfloat16", "float32", "float64"),
+}
 
 
 class Watchdog:
     """End this process, with a message, when a round takes too long: a stuck peer blocks a collective for ever.
 
     A collective cannot be cancelled from Python, so the process exits (code 75, no cleanup) and is to be started again
-    from the last anchor.
+    from the last anchor. One watchdog is for one ``with``.
 
     Args:
         timeout: seconds that a round may take.
@@ -35,6 +39,7 @@ class Watchdog:
 
     Raises:
         ValueError: if a time is not positive.
+        RuntimeError: when it is entered a second time.
 
     Example:
         >>> with Watchdog(timeout=60.0, first=600.0) as watchdog:
@@ -59,6 +64,8 @@ class Watchdog:
         self._beats, self._last, self._allowed = self._beats + 1, time.monotonic(), self._timeout
 
     def __enter__(self) -> "Watchdog":
+        if self._thread.ident is not None:  # it has been started
+            raise RuntimeError("Watchdog: entered before; make a new one for each `with`")
         self._last = time.monotonic()
         self._thread.start()
         return self
@@ -125,11 +132,26 @@ def save_tree(path: str | os.PathLike[str], tree: Any, metadata: Mapping[str, An
 
     Args:
         path: of the file.
-        tree: arrays, numbers and PRNG keys at the leaves.
+        tree: arrays, numbers and PRNG keys at the leaves. Dtypes that safetensors does not read into NumPy (8-bit
+            floats, 4-bit integers, complex numbers) are written as their bytes.
         metadata: a dict that JSON can hold.
+
+    Raises:
+        ValueError: if a leaf is none of these, or the metadata are no JSON; nothing is written.
     """
-    arrays = {name: np.asarray(_as_numpy(leaf), order="C") for name, leaf in _named(tree)}
-    header = {"format": FORMAT, "metadata": json.dumps(dict(metadata or {}))}
+    arrays, kinds = {}, {}
+    for name, leaf in _named(tree):
+        array = np.asarray(_as_numpy(leaf), order="C")
+        if array.dtype.hasobject or array.dtype.kind in "USMm" or array.dtype.names:
+            raise ValueError(f"save_tree: {name} is no array of numbers but {type(leaf).__name__} ({array.dtype})")
+        if array.dtype.name not in _NATIVE:
+            kinds[name] = (array.dtype.name, array.shape)
+            array = array.reshape(-1).view(np.uint8)
+        arrays[name] = array
+    try:
+        header = {"format": FORMAT, "metadata": json.dumps(dict(metadata or {})), "kinds": json.dumps(kinds)}
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"save_tree: the metadata are no JSON: {error}") from None
     data = safetensors.numpy.save(arrays, header)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -161,21 +183,22 @@ def load_tree(path: str | os.PathLike[str], like: Any) -> tuple[Any, dict[str, A
     try:
         with safetensors.safe_open(os.fspath(path), framework="numpy") as file:
             header = file.metadata() or {}
+            if header.get("format") != FORMAT:
+                raise ValueError(f"{path} has format {header.get('format')!r}, this version reads {FORMAT!r}")
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except safetensors.SafetensorError as error:
+    except (safetensors.SafetensorError, AttributeError) as error:  # AttributeError: a dtype that NumPy lacks
         raise ValueError(f"{path} is damaged or no safetensors file ({error}); use an earlier one") from None
-    if header.get("format") != FORMAT:
-        raise ValueError(f"{path} has format {header.get('format')!r}, this version reads {FORMAT!r}")
     named = _named(like)
     wanted = {name: _as_numpy(leaf) for name, leaf in named}
     if missing := sorted(wanted.keys() ^ arrays.keys()):
         raise ValueError(f"{path} is of another tree (parameters or transform): it differs at {missing[0]}")
+    kinds = json.loads(header.get("kinds", "{}"))
     for name, leaf in wanted.items():
-        found = arrays[name]
-        if (leaf.shape, leaf.dtype) != (found.shape, found.dtype):
-            raise ValueError(
-                f"{path}: {name} is {found.dtype}{list(found.shape)}, wanted {leaf.dtype}{list(leaf.shape)}"
-            )
+        dtype, shape = kinds.get(name, (arrays[name].dtype.name, arrays[name].shape))
+        if (leaf.dtype.name, list(leaf.shape)) != (dtype, list(shape)):
+            raise ValueError(f"{path}: {name} is {dtype}{list(shape)}, wanted {leaf.dtype}{list(leaf.shape)}")
+        if name in kinds:
+            arrays[name] = arrays[name].view(leaf.dtype).reshape(leaf.shape)
     leaves = [_from_numpy(arrays[name], leaf) for name, leaf in named]
     return jax.tree.unflatten(jax.tree.structure(like), leaves), json.loads(header["metadata"])
 

@@ -41,6 +41,7 @@ class WorkerMean(NamedTuple):
         self, deltas: Any, error: Any, code: communication.Compression, total: jax.Array
     ) -> tuple[Any, Any]:
         """Return the mean of the deltas (and of what was left unsent before) as decoded, and what is now left."""
+        code = communication.both_parts(code)
 
         def one(delta: jax.Array, left: jax.Array | None) -> tuple[jax.Array, jax.Array]:
             wanted = delta if left is None else delta + left

@@ -1,5 +1,6 @@
 """Local SGD as an Optax transform: workers step alone, and meet every ``sync_every`` steps."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from .. import communication, schedules
-from .fragments import fragment_labels, merge, pick
+from .fragments import fragment_labels, is_parameter, merge, pick
 from .mean import WorkerMean, tracked_axes, vary, varying, wide
 
 Params = Any
@@ -55,7 +56,7 @@ INNER_POLICIES: dict[str, InnerPolicy] = {
 
 
 def local_sgd(
-    inner: optax.GradientTransformation,
+    inner: optax.GradientTransformation | optax.MultiSteps,
     outer: optax.GradientTransformation | None = None,
     *,
     sync_every: int | jax.Array | schedules.SyncSchedule,
@@ -79,6 +80,13 @@ def local_sgd(
 
     It must be outermost (last in an ``optax.chain``): the update it emits at a synchronisation puts every worker on
     the anchor, which a later transform would undo. :func:`~learned_opt.local_sgd.worker_axes` refuses other places.
+
+    Leaves that are neither floating nor complex are no parameters: they stay exactly as they are, whatever the inner
+    and outer transforms make of them. The parts of complex leaves are averaged, and sent, alike.
+
+    Gradients are accumulated inside, by ``inner=optax.MultiSteps(tx, k)``. A step is then a call of ``update``, k of
+    them to a step of ``tx``, and ``inner_state="reset"`` would drop what is half accumulated:
+    ``sync_every=schedules.micro_steps(H, k)`` counts in steps of ``tx``, so that a round ends where nothing is.
 
     Args:
         inner: a worker's own transform; it gets every extra argument of ``update`` as it is.
@@ -151,6 +159,8 @@ def local_sgd(
         raise ValueError(f"fragments must be at least 1, got {fragments}")
 
     outer_wants_args = isinstance(outer, optax.GradientTransformationExtraArgs)
+    if isinstance(inner, optax.MultiSteps):  # it passes extra arguments on, which Optax's wrapper would drop
+        inner = optax.GradientTransformationExtraArgs(inner.init, inner.update)
     inner = optax.with_extra_args_support(inner)
     step_outer = optax.with_extra_args_support(optax.scale(-1.0) if outer is None else outer)
 
@@ -163,19 +173,22 @@ def local_sgd(
         return jnp.maximum(period, 1).astype(jnp.int32)
 
     def init(params: Params) -> LocalSGDState:
-        zero, nan = jnp.zeros((), jnp.int32), jnp.full((), jnp.nan, jnp.result_type(float))
+        zero = functools.partial(jnp.zeros, (), jnp.int32)  # each its own array: one buffer cannot be donated twice
+        nan = functools.partial(jnp.full, (), jnp.nan, jnp.result_type(float))
+        params = _arrays(params)
         labels, count = fragment_labels(fragments, params)
         parts = [pick(params, labels, part) for part in range(count)]
-        statistics = schedules.Statistics(nan, nan, nan, nan, statistic(params) if statistic else ())
+        custom = jax.tree.map(jnp.array, statistic(params)) if statistic else ()
+        statistics = schedules.Statistics(nan(), nan(), nan(), nan(), custom)
         return LocalSGDState(
-            step=zero,
-            round=zero,
-            since_sync=zero,
-            period=next_period(zero, zero, statistics),
+            step=zero(),
+            round=zero(),
+            since_sync=zero(),
+            period=next_period(zero(), zero(), statistics),
             bytes=communication.zero_bytes(),
             statistics=statistics,
             anchor=jax.tree.map(jnp.array, params),
-            outer=step_outer.init(params) if count == 1 else tuple(step_outer.init(part) for part in parts),
+            outer=step_outer.init(parts[0]) if count == 1 else tuple(step_outer.init(part) for part in parts),
             inner=inner.init(params),
             error=jax.tree.map(lambda p: jnp.zeros(p.shape, wide(p)), params) if code and error_feedback else (),
             value_sum=jnp.zeros(()),
@@ -186,10 +199,11 @@ def local_sgd(
     ) -> tuple[Any, LocalSGDState]:
         if params is None:
             raise ValueError("local_sgd: update needs params: opt.update(grads, state, params)")
+        params = jax.tree.map(jnp.asarray, params)
         tracked = tracked_axes(axes)
         _check_replicated(state, tracked)
         local, inner_new = inner.update(grads, state.inner, params, **extra)
-        local = jax.tree.map(lambda u, p: u.astype(wide(p)), local, params)
+        local = jax.tree.map(_local_update, params, local)
         value_sum = state.value_sum + jnp.asarray(extra.get("value", 0.0), state.value_sum.dtype)
         state = state._replace(
             step=state.step + 1, since_sync=state.since_sync + 1, inner=inner_new, value_sum=value_sum
@@ -278,6 +292,25 @@ def local_sgd(
         return jax.lax.switch(jnp.where(due, 1 + state.round % count, 0), branches)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _arrays(params: Params) -> Params:
+    def one(path: Any, leaf: Any) -> jax.Array:
+        leaf = jnp.asarray(leaf)
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+            raise ValueError(
+                f"local_sgd: params{jax.tree_util.keystr(path)} is {leaf.dtype}, to which no update can be added; "
+                "keep it out of the parameters"
+            )
+        return leaf
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def _local_update(param: jax.Array, update: Any) -> jax.Array:
+    if update is None or not is_parameter(param):  # not even 0.0 may be added to a large integer
+        return jnp.zeros_like(param)
+    return jnp.asarray(update).astype(wide(param))
 
 
 def _schedule(sync_every: Any) -> tuple[schedules.SyncSchedule, bool]:

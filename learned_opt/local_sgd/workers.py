@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .transform import REPLICATED, LocalSGDState
@@ -28,19 +29,31 @@ def worker_axes(state: Any) -> Any:
     """
     if isinstance(state, LocalSGDState):
         return LocalSGDState(**{name: None if name in REPLICATED else 0 for name in LocalSGDState._fields})  # type: ignore[arg-type]
-    found = [
-        isinstance(s, LocalSGDState) for s in jax.tree.leaves(state, is_leaf=lambda s: isinstance(s, LocalSGDState))
-    ]
-    if not any(found):
+    found = sum(isinstance(s, LocalSGDState) for s in _parts(state, LocalSGDState))
+    if not found:
         raise ValueError(
             "worker_axes: no local_sgd state in here; build it with learned_opt.local_sgd(...).init(params)"
         )
-    if type(state) is tuple and isinstance(state[-1], LocalSGDState) and sum(found) == 1:
+    if type(state) is tuple and isinstance(state[-1], LocalSGDState) and found == 1:
         return (*(0 for _ in state[:-1]), worker_axes(state[-1]))
+    if any(isinstance(s, optax.MultiStepsState) and _holds_local_sgd(s) for s in _parts(state, optax.MultiStepsState)):
+        raise ValueError(
+            "local_sgd must be outermost: accumulate gradients inside it, "
+            "local_sgd(optax.MultiSteps(inner, k), outer, sync_every=schedules.micro_steps(H, k))"
+        )
     raise ValueError(
         "local_sgd must be outermost, the last of an optax.chain: what comes after it would move the workers off "
         "the anchor; put clipping and scaling into its inner or outer transform"
     )
+
+
+def _parts(state: Any, kind: type) -> list[Any]:
+    """The states of a kind within a state, and the leaves outside them."""
+    return jax.tree.leaves(state, is_leaf=lambda s: isinstance(s, kind))
+
+
+def _holds_local_sgd(state: Any) -> bool:
+    return any(isinstance(s, LocalSGDState) for s in _parts(state, LocalSGDState))
 
 
 def worker_specs(state: Any, axis_name: str = "workers") -> Any:

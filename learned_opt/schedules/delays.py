@@ -66,6 +66,33 @@ def constant(sync_every: int | jax.Array) -> SyncSchedule:
     return lambda round_, step, statistics: sync_every
 
 
+def micro_steps(sync_every: int | jax.Array | SyncSchedule, every_k: int) -> SyncSchedule:
+    """Count a schedule's delays in steps of k micro-steps each: H'_r = k H_r, for gradients that are accumulated.
+
+    With ``local_sgd(optax.MultiSteps(tx, k), sync_every=micro_steps(H, k))`` the workers meet after every H steps of
+    ``tx``, where no gradient is half accumulated. A ``should_skip_update_fn`` shifts that: do without it here.
+
+    Args:
+        sync_every: H, or a schedule of (round, step, statistics), whose step counts steps of ``tx`` too.
+        every_k: k >= 1, the ``every_k_schedule`` of :class:`optax.MultiSteps`, an int.
+
+    Returns:
+        A delay schedule.
+
+    Raises:
+        ValueError: if k is no int of at least 1, or H not as for :func:`constant`.
+
+    Example:
+        >>> int(micro_steps(post_local(10, 4), every_k=8)(3, 80, Statistics()))
+        32
+    """
+    if isinstance(every_k, bool) or not isinstance(every_k, int):
+        raise ValueError(f"micro_steps: every_k must be an int, got {every_k!r}")
+    at_least_one("micro_steps: every_k", every_k)
+    schedule = sync_every if callable(sync_every) else constant(sync_every)
+    return lambda round_, step, statistics: every_k * schedule(round_, step // every_k, statistics)
+
+
 def post_local(switch_step: int, sync_every: int = 16) -> SyncSchedule:
     """Mini-batch averaging first, local SGD after: H_r = 1 while step < switch_step, then H.
 

@@ -54,8 +54,8 @@ def init(key: jax.Array, sizes: Sequence[int], activation: str | jax.Array = "re
         [(64, 32), (32, 32)]
     """
     sizes = check_sizes(sizes, 2, "the number of inputs and then each layer's units")
-    if not hasattr(activation, "dtype"):  # no array
-        if not isinstance(activation, str) or activation not in ACTIVATIONS:
+    if not isinstance(activation, jax.Array):
+        if activation not in ACTIVATIONS:
             raise ValueError(f"unknown activation {activation!r}; activations: {', '.join(ACTIVATIONS)}")
         activation = jnp.asarray(ACTIVATIONS.index(activation), jnp.int32)
     layers = []
