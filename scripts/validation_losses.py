@@ -1,8 +1,9 @@
-"""Validation losses of a benchmark's report beside tuned Adam's: ``python scripts/validation_losses.py reports/held_out``.
+"""Validation losses of a benchmark's report beside tuned Adam's.
 
-Reads ``results.json`` of the folder and writes ``validation.csv`` there: for each contender the geometric mean over the
-tasks with data of its validation loss over tuned Adam's, on how many of them it is above 1, and on how many of all tasks
-the chosen learning rate lies on the edge of its grid. Synthetic functions have no data to hold out.
+``python scripts/validation_losses.py reports/held_out`` reads ``results.json`` of the folder and writes
+``validation.csv`` there: for each contender the geometric mean over the tasks with data of its validation loss over
+tuned Adam's, on how many of them it is above 1, and on how many of all tasks the chosen learning rate lies on the edge
+of its grid. Synthetic functions have no data to hold out.
 """
 
 import csv
@@ -36,6 +37,7 @@ def table(figures: list[dict]) -> list[dict]:
 
 
 def main(folder: Path) -> None:
+    """Writes the folder's ``validation.csv``."""
     rows = table(json.loads((folder / "results.json").read_text())["figures"])
     with (folder / "validation.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")

@@ -66,10 +66,11 @@ def statistic(anchor):
     return anchor["w"], anchor["w"]
 
 
+NAMES = learned_opt.available()
 DILOCO = optax.sgd(0.7, momentum=0.9, nesterov=True)
 CASES = {
     **{f"rule {name}": of_rule(name) for name in learned_opt.RULES},
-    **{f"load {name}": of(lambda name=name: learned_opt.load(name, num_steps=10, weight_decay=0.1)) for name in LOADED},
+    **{f"load {name}": of(lambda name=name: learned_opt.load(name, num_steps=10, weight_decay=0.1)) for name in NAMES},
     "local_sgd": of(lambda: local_sgd(optax.adam(0.1), sync_every=2)),
     "local_sgd, DiLoCo": of(lambda: local_sgd(optax.adamw(0.1), DILOCO, sync_every=2, statistic=statistic)),
     "local_sgd, int8": of(lambda: local_sgd(optax.sgd(0.1), DILOCO, sync_every=2, compression="int8")),
