@@ -21,9 +21,10 @@ import jax
 import numpy as np
 
 import learned_opt
-from meta_train import loop, runs
-from meta_train.config import Config, replace
-from meta_train.contenders import learned
+from meta_train.bench import execution
+from meta_train.bench.contenders import learned
+from meta_train.train import loop
+from meta_train.train.config import Config, replace
 from tasks import suites
 
 BASE = Config(
@@ -79,7 +80,7 @@ def finals(rule, theta) -> np.ndarray:
     pairs = list(itertools.product(RATES, range(FIRST_SEED, FIRST_SEED + SEEDS)))
     best = []
     for entry in suites.suite("validation", held_out=True):
-        run = runs.compile_run(entry, contender, STEPS, jax.devices()[0], 1)
+        run = execution.compile_run(entry, contender, STEPS, jax.devices()[0], 1)
         losses, _ = run.losses(*zip(*pairs, strict=True))
         ends = losses.reshape(len(RATES), SEEDS, -1)[:, :, -STEPS // 20 :].astype(float).mean((1, 2))
         best.append(np.nanmin(ends))

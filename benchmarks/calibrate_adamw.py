@@ -4,7 +4,7 @@
 
 Every learning rate and weight decay is run on every task of a training suite under a cosine schedule. A setting's mark
 on a task is how far it brings the training loss down, the best setting's way being 1; the highest mean mark wins. The
-held-out suites take no part. The winner is written into `CALIBRATED` of meta_train/contenders.py by hand.
+held-out suites take no part. The winner is written into `CALIBRATED` of meta_train/bench/contenders.py by hand.
 """
 
 import argparse
@@ -16,10 +16,10 @@ import jax
 import numpy as np
 import optax
 
-from meta_train import runs
-from meta_train.benchmark import on_devices
-from meta_train.contenders import Contender, around, cosine_schedule
-from meta_train.measures import normalised
+from meta_train.bench import execution
+from meta_train.bench.contenders import Contender, around, cosine_schedule
+from meta_train.bench.measures import normalised
+from meta_train.bench.tournament import on_devices
 from tasks import suites
 
 RATES = around(10**-2.5)
@@ -42,7 +42,7 @@ def main() -> None:
         contender = Contender(
             "adamw", lambda rate, steps: optax.adamw(cosine_schedule(rate, steps), weight_decay=decay), RATES
         )
-        run = runs.compile_run(entry, contender, options.steps, device, 1)
+        run = execution.compile_run(entry, contender, options.steps, device, 1)
         pairs = list(itertools.product(RATES, range(FIRST_SEED, FIRST_SEED + options.seeds)))
         losses, _ = run.losses(*zip(*pairs, strict=True))
         losses = losses.reshape(len(RATES), options.seeds, -1).astype(float)

@@ -36,7 +36,8 @@ import optax
 
 from learned_opt import schedules
 from learned_opt.local_sgd import local_sgd, map_workers, spread_workers, worker_axes
-from tasks import data, vision
+from tasks import data
+from tasks.families import vision
 
 REPORT = Path(__file__).parents[1] / "reports" / "local_sgd"
 WORKERS = 4

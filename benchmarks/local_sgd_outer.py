@@ -26,8 +26,8 @@ from matplotlib.figure import Figure
 
 import learned_opt
 from tasks.base import num_params
-from tasks.sequence import char_transformer
-from tasks.vision import image_conv, image_mlp
+from tasks.families.sequence import char_transformer
+from tasks.families.vision import image_conv, image_mlp
 
 WORKERS, DELAYS = 8, (4, 16, 64)
 LOCAL = (0.1, 0.3, 1.0)

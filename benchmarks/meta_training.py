@@ -21,10 +21,10 @@ from jax.sharding import PartitionSpec
 
 import learned_opt
 from meta_train import xla_flags
-from meta_train.estimators import pes
-from meta_train.learners import task_learner
-from meta_train.trainer import AXIS, begin, make_mesh, make_trainer, place
-from tasks.vision import image_mlp
+from meta_train.train.estimators import pes
+from meta_train.train.learners import task_learner
+from meta_train.train.trainer import AXIS, begin, make_mesh, make_trainer, place
+from tasks.families.vision import image_mlp
 
 UNROLL = 50
 

@@ -35,7 +35,7 @@ import optax
 from scipy.stats import t as student
 
 from learned_opt import self_tuning as st
-from meta_train.self_tuned import char_lstm, make_tuner
+from meta_train.train.problems import char_lstm, make_tuner
 
 REPORT = Path(__file__).parents[1] / "reports" / "self_tuning"
 NAME, START, RATE, CYCLE = "dropout_output", 0.05, 1e-2, 5

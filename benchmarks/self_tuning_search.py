@@ -38,7 +38,7 @@ import numpy as np
 import optax
 
 from learned_opt import self_tuning as st
-from meta_train.self_tuned import fashion_cnn, make_tuner, standing
+from meta_train.train.problems import fashion_cnn, make_tuner, standing
 
 REPORT = Path(__file__).parents[1] / "reports" / "self_tuning"
 ROWS, RATE, CHUNK, REACH = 1000, 3e-3, 100, 3.0

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 
 from learned_opt import unsupervised
 from meta_train import xla_flags
-from meta_train.estimators import ESTIMATORS
-from meta_train.unsupervised import feature_learner
-from tasks.representation import suite
+from meta_train.train.estimators import ESTIMATORS
+from meta_train.train.learners.unsupervised import feature_learner
+from tasks.families.representation import suite
 
 STEPS = 20
 REPEATS = 10

@@ -29,7 +29,7 @@ from sklearn.decomposition import PCA
 from learned_opt import unsupervised
 from learned_opt.store import read_record
 from learned_opt.unsupervised import network
-from tasks.representation import labelled_images
+from tasks.families.representation import labelled_images
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

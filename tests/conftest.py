@@ -45,5 +45,5 @@ def pytest_collection_modifyitems(items):
     """Files stay on one worker, which shares what they compile; the contract suite splits by rule."""
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
-        rule = f"/{params['rule']}" if "rule" in params and item.path.name == "test_rules_contract.py" else ""
-        item.add_marker(pytest.mark.xdist_group(item.path.name + rule))
+        rule = f"/{params['rule']}" if "rule" in params and item.path.name == "test_contract.py" else ""
+        item.add_marker(pytest.mark.xdist_group(f"{item.path}{rule}"))

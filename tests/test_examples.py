@@ -4,11 +4,9 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parent.parent
+from support import ROOT
 
 
 def run(name, *arguments):
@@ -31,6 +29,6 @@ def test_finetune():
 
 def test_no_example_goes_untested():
     tested = {"haiku_loop.py", "flax_loop.py", "equinox_loop.py", "finetune.py"}
-    # tests/test_local_sgd_multihost.py, tests/test_own.py
+    # tests/learned_opt/local_sgd/test_multihost.py, tests/meta_train/bench/test_user_code.py
     elsewhere = {"local_sgd_multihost.py", "my_task.py", "my_optimizer.py"}
     assert {path.name for path in (ROOT / "examples").glob("*.py")} == tested | elsewhere

@@ -9,10 +9,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from support import ROOT
 
 import learned_opt
 
-ROOT = Path(__file__).parent.parent
 PACKAGES = ("learned_opt", "tasks", "meta_train")
 ALLOWED = {"learned_opt": {"learned_opt"}, "tasks": {"tasks"}, "meta_train": set(PACKAGES)}
 
@@ -78,7 +78,7 @@ def test_the_wheel_holds_the_packages_the_data_and_the_pretrained_rules(installe
     for rule in (ROOT / "pretrained").glob("*/rule.json"):
         for file in ("rule.json", "weights.safetensors", "README.md"):
             assert f"learned_opt/pretrained/{rule.parent.name}/{file}" in names
-    assert any(name.startswith("tasks/embedded/") for name in names)
+    assert any(name.startswith("tasks/data/embedded/") for name in names)
     assert not any(name.startswith(("tests/", "benchmarks/", "docs/")) for name in names)
 
 

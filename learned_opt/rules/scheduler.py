@@ -64,7 +64,7 @@ def scheduler(
     and how the loss stands to its running means (:func:`learned_opt.rules.recurrent.loss_update`, of horizons from
     10 to 10,000 updates whatever the run's length). The planned number of updates is optional: without it, or with
     0, ``s`` is 1, the nine inputs for the fraction done are 0 and one more says so. A schedule that shall do
-    without it should have met that in meta-training (``told_length`` of ``meta_train.learners.task_learner``).
+    without it should have met that in meta-training (``told_length`` of ``meta_train.train.learners.task_learner``).
 
     The fresh multiplier is 1. ``theta["base"]`` and ``theta["scheduler"]`` may be trained together or apart
     (:func:`learned_opt.rules.parts.only`). Losses that are not finite count as twice their largest running mean. State:

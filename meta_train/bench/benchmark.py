@@ -1,0 +1,141 @@
+"""What `learned-opt bench` does: who meets on what, the runs, the files, the tables."""
+
+import functools
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+from rich.console import Console
+
+from tasks import manifest, suites
+from tasks.suites import Entry
+
+from ..train.config import ConfigError
+from ..train.progress import progress
+from . import user_code
+from .contenders import FEW, QUICK, REFERENCE, baselines, pretrained
+from .report import files, page, terminal
+from .tournament import Contender, Plan, run_suite
+
+__all__ = ["FEW", "QUICK", "choose_contenders", "choose_tasks", "run"]
+
+
+def choose_tasks(suite: str | None, tasks: Sequence[str] = ()) -> list[Entry]:
+    """The tasks of a held-out suite and the user's user_code.
+
+    Args:
+        suite: its name; ``None`` for the user's own tasks alone.
+        tasks: ``FILE.py:FUNCTION``, see :func:`meta_train.bench.user_code.task`.
+
+    Raises:
+        ConfigError: no such suite, or a mistake in a user's file.
+    """
+    try:
+        entries = list(suites.suite(suite, held_out=True)) if suite else []
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    entries += [user_code.task(spec) for spec in tasks]
+    return _distinct(entries, "task")
+
+
+def choose_contenders(
+    names: Sequence[str] | None, rules: Sequence[str], optimizers: Sequence[str] = ()
+) -> list[Contender]:
+    """Baselines, saved rules and the user's own optimizers.
+
+    Args:
+        names: of the baselines; ``None`` for all. Adam is always one: all is relative to it.
+        rules: names or folders of saved rules.
+        optimizers: ``FILE.py:FUNCTION``, see :func:`meta_train.bench.user_code.optimizer`.
+
+    Raises:
+        ConfigError: no such baseline, or a mistake in a user's file.
+        StoreError: as ``learned_opt.load``.
+    """
+    known = {contender.name: contender for contender in baselines()}
+    for name in names or ():
+        if name not in known:
+            raise ConfigError(f"unknown baseline {name!r}; baselines: {', '.join(known)}")
+    chosen = [contender for name, contender in known.items() if names is None or name in (*names, REFERENCE)]
+    chosen += [pretrained(rule) for rule in rules]
+    chosen += [user_code.optimizer(spec) for spec in optimizers]
+    return _distinct(chosen, "optimizer")
+
+
+def run(
+    label: str,
+    entries: Sequence[Entry],
+    contenders: Sequence[Contender],
+    plan: Plan,
+    out: Path,
+    console: Console | None,
+    *,
+    command: str = "",
+    rules: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Runs a benchmark, writes ``report.html``, ``results.csv``, ``results.json`` and ``curves.png``, shows tables.
+
+    Args:
+        label: of the tasks, in titles; a suite's name where they are its entries.
+        entries: the tasks.
+        contenders: the optimizers.
+        plan: how.
+        out: folder for the files.
+        console: where tables are shown; ``None`` shows none.
+        command: what makes the same again.
+        rules: the saved rules among the contenders, as they were given.
+
+    Returns:
+        ``out``, ``about``, ``summary`` and ``figures``, JSON values.
+    """
+    bar = functools.partial(progress, console or Console(stderr=True), f"bench {label}")
+    with bar(len(entries) * len(contenders)) as show:
+        results = run_suite(entries, contenders, plan, show=show)
+    about = {
+        "suite": label,
+        "steps": plan.steps,
+        "seeds": plan.seeds,
+        "tuning_seeds": plan.tuning_seeds,
+        "rules": list(rules),
+        "manifest": _frozen(label, entries),
+        "machine": _machine(),
+        "jax": jax.__version__,
+        "versions": f"Python {platform.python_version()}, JAX {jax.__version__}, Optax {optax.__version__}",
+        "command": command,
+        "contenders": {contender.name: contender.about for contender in contenders},
+    }
+    figures, overview = files.write(out, results, about)
+    files.replace(out / "report.html", page.render(results, figures, overview, about).encode())
+    if console is not None:
+        shown = Console()
+        shown.print(terminal.tables(figures, overview, f"{label}: {plan.steps} steps, {plan.seeds} seeds"))
+        shown.print(
+            f"written:   {out}/report.html, results.csv, results.json, curves.png", highlight=False, soft_wrap=True
+        )
+    return {"out": str(out), "about": about, "summary": overview, "figures": figures}
+
+
+def _distinct(chosen: list, kind: str) -> list:
+    names = [one.name for one in chosen]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"two {kind}s are called {name!r}: rename a file or folder")
+    return chosen
+
+
+def _frozen(suite: str, entries: Sequence[Entry]) -> str | None:
+    """The hash of the frozen suites, where the tasks are one of them, unchanged."""
+    frozen = manifest.frozen()
+    names = frozen["suites"].get(suite)
+    if names != [entry.name for entry in entries]:
+        return None
+    same = all(manifest.describe(entry) == frozen["entries"][entry.name] for entry in entries)
+    return frozen["sha256"] if same else None
+
+
+def _machine() -> str:
+    device = jax.local_devices()[0]
+    return f"{jax.local_device_count()} × {device.device_kind} ({platform.machine()})"

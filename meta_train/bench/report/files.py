@@ -1,0 +1,46 @@
+"""A benchmark's results as files."""
+
+import csv
+import io
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..comparison import rows, summary
+from ..tournament import Result
+from .charts import plot
+
+
+def write(
+    folder: Path, results: Sequence[Result], about: dict[str, Any]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Writes ``results.csv``, ``results.json`` and ``curves.png``, each whole or not at all.
+
+    Args:
+        folder: made if it is not there.
+        results: from :func:`meta_train.bench.tournament.run_suite`.
+        about: what was run, JSON values, for ``results.json``.
+
+    Returns:
+        The figures of :func:`rows` and of :func:`summary`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    figures, overview = rows(results), summary(results)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(figures[0]) if figures else [])
+    writer.writeheader()
+    writer.writerows(figures)
+    replace(folder / "results.csv", text.getvalue().encode())
+    document = {"about": about, "summary": overview, "figures": figures}
+    replace(folder / "results.json", (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
+    replace(folder / "curves.png", plot(results))
+    return figures, overview
+
+
+def replace(path: Path, contents: bytes) -> None:
+    """Writes a file beside and renames it."""
+    beside = path.with_name(f".{path.name}.tmp")
+    beside.write_bytes(contents)
+    os.replace(beside, path)

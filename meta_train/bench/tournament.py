@@ -1,0 +1,301 @@
+"""The benchmark: optimizers on held-out tasks, tuned on a grid by other seeds than those that are reported."""
+
+import functools
+import math
+import queue
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from tasks.suites import Entry
+
+from . import cache
+from .contenders import REFERENCE, Contender, baselines, fingerprint, learned, pretrained
+from .execution import Run, compile_run, family_of, start_of_seed
+from .measures import smooth
+from .timing import FLOOR, Timing, machine, take_turns
+
+__all__ = ["Contender", "Plan", "Result", "baselines", "learned", "pretrained", "run_suite"]
+
+_VERSION = 2  # of what a run does: another number leaves the results kept so far unused
+_AHEAD = 3  # learning rates that go on from the first tuning seed to the others
+_TUNING, _REPORTING = 1_000_000, 2_000_000  # seeds of the two start here
+
+
+class Result(NamedTuple):
+    """One contender on one task."""
+
+    task: str
+    contender: str
+    baseline: bool  # not a learned rule
+    learning_rate: float  # the one reported
+    on_edge: bool  # of the grid: a wider one might do better
+    curves: np.ndarray  # [seeds, steps], training losses, smoothed
+    initial: np.ndarray  # [seeds], training loss before the first step
+    final: np.ndarray  # [seeds], mean training loss over the last twentieth of the steps
+    valid: np.ndarray  # [seeds], validation loss after the last step
+    state_bytes: int = 0  # of the optimizer's state
+    num_params: int = 0
+    timing: Timing | None = None
+
+    @property
+    def diverged(self) -> int:
+        """How many runs ended non-finite or above their start."""
+        return int(np.sum(~(self.final <= self.initial + 0.05 * np.abs(self.initial))))
+
+
+class Plan(NamedTuple):
+    """How a benchmark is run.
+
+    Attributes:
+        steps: optimization steps, where a task does not fix its own.
+        seeds: reporting seeds.
+        tuning_seeds: seeds that choose the learning rate, by the mean of the final training loss, as is reported: the
+            first tries the whole grid, the others the three rates that did best on it.
+        timed: whether a step of each contender is timed, too.
+        folder: where results are kept, or ``None``. Those that it holds are not computed again.
+    """
+
+    steps: int
+    seeds: int
+    tuning_seeds: int = 2
+    timed: bool = False
+    folder: Path | None = None
+
+
+def run_suite(
+    entries: Sequence[Entry], contenders: Sequence[Contender], plan: Plan, show: Callable[..., None] | None = None
+) -> list[Result]:
+    """Tunes every contender on every task and reports it on other seeds.
+
+    A seed is one task of the family, one initialisation and one stream of batches: the same for all contenders. The
+    contenders of a task run on the local devices side by side; then, where that is planned, their steps are timed, one
+    at a time with all else at rest.
+
+    Args:
+        entries: the tasks.
+        contenders: the optimizers.
+        plan: how.
+        show: called with ``(runs done, text)`` after each.
+
+    Returns:
+        Tasks outermost, both in the order of the arguments: a result at the chosen learning rate, and one at the
+        default, as far as the contender has them.
+
+    Raises:
+        ValueError: steps are to be timed without the reference, tuned Adam, among the contenders.
+    """
+    if plan.timed and REFERENCE not in {contender.name for contender in contenders}:
+        raise ValueError(f"steps are timed beside {REFERENCE!r}: it must be one of the contenders")
+    results, done = [], 0
+    for entry in entries:
+        outcomes: dict[str, _Outcome] = {}
+        for contender, outcome in _outcomes(entry, contenders, plan):
+            outcomes[contender.name] = outcome
+            if contender is not FLOOR:
+                done += 1
+                if show:
+                    show(done, f"{entry.name}: {contender.name}")
+        timings = _timings(entry, contenders, plan, outcomes) if plan.timed else {}
+        for contender in contenders:
+            results += _results(entry, contender, plan, outcomes[contender.name].arrays, timings.get(contender.name))
+    return results
+
+
+def run_key(entry: Entry, contender: Contender, plan: Plan) -> str:
+    """The hash of everything that the results of a run depend on."""
+    steps = entry.steps or plan.steps
+    return cache.key(
+        **_environment(),
+        task=_task_key(entry),
+        contender=_fingerprint(contender, steps),
+        grid=contender.grid,
+        default=contender.default,
+        steps=steps,
+        seeds=plan.seeds,
+        tuning_seeds=plan.tuning_seeds,
+    )
+
+
+def on_devices(function: Callable[[Any, jax.Device], Any], jobs: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+    """Calls a function of ``(job, device)`` for every job, a thread a local device; so compiling is parallel too.
+
+    Args:
+        function: called once a job.
+        jobs: any.
+
+    Yields:
+        ``(the job's index, its result)`` as they come. An exception of a job ends it all.
+    """
+    devices: queue.SimpleQueue[jax.Device] = queue.SimpleQueue()
+    for device in jax.local_devices():
+        devices.put(device)
+
+    def run(job):
+        device = devices.get()
+        try:
+            return function(job, device)
+        finally:
+            devices.put(device)
+
+    with ThreadPoolExecutor(max_workers=jax.local_device_count()) as pool:
+        pending: dict[Future, int] = {pool.submit(run, job): index for index, job in enumerate(jobs)}
+        try:
+            while pending:
+                done, _ = wait(pending, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield pending.pop(future), future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+class _Outcome(NamedTuple):
+    arrays: dict[str, np.ndarray]  # of _tune_and_report
+    run: Run | None  # compiled, where it is to be timed
+
+
+def _outcomes(entry: Entry, contenders: Sequence[Contender], plan: Plan) -> Iterator[tuple[Contender, _Outcome]]:
+    """The contenders' runs on a task, as they come; those to be timed, and what they are timed against, compiled."""
+    steps = entry.steps or plan.steps
+    untimed = [c for c in contenders if plan.timed and cache.load(plan.folder, _timing_key(entry, c)) is None]
+    to_time = {contender.name for contender in untimed} | ({REFERENCE, FLOOR.name} if untimed else set())
+
+    def work(contender: Contender, device: jax.Device) -> _Outcome:
+        def compiled() -> Run:
+            width = 1 if device.platform == "cpu" else max(len(contender.grid), plan.seeds)
+            return compile_run(entry, contender, steps, device, width)
+
+        run = compiled() if contender.name in to_time else None
+        if contender is FLOOR:
+            return _Outcome({}, run)
+        key = run_key(entry, contender, plan)
+        arrays = cache.load(plan.folder, key)
+        if arrays is None:
+            arrays = _tune_and_report(run or compiled(), contender, plan)
+            cache.store(plan.folder, key, arrays)
+        return _Outcome(arrays, run)
+
+    jobs = [*contenders, FLOOR] if untimed else list(contenders)
+    for index, outcome in on_devices(work, jobs):
+        yield jobs[index], outcome
+
+
+def _timings(
+    entry: Entry, contenders: Sequence[Contender], plan: Plan, outcomes: dict[str, _Outcome]
+) -> dict[str, Timing]:
+    """The contenders' times: those kept, and the others', measured beside the reference's and the floor's."""
+    loops = {name: outcome.run.seconds for name, outcome in outcomes.items() if outcome.run}
+    milliseconds = take_turns(loops)
+    timings = {}
+    for contender in contenders:
+        key = _timing_key(entry, contender)
+        kept = cache.load(plan.folder, key)
+        if kept is None:
+            against = (milliseconds[name] for name in (contender.name, REFERENCE, FLOOR.name))
+            kept = {"milliseconds": np.fromiter(against, float)}
+            cache.store(plan.folder, key, kept)
+        timings[contender.name] = Timing(*map(float, kept["milliseconds"]))
+    return timings
+
+
+def _results(
+    entry: Entry, contender: Contender, plan: Plan, arrays: dict[str, np.ndarray], timing: Timing | None
+) -> list[Result]:
+    family, steps = family_of(entry), entry.steps or plan.steps
+    params = jax.eval_shape(lambda data: start_of_seed(family, data, jnp.uint32(0))[1], family.data)
+    state = jax.eval_shape(contender.make(0.1, steps).init, params)
+    labels = [contender.name] + ([] if contender.default is None else [f"{contender.name}@{contender.default:g}"])
+    return [
+        Result(
+            task=entry.name,
+            contender=label,
+            baseline=contender.baseline,
+            learning_rate=float(arrays["rates"][row]),
+            on_edge=bool(arrays["on_edge"]) and row == 0,
+            curves=smooth(losses),
+            initial=losses[:, 0],
+            final=_final(losses),
+            valid=arrays["valid"][row].astype(np.float64),
+            state_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)),
+            num_params=sum(leaf.size for leaf in jax.tree.leaves(params)),
+            timing=timing,
+        )
+        for row, (label, losses) in enumerate(zip(labels, arrays["losses"].astype(np.float64), strict=True))
+    ]
+
+
+def _tune_and_report(run: Run, contender: Contender, plan: Plan) -> dict[str, np.ndarray]:
+    """Chooses the rate on the tuning seeds; the chosen one's and the default's losses on the reporting seeds."""
+
+    def losses(rates: Sequence[float], first: int, seeds: int) -> tuple[np.ndarray, np.ndarray]:
+        """``[rates, seeds, steps]`` in training and ``[rates, seeds]`` in validation."""
+        pairs = [(rate, first + seed) for rate in rates for seed in range(seeds)]
+        train, valid = run.losses(*zip(*pairs, strict=True))
+        return train.reshape(len(rates), seeds, -1), valid.reshape(len(rates), seeds)
+
+    best, scores = 0, np.zeros((0, 1))
+    if contender.grid:
+        scores = _final(losses(contender.grid, _TUNING, 1)[0].astype(np.float64))
+        if plan.tuning_seeds > 1:
+            ahead = np.argsort(np.nan_to_num(scores[:, 0], nan=np.inf), kind="stable")[:_AHEAD]
+            more, _ = losses([contender.grid[i] for i in ahead], _TUNING + 1, plan.tuning_seeds - 1)
+            scores = np.concatenate([scores, np.full((len(scores), plan.tuning_seeds - 1), np.inf)], axis=1)
+            scores[ahead, 1:] = _final(more.astype(np.float64))
+        best = int(np.argmin(np.nan_to_num(scores, nan=np.inf).mean(axis=1)))
+    rates = [contender.grid[best] if contender.grid else math.nan]
+    if contender.default is not None:
+        rates.append(contender.default)
+    distinct = list(dict.fromkeys(rates))
+    train, valid = losses(distinct, _REPORTING, plan.seeds)
+    rows = [distinct.index(rate) for rate in rates]
+    return {
+        "rates": np.asarray(rates),
+        "losses": train[rows],
+        "valid": valid[rows],
+        "scores": scores,  # [grid, tuning seeds], inf where a rate was no longer tried
+        "on_edge": np.asarray(bool(contender.grid) and best in (0, len(contender.grid) - 1)),
+    }
+
+
+def _final(losses: np.ndarray) -> np.ndarray:
+    return losses[..., -max(losses.shape[-1] // 20, 1) :].mean(axis=-1)
+
+
+def _environment() -> dict[str, Any]:
+    return {
+        "version": _VERSION,
+        "jax": jax.__version__,
+        "optax": optax.__version__,
+        "platform": jax.local_devices()[0].platform,
+        "precision": str(jnp.result_type(float)),
+    }
+
+
+def _timing_key(entry: Entry, contender: Contender) -> str:
+    """The number of steps is left out: it changes a schedule's constants, not what a step costs."""
+    return cache.key(
+        **_environment(), task=_task_key(entry), contender=_fingerprint(contender, 1000), machine=machine()
+    )
+
+
+_fingerprint = functools.lru_cache(maxsize=256)(fingerprint)
+
+
+@functools.lru_cache(maxsize=64)
+def _task_key(entry: Entry) -> str:
+    """What a task is: its program and its data."""
+    family = family_of(entry)
+
+    def program(data, seed):
+        task, params, k_train, k_valid = start_of_seed(family, data, seed)
+        return params, [
+            task.loss(params, key, task.batch(key, split))[0] for key, split in ((k_train, "train"), (k_valid, "valid"))
+        ]
+
+    return cache.key(program=cache.program(program, family.data, jnp.uint32(0)), data=cache.contents(family.data))

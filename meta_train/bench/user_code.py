@@ -1,0 +1,128 @@
+"""A user's own task or optimizer for the benchmark, from one function in a file of theirs."""
+
+import inspect
+import runpy
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from tasks.base import Task, TaskFamily
+from tasks.suites import Entry
+
+from ..train.config import ConfigError
+from .contenders import GRID, Contender, around
+
+
+class OwnCodeError(ConfigError):
+    """A user's file is missing, does not run, or its function gives something else than what it should."""
+
+
+def task(spec: str) -> Entry:
+    """The benchmark's entry for a user's task.
+
+    Args:
+        spec: ``FILE.py:FUNCTION``; the function takes nothing and returns a :class:`tasks.base.TaskFamily`, or a
+            :class:`tasks.base.Task` where there is nothing to draw.
+
+    Returns:
+        An entry called after the file (and the function, unless that is ``make``).
+
+    Raises:
+        OwnCodeError: as it says.
+    """
+    name, make = _function(spec)
+    made = _call(spec, make)
+    if isinstance(made, Task):
+        made = _family(made)
+    if not isinstance(made, TaskFamily):
+        raise OwnCodeError(f"{spec} returned {type(made).__name__}, not a tasks.Task or tasks.TaskFamily")
+
+    def losses(data: Any, key: jax.Array) -> list[jax.Array]:
+        built = made.task(data, made.sample(key))
+        params = built.init(key)
+        return [built.loss(params, key, built.batch(key, split))[0] for split in ("train", "valid")]
+
+    for loss in _call(spec, jax.eval_shape, losses, made.data, jax.random.PRNGKey(0)):
+        if loss.shape or not jnp.issubdtype(loss.dtype, jnp.floating):
+            raise OwnCodeError(f"{spec}: the loss is {loss.dtype}{list(loss.shape)}, not a float scalar")
+    return Entry(name, "own", spec, lambda: made)
+
+
+def optimizer(spec: str) -> Contender:
+    """The benchmark's contender for a user's optimizer.
+
+    Args:
+        spec: ``FILE.py:FUNCTION``; the function returns an Optax transform. Where it has a parameter ``learning_rate``,
+            that is tuned over seven half-decades, about its default value if it has one, which is then reported
+            beside the tuned one. Where it has a parameter ``num_steps``, it is given the planned number of updates.
+
+    Returns:
+        A contender called after the file (and the function, unless that is ``make``).
+
+    Raises:
+        OwnCodeError: as it says.
+    """
+    name, function = _function(spec)
+    parameters = inspect.signature(function).parameters
+    known = ("learning_rate", "num_steps")
+    for parameter in parameters.values():
+        required = parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD
+        if parameter.name not in known and required:
+            raise OwnCodeError(f"{spec}: its parameter {parameter.name!r} is none of {', '.join(known)}")
+
+    def make(rate: Any, num_steps: int) -> optax.GradientTransformation:
+        given = {"learning_rate": rate, "num_steps": num_steps}
+        return function(**{key: value for key, value in given.items() if key in parameters})
+
+    def update(rate: jax.Array, grads: Any) -> Any:
+        made = make(rate, 10)
+        if not hasattr(made, "init") or not hasattr(made, "update"):
+            raise TypeError(f"returned {type(made).__name__}, not an Optax transform")
+        transform = optax.with_extra_args_support(made)
+        updates, _ = transform.update(grads, transform.init(grads), grads, value=jnp.ones(()))
+        return optax.apply_updates(grads, updates)
+
+    _call(spec, jax.eval_shape, update, jnp.ones(()), {"w": jnp.ones((3, 2)), "b": jnp.ones(2)})
+    if "learning_rate" not in parameters:
+        return Contender(name, make, (), about=f"{spec}, one setting everywhere")
+    default = parameters["learning_rate"].default
+    if not isinstance(default, int | float) or not default > 0:
+        return Contender(name, make, GRID, about=spec)
+    return Contender(name, make, around(default), default=float(default), about=spec)
+
+
+def _family(only: Task) -> TaskFamily:
+    return TaskFamily(data=(), sample=lambda key: (), task=lambda data, cfg: only)
+
+
+def _function(spec: str) -> tuple[str, Callable]:
+    """A name for tables, and the function that ``FILE.py:FUNCTION`` names."""
+    file, colon, name = spec.rpartition(":")
+    if not colon or not name.isidentifier():
+        raise OwnCodeError(f"{spec!r}: give a file and a function in it, as in my_file.py:make")
+    path = Path(file)
+    if not path.is_file():
+        raise OwnCodeError(f"{spec!r}: there is no file {file}")
+    found = _call(spec, runpy.run_path, str(path), run_name=path.stem).get(name)
+    if not callable(found):
+        raise OwnCodeError(f"{spec!r}: {file} has no function {name}")
+    return path.stem if name == "make" else f"{path.stem}:{name}", found
+
+
+def _call(spec: str, function: Callable, *arguments: Any, **more: Any) -> Any:
+    """Calls a user's code; whatever it raises becomes one line, with the last line of the user's file in it."""
+    try:
+        return function(*arguments, **more)
+    except (Exception, SystemExit) as error:
+        file = spec.rpartition(":")[0]
+        lines = [
+            frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == Path(file)
+        ]
+        where = f", line {lines[-1]}" if lines else ""
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise OwnCodeError(f"{spec}{where}: {type(error).__name__}: {first}") from None

@@ -1,0 +1,57 @@
+"""Inner learning processes as functions of theta: what an estimator unrolls.
+
+A learner is *any* process that takes a step at meta-parameters theta and says how well it does. The estimators
+know nothing else of it.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from learned_opt.base import Theta
+
+LearnerState = Any
+ENDLESS = jnp.iinfo(jnp.int32).max
+_FLOOR = 0.01  # share of the initial loss below which less is hardly better
+# Name -> meta-loss of a training loss that is given as a share of the initial one.
+MEASURES: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "log": lambda share: jnp.log(jnp.maximum(share, 0) + _FLOOR),
+    "relative": lambda share: share,
+}
+
+
+def _endless(state: LearnerState) -> jax.Array:
+    del state
+    return jnp.asarray(ENDLESS, jnp.int32)
+
+
+class Learner(NamedTuple):
+    """An inner learning process.
+
+    Attributes:
+        init: ``(theta, key) -> state``, the start of an episode.
+        step: ``(theta, state, key) -> (state, loss)``, one inner step; ``loss`` is its meta-loss, a scalar.
+        remaining: ``state -> int32 scalar``, how many steps the episode has left. The windowed estimators start a
+            new episode when none is. The default never ends.
+    """
+
+    init: Callable[[Theta, jax.Array], LearnerState]
+    step: Callable[[Theta, LearnerState, jax.Array], tuple[LearnerState, jax.Array]]
+    remaining: Callable[[LearnerState], jax.Array] = _endless
+
+
+def meta_loss_of(
+    loss: jax.Array, initial_loss: jax.Array, max_loss: float, measure: Callable[[jax.Array], jax.Array]
+) -> jax.Array:
+    """``measure(min(loss / initial_loss, max_loss))``; a non-finite loss counts as ``max_loss``."""
+    return measure(jnp.where(jnp.isfinite(loss), jnp.minimum(loss / initial_loss, max_loss), max_loss))
+
+
+def told(length: jax.Array, initial_loss: jax.Array, share: float) -> jax.Array:
+    """The episode's length, or 0 where the rule is not told: a coin for each episode, the same at all its steps."""
+    if share >= 1:
+        return length
+    bits = jax.lax.bitcast_convert_type(initial_loss.astype(jnp.float32), jnp.uint32)
+    return jnp.where(jax.random.bernoulli(jax.random.fold_in(jax.random.key(0), bits), share), length, 0)

@@ -1,0 +1,134 @@
+"""The learner whose inner process is local SGD: what a learned outer optimizer is meta-trained on."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from learned_opt.base import LearnedOptimizer, Theta
+from tasks.base import Cfg, Params, TaskFamily
+from tasks.families.networks import log_uniform
+
+from .base import MEASURES, Learner, meta_loss_of, told
+
+
+class LocalSGDLearnerState(NamedTuple):
+    """The state of :func:`local_sgd_learner`: one run of local SGD in progress."""
+
+    anchor: Params  # the synchronised parameters
+    outer: optax.OptState
+    cfg: Cfg
+    workers: jax.Array  # int32, K of this episode
+    delay: jax.Array  # int32, H of this episode
+    local_rate: jax.Array  # float, the workers' step size
+    learning_rate: jax.Array  # float, the outer step size
+    taken: jax.Array  # int32, rounds taken
+    num_rounds: jax.Array  # int32, rounds of this episode
+    initial_loss: jax.Array  # float, what the losses are divided by
+
+
+def local_sgd_learner(
+    outer: LearnedOptimizer,
+    family: TaskFamily,
+    *,
+    max_workers: int = 8,
+    delays: tuple[int, int] = (2, 32),
+    local_rates: tuple[float, float] = (0.05, 0.4),
+    rounds: tuple[int, int] = (20, 200),
+    multiple_of: int = 1,
+    learning_rates: tuple[float, float] | None = None,
+    max_loss: float = 4.0,
+    measure: Callable[[jax.Array], jax.Array] = MEASURES["relative"],
+    told_length: float = 1.0,
+) -> Learner:
+    r"""The learner of a learned outer step under local SGD, one round a step.
+
+    An episode draws a task, a number of workers :math:`K` uniform in 1 to ``max_workers``, a delay :math:`H` and a
+    local step size log-uniform. In a round each worker takes :math:`H` steps of SGD from the anchor :math:`x`, and
+
+    .. math:: d = \frac1K \sum_{i \le K} (x - x_i), \qquad x \leftarrow x + \eta\, u(\theta, d),
+
+    as ``learned_opt.local_sgd(optax.sgd(local_rate), outer, sync_every=H)`` does. The rule sees the mean alone, so that
+    what it learns holds for any number of workers. The meta-loss is the loss at the anchor on all workers' first
+    batches, over that at the start, capped.
+
+    Args:
+        outer: the learned rule of the outer step; its ``value=`` is that loss.
+        family: the tasks; its ``data`` may be traced.
+        max_workers: most workers; that many are always computed, the ones above :math:`K` at weight 0.
+        delays: least and most local steps a round.
+        local_rates: range of the workers' step size.
+        rounds: least and most rounds of an episode.
+        multiple_of: rounds are rounded to multiples of it (the estimator's window).
+        learning_rates: range of :math:`\eta`, for a rule that has a free step size; by default always its own.
+        max_loss: cap of the loss, in units of the initial loss.
+        measure: the meta-loss of the loss in units of the initial one, of :data:`meta_train.train.learners.MEASURES`.
+        told_length: share of the episodes in which the rule is told the number of rounds.
+
+    Returns:
+        A :class:`~meta_train.train.learners.Learner` whose state is a :class:`LocalSGDLearnerState`.
+
+    Reference:
+        Joseph et al., "Meta-learning optimizers for communication-efficient learning" (LOpt-A), 2024.
+    """
+    if learning_rates is None:
+        default = 1.0 if outer.learning_rate is None else outer.learning_rate
+        learning_rates = (default, default)
+
+    def init(theta: Theta, key: jax.Array) -> LocalSGDLearnerState:
+        k_cfg, k_params, k_workers, k_delay, k_local, k_rate, k_rounds, k_loss = jax.random.split(key, 8)
+        cfg = family.sample(k_cfg)
+        task = family.task(family.data, cfg)
+        anchor = task.init(k_params)
+        windows = jnp.maximum(jnp.round(log_uniform(k_rounds, *rounds) / multiple_of), 1)
+        num_rounds = (multiple_of * windows).astype(jnp.int32)
+        loss, _ = task.loss(anchor, k_loss, task.batch(k_loss, "train"))
+        return LocalSGDLearnerState(
+            anchor=anchor,
+            outer=outer.build(theta, num_steps=num_rounds).init(anchor),
+            cfg=cfg,
+            workers=jax.random.randint(k_workers, (), 1, max_workers + 1),
+            delay=jnp.round(log_uniform(k_delay, *delays)).astype(jnp.int32),
+            local_rate=log_uniform(k_local, *local_rates),
+            learning_rate=log_uniform(k_rate, *learning_rates),
+            taken=jnp.zeros((), jnp.int32),
+            num_rounds=num_rounds,
+            initial_loss=jnp.where(jnp.isfinite(loss), jnp.maximum(jnp.abs(loss), 1e-6), 1.0),
+        )
+
+    def step(theta: Theta, state: LocalSGDLearnerState, key: jax.Array) -> tuple[LocalSGDLearnerState, jax.Array]:
+        task = family.task(family.data, state.cfg)
+
+        def worker(key: jax.Array) -> tuple[Params, jax.Array]:
+            def local_step(i: jax.Array, carry: tuple[Params, jax.Array]) -> tuple[Params, jax.Array]:
+                params, first = carry
+                k_batch, k_loss = jax.random.split(jax.random.fold_in(key, i))
+                batch = task.batch(k_batch, "train")
+                loss, grads = jax.value_and_grad(lambda p: task.loss(p, k_loss, batch)[0])(params)
+                params = jax.tree.map(lambda p, g: p - state.local_rate.astype(p.dtype) * g, params, grads)
+                return params, jnp.where(i == 0, loss, first)
+
+            return jax.lax.fori_loop(0, state.delay, local_step, (state.anchor, jnp.zeros(())))
+
+        ends, losses = jax.vmap(worker)(jax.random.split(key, max_workers))
+        weights = (jnp.arange(max_workers) < state.workers) / state.workers
+        loss = jnp.sum(jnp.where(weights > 0, weights * losses, 0))
+        delta = jax.tree.map(
+            # an absent worker may have diverged: its 0 must not meet an infinity
+            lambda x, ends: jnp.einsum("k,k...->...", weights, jnp.where(_like(weights, ends) > 0, x[None] - ends, 0)),
+            state.anchor,
+            ends,
+        )
+        transform = outer.build(theta, num_steps=told(state.num_rounds, state.initial_loss, told_length))
+        updates, outer_state = transform.update(delta, state.outer, state.anchor, value=loss)
+        anchor = jax.tree.map(lambda p, u: p + (state.learning_rate * u).astype(p.dtype), state.anchor, updates)
+        meta_loss = meta_loss_of(loss, state.initial_loss, max_loss, measure)
+        return state._replace(anchor=anchor, outer=outer_state, taken=state.taken + 1), meta_loss
+
+    return Learner(init, step, remaining=lambda state: state.num_rounds - state.taken)
+
+
+def _like(weights: jax.Array, stacked: jax.Array) -> jax.Array:
+    return weights.reshape(-1, *(1,) * (stacked.ndim - 1))

@@ -1,0 +1,76 @@
+"""The learner whose inner process is a self-tuning network."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from learned_opt import self_tuning as st
+from learned_opt.base import LearnedOptimizer, Theta
+from tasks.base import Data
+
+from ..problems import Problem, make_tuner
+from .base import Learner
+
+
+class SelfTuningState(NamedTuple):
+    """The state of :func:`self_tuning_learner`: one self-tuning run in progress."""
+
+    tuner: st.TunerState
+    initial_loss: jax.Array  # float, what the validation losses are divided by
+
+
+def self_tuning_learner(
+    rule: LearnedOptimizer,
+    problem: Problem,
+    data: Data,
+    *,
+    cycles: int = 50,
+    learning_rate: float | None = None,
+    max_loss: float = 4.0,
+    **options: Any,
+) -> Learner:
+    r"""The learner that trains a self-tuning network with a learned rule.
+
+    A step is one cycle: the rule takes training steps on the weights at the current hyperparameters, the response
+    follows, and the hyperparameters :math:`\ell` descend the validation loss through the response. The meta-loss is
+    the validation loss :math:`\min(L_V / L_V^0, c)` at the cycle's end, so that theta is judged by how the network
+    generalises under hyperparameters that themselves depend on theta: the meta-gradient runs through the response.
+
+    Args:
+        rule: the learned update rule; it moves the weights. The response is moved by Adam.
+        problem: what is learned.
+        data: ``problem.data``, possibly traced.
+        cycles: of an episode.
+        learning_rate: of a rule that has a free one; by default its own.
+        max_loss: cap :math:`c` of the meta-loss, in units of the loss at the start.
+        **options: of :func:`learned_opt.self_tuning.tuner`, such as ``train_steps`` and ``hyper``. The guard and the
+            bound of the hyperparameters' steps are off unless set: they make the meta-loss jump.
+
+    Returns:
+        A :class:`~meta_train.train.learners.Learner`; its state is a :class:`SelfTuningState`.
+
+    Reference:
+        MacKay et al., "Self-Tuning Networks", 2019.
+    """
+    rate = learning_rate or rule.learning_rate or 1.0
+    options = {"response": optax.adam(1e-3), "train_steps": 5, "guard": None, "trust": None} | options
+
+    def tuner(theta: Theta) -> st.Tuner:
+        weights = rule.build(theta, num_steps=cycles * options["train_steps"])
+        return make_tuner(problem, weights=optax.chain(weights, optax.scale(rate)), **options)
+
+    def init(theta: Theta, key: jax.Array) -> SelfTuningState:
+        k_init, k_batch = jax.random.split(key)
+        params, response = problem.init(k_init)
+        loss = jnp.mean(problem.valid_loss(params, problem.batch(data["valid"], k_batch)))
+        return SelfTuningState(tuner(theta).init(params, response), jnp.maximum(jnp.abs(loss), 1e-6))
+
+    def step(theta: Theta, state: SelfTuningState, key: jax.Array) -> tuple[SelfTuningState, jax.Array]:
+        new, info = tuner(theta).cycle(state.tuner, key, data)
+        loss = info.valid_loss / state.initial_loss
+        meta_loss = jnp.where(jnp.isfinite(loss), jnp.minimum(loss, max_loss), max_loss)
+        return state._replace(tuner=new), meta_loss
+
+    return Learner(init, step, remaining=lambda state: cycles - state.tuner.cycle)

@@ -1,0 +1,184 @@
+"""``learned-opt tune``: a self-tuning run, its table, curves and schedule."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import matplotlib
+import numpy as np
+import optax
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+import learned_opt
+from learned_opt import self_tuning as st
+
+from .problems import PROBLEMS, Problem, evaluate, make_tuner, standing
+from .progress import progress
+
+_TRAIN_STEPS = 5  # of a cycle, as Delta-STN's authors found to work
+
+
+@dataclasses.dataclass(frozen=True)
+class TuneConfig:
+    """Everything that determines a tuning run.
+
+    Attributes:
+        problem: a name in :data:`meta_train.train.problems.PROBLEMS`.
+        dataset: a data set instead of the problem's own.
+        optimizer: a pretrained rule's name or folder that trains the weights; by default Adam.
+        learning_rate: of the weights.
+        hyper_learning_rate: of the hyperparameters (Adam).
+        method: ``"delta_stn"`` or ``"stn"``.
+        cycles: cycles of five training steps and a validation step.
+        warmup: cycles before the first validation step.
+        seed: of everything random.
+        report_every: cycles between two lines of progress.
+    """
+
+    problem: str
+    dataset: str | None = None
+    optimizer: str | None = None
+    learning_rate: float = 1e-3
+    hyper_learning_rate: float = 1e-2
+    method: str = "delta_stn"
+    cycles: int = 600
+    warmup: int = 40
+    seed: int = 0
+    report_every: int = 20
+
+
+def run(config: TuneConfig, out: Path, console: Console) -> dict[str, Any]:
+    """Tune a problem and write ``result.json``, ``schedule.json`` and ``curves.png``.
+
+    Args:
+        config: the run.
+        out: folder of the results, made if missing.
+        console: where progress is shown.
+
+    Returns:
+        What ``result.json`` holds: the config, the metrics of the best and the last weights on the validation and test
+        sets, and the hyperparameters at the best and at the end.
+
+    Raises:
+        ValueError: an unknown problem or a setting out of range.
+        DataError: the data set is missing.
+    """
+    if config.problem not in PROBLEMS:
+        raise ValueError(f"unknown problem {config.problem!r}; known: {', '.join(sorted(PROBLEMS))}")
+    for name in ("cycles", "report_every"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
+    problem = PROBLEMS[config.problem](**({"dataset": config.dataset} if config.dataset else {}))
+    tuner = make_tuner(
+        problem,
+        weights=_weights(config),
+        response=optax.adam(config.learning_rate),
+        hyper=optax.adam(config.hyper_learning_rate),
+        method=config.method,
+        train_steps=_TRAIN_STEPS,
+        warmup=config.warmup,
+    )
+    k_init, k_run = jax.random.split(jax.random.key(config.seed))
+    state, parts = jax.jit(lambda key: tuner.init(*problem.init(key)))(k_init), []
+    data = jax.device_put({split: problem.data[split] for split in ("train", "valid")})
+    with progress(console, f"tune {config.problem}", config.cycles) as show:
+        while (done := int(state.cycle)) < config.cycles:
+            state, info = tuner.run(state, k_run, data, min(config.report_every, config.cycles - done))
+            parts.append(jax.device_get(info))
+            show(int(state.cycle), f"validation loss {np.mean(info.valid_loss):.4f}  {_values(problem, state.hyper)}")
+
+    schedule = st.from_run(problem.specs, parts, train_steps=_TRAIN_STEPS)
+    result = {
+        "config": dataclasses.asdict(config),
+        "best": _judged(problem, standing(config.method, state.best), state.best.hyper),
+        "last": _judged(problem, standing(config.method, state), state.hyper),
+        "skipped_updates": int(sum(part.skipped.sum() for part in parts)),
+        "rolled_back": int(sum(part.rolled_back.sum() for part in parts)),
+        "jax": jax.__version__,
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    _write(out / "schedule.json", st.schedule_to_json(schedule))
+    _write(out / "result.json", json.dumps(result, indent=1) + "\n")
+    _plot(out / "curves.png", parts, schedule)
+    return result
+
+
+def table(result: dict[str, Any]) -> Table:
+    """What a run found, for the terminal."""
+    shown = Table(title=f"{result['config']['problem']}: best weights by validation loss, and the last")
+    for column in ("", "best", "last"):
+        shown.add_column(column, justify="right" if column else "left")
+    for split in ("valid", "test"):
+        for metric in result["best"][split]:
+            shown.add_row(f"{split} {metric}", *(f"{result[which][split][metric]:.4f}" for which in ("best", "last")))
+    shown.add_section()
+    for name in result["best"]["hyperparameters"]:
+        shown.add_row(name, *(f"{result[which]['hyperparameters'][name]:.4g}" for which in ("best", "last")))
+    return shown
+
+
+def _weights(config: TuneConfig) -> optax.GradientTransformation:
+    if config.optimizer is None:
+        return optax.adam(config.learning_rate)
+    return learned_opt.load(
+        config.optimizer, learning_rate=config.learning_rate, num_steps=config.cycles * _TRAIN_STEPS
+    )
+
+
+def _by_name(problem: Problem, hyper: st.Hyper) -> dict[str, float]:
+    found = st.values(problem.specs, hyper.mean)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): float(x)
+        for path, x in jax.tree_util.tree_leaves_with_path(found)
+    }
+
+
+def _values(problem: Problem, hyper: st.Hyper) -> str:
+    return " ".join(f"{name} {value:.2g}" for name, value in _by_name(problem, hyper).items())
+
+
+def _judged(problem: Problem, params: Any, hyper: st.Hyper) -> dict[str, dict[str, float]]:
+    judged = {split: evaluate(problem, params, problem.data[split]) for split in ("valid", "test")}
+    return judged | {"hyperparameters": _by_name(problem, hyper)}
+
+
+def _write(path: Path, text: str) -> None:
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(text)
+    beside.rename(path)
+
+
+def _plot(path: Path, parts: list[st.CycleInfo], schedule: st.Schedule) -> None:
+    matplotlib.use("Agg")
+    found = schedule.values()
+    columns = 4
+    rows = -(-(len(found) + 1) // columns)
+    figure = Figure(figsize=(3.2 * columns, 2.3 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    first = next(axes)
+    for label, field in (("training", "train_loss"), ("validation", "valid_loss")):
+        first.plot(schedule.steps, _smoothed(np.concatenate([getattr(part, field) for part in parts])), label=label)
+    first.set_title("loss", fontsize=9)
+    first.legend(fontsize=7, frameon=False)
+    for (name, values), ax in zip(found.items(), axes, strict=False):
+        ax.plot(schedule.steps, values, color="#444444")
+        ax.set_title(name.replace("_", " "), fontsize=9)
+    for ax in figure.axes:
+        ax.tick_params(labelsize=7)
+        ax.spines[["top", "right"]].set_visible(False)
+        if not ax.lines:
+            ax.set_axis_off()
+    for ax in figure.axes[-columns:]:
+        ax.set_xlabel("training step", fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def _smoothed(values: np.ndarray, share: float = 0.02) -> np.ndarray:
+    """A running mean over a fiftieth of the run, shorter at the ends."""
+    width = max(int(share * len(values)), 1)
+    kernel = np.ones(width)
+    return np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")

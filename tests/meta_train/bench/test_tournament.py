@@ -1,0 +1,239 @@
+"""The benchmark's runs against runs by hand; what is kept, and what is computed anew."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from meta_train.bench import cache, contenders, measures, timing, tournament
+from meta_train.bench.contenders import Contender
+from meta_train.bench.soap import soap
+from meta_train.bench.tournament import Plan, run_suite
+from tasks.families.synthetic import quadratic
+from tasks.suites import Entry
+
+FAMILY = quadratic(dim=3, condition=(1.0, 10.0))
+ENTRY = Entry("quadratic", "quadratic", "quadratic 1-10", lambda: FAMILY)
+STEPS, SEEDS = 30, 3
+PLAN = Plan(STEPS, SEEDS, tuning_seeds=2)
+ADAM = Contender("adam", lambda rate, num_steps: optax.adam(rate), (1e-2, 1e-1), baseline=True)
+
+
+@functools.cache
+def step_by_hand(transform):
+    @jax.jit
+    def step(task_key, params, state, key):
+        task = FAMILY.task(FAMILY.data, FAMILY.sample(task_key))
+        k_batch, k_loss = jax.random.split(key)
+        batch = task.batch(k_batch, "train")
+        loss, grads = jax.value_and_grad(lambda p: task.loss(p, k_loss, batch)[0])(params)
+        updates, state = transform.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, loss
+
+    return step
+
+
+def by_hand(transform, seed, steps=STEPS):
+    k_cfg, k_init, k_train, _ = jax.random.split(jax.random.PRNGKey(seed), 4)
+    params = FAMILY.task(FAMILY.data, FAMILY.sample(k_cfg)).init(k_init)
+    state, losses = transform.init(params), []
+    for key in jax.random.split(k_train, steps):
+        params, state, loss = step_by_hand(transform)(k_cfg, params, state, key)
+        losses.append(float(loss))
+    return np.asarray(losses)
+
+
+@pytest.fixture(scope="module")
+def results():
+    contender = Contender(
+        "sgd", lambda rate, num_steps: optax.sgd(rate), (1e-3, 0.3, 100.0), default=1e-2, baseline=True
+    )
+    shown = []
+    found = run_suite([ENTRY], [ADAM, contender], PLAN, show=lambda *told: shown.append(told))
+    assert [done for done, *_ in shown] == [1, 2]
+    assert [result.contender for result in found] == ["adam", "sgd", "sgd@0.01"]
+    return {result.contender: result for result in found}
+
+
+@pytest.mark.parametrize(("name", "rate"), [("sgd", 0.3), ("sgd@0.01", 0.01)])
+def test_a_run_is_what_optax_does_by_hand(results, name, rate):
+    losses = np.stack([by_hand(optax.sgd(rate), 2_000_000 + seed) for seed in range(SEEDS)])
+    np.testing.assert_allclose(results[name].curves, measures.smooth(losses), rtol=1e-4)
+    np.testing.assert_allclose(results[name].initial, losses[:, 0], rtol=1e-5)
+    np.testing.assert_allclose(results[name].final, losses[:, -1], rtol=1e-4)  # a twentieth of 30 steps is one
+    assert results[name].learning_rate == pytest.approx(rate)
+    assert results[name].num_params == 3
+
+
+def test_the_grid_is_searched_on_other_seeds(results):
+    assert not results["sgd"].on_edge
+    assert results["adam"].on_edge
+    tuned = {rate: np.mean([by_hand(optax.adam(rate), 1_000_000 + s)[-1] for s in range(2)]) for rate in (1e-2, 1e-1)}
+    assert results["adam"].learning_rate == min(tuned, key=tuned.get)
+    assert results["adam"].state_bytes == 4 * (3 + 3 + 1)
+
+
+def test_a_diverging_rate_is_never_chosen_and_is_counted():
+    wild = Contender("wild", lambda rate, num_steps: optax.sgd(rate), (0.1, 100.0, 1e30))
+    (result,) = run_suite([ENTRY], [wild], PLAN._replace(tuning_seeds=1))
+    assert result.learning_rate == 0.1
+    assert result.diverged == 0
+    (result,) = run_suite([ENTRY], [wild._replace(grid=(100.0, 1e30))], PLAN._replace(tuning_seeds=1))
+    assert result.diverged == SEEDS
+
+
+def test_a_task_may_fix_its_number_of_steps():
+    (result,) = run_suite([ENTRY._replace(steps=7)], [ADAM._replace(grid=())], PLAN)
+    assert result.curves.shape == (SEEDS, 7)
+    assert np.isnan(result.learning_rate)
+
+
+def test_what_is_evaluated_may_differ_from_what_is_trained():
+    still = Contender("still", lambda rate, num_steps: optax.sgd(0.0), ())
+    moved = still._replace(name="moved", evaluate=lambda state, params: jax.tree.map(lambda p: p + 1e3, params))
+    before, after = run_suite([ENTRY], [still, moved], PLAN)
+    np.testing.assert_array_equal(before.final, after.final)
+    assert np.all(after.valid > 1e3 * before.valid)
+
+
+# -- what is kept ----------------------------------------------------------------------------------------------------
+
+
+def test_a_second_run_computes_nothing(tmp_path, monkeypatch):
+    plan = PLAN._replace(folder=tmp_path / "kept")
+    first = run_suite([ENTRY], [ADAM], plan)
+    monkeypatch.setattr(tournament, "compile_run", None)  # not called
+    for ours, theirs in zip(first, run_suite([ENTRY], [ADAM], plan), strict=True):
+        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_a_damaged_file_is_computed_anew(tmp_path):
+    plan = PLAN._replace(folder=tmp_path)
+    (first,) = run_suite([ENTRY], [ADAM], plan)
+    (path,) = tmp_path.iterdir()
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    (again,) = run_suite([ENTRY], [ADAM], plan)
+    np.testing.assert_array_equal(first.curves, again.curves)
+    assert path.read_bytes() == whole
+
+
+def test_the_key_is_of_what_is_computed():
+    other = Entry("quadratic", "quadratic", "quadratic 1-10", lambda: quadratic(dim=3, condition=(1.0, 20.0)))
+    data = Entry("data", "f", "d", lambda: FAMILY._replace(data={"unused": jnp.ones(2)}))
+    more = Entry("data", "f", "d", lambda: FAMILY._replace(data={"unused": jnp.ones(2) + 1}))
+    changed = [
+        (other, ADAM, PLAN),
+        (data, ADAM, PLAN),
+        (more, ADAM, PLAN),
+        (ENTRY._replace(steps=31), ADAM, PLAN),
+        (ENTRY, ADAM._replace(make=lambda rate, num_steps: optax.adam(rate, b1=0.91)), PLAN),
+        (ENTRY, ADAM._replace(grid=(1e-2,)), PLAN),
+        (ENTRY, ADAM._replace(default=1e-2), PLAN),
+        (ENTRY, ADAM, PLAN._replace(steps=31)),
+        (ENTRY, ADAM, PLAN._replace(seeds=4)),
+        (ENTRY, ADAM, PLAN._replace(tuning_seeds=1)),
+    ]
+    keys = {tournament.run_key(*arguments) for arguments in (*changed, (ENTRY, ADAM, PLAN))}
+    assert len(keys) == len(changed) + 1 - 1  # 31 steps are 31 steps, whoever asks for them
+    named = ADAM._replace(name="other", make=lambda rate, num_steps: optax.adam(rate), about="the same by another name")
+    assert tournament.run_key(ENTRY._replace(name="other"), named, PLAN) == tournament.run_key(ENTRY, ADAM, PLAN)
+
+
+def test_a_contenders_meta_parameters_are_in_its_key():
+    def scaled(scale):
+        return Contender("c", lambda rate, num_steps: optax.stateless(lambda g, p: jax.tree.map(scale.__mul__, g)), ())
+
+    one, same, other = (contenders.fingerprint(scaled(jnp.asarray(s)), 10) for s in (1.0, 1.0, 1.0 + 1e-7))
+    assert one == same != other
+
+
+def test_what_an_optimizer_does_with_long_sides_is_in_its_key():
+    def rotating(max_dim):
+        return Contender("soap", lambda rate, num_steps: soap(rate, max_dim=max_dim), ())
+
+    assert len({contenders.fingerprint(rotating(max_dim), 10) for max_dim in (256, 512, 1024, 2048)}) == 4
+
+
+def test_contents_tell_arrays_apart():
+    trees = [{"a": np.zeros(2)}, {"b": np.zeros(2)}, {"a": np.zeros((2, 1))}, {"a": np.zeros(4, np.float32)}]
+    assert len({cache.contents(tree) for tree in trees}) == len(trees)
+
+
+# -- contenders ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("contender", contenders.baselines(), ids=lambda contender: contender.name)
+def test_baselines_have_their_grid_and_learn(contender):
+    assert contender.baseline
+    assert len(contender.grid) == (0 if contender.name == "adamw-calibrated" else 7)
+    if contender.grid:
+        np.testing.assert_allclose(np.diff(np.log10(contender.grid)), 0.5, atol=2e-3)
+    result, *_ = run_suite([ENTRY], [contender], Plan(60, 2, 1))
+    assert result.diverged == 0
+    assert np.all(result.final < 0.9 * result.initial)
+
+
+def test_names_of_baselines_are_unique():
+    names = [contender.name for contender in contenders.baselines()]
+    assert len(set(names)) == len(names)
+    assert names[0] == contenders.REFERENCE
+    assert set(contenders.FEW) < set(contenders.QUICK) < set(names)
+
+
+def test_muon_orthogonalises_kernels_of_any_rank_over_their_last_axis():
+    (muon,) = (contender for contender in contenders.baselines() if contender.name == "muon")
+    transform = muon.make(1.0, 10**9)
+    kernel = jax.random.normal(jax.random.key(0), (3, 3, 2, 4)) * jnp.array([1.0, 0.3, 0.1, 0.1]).reshape(1, 1, 1, 4)
+    params = {"kernel": jnp.zeros_like(kernel), "bias": jnp.zeros(4)}
+    grads = {"kernel": kernel, "bias": kernel[0, 0, 0]}
+    updates, _ = transform.update(grads, transform.init(params), params)
+    before, after = (jnp.linalg.svd(x.reshape(18, 4), compute_uv=False) for x in (kernel, updates["kernel"]))
+    assert before.max() > 10 * before.min()
+    assert after.max() < 2 * after.min()
+    sizes = jnp.abs(updates["bias"])  # Adam's first step: all of one size
+    np.testing.assert_allclose(sizes, jnp.full_like(sizes, sizes[0]), rtol=1e-4)
+
+
+# -- time ------------------------------------------------------------------------------------------------------------
+
+
+def test_steps_are_timed_once_and_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(timing, "_SECONDS", 1e-4)
+    plan = PLAN._replace(folder=tmp_path, timed=True)
+    (first,) = run_suite([ENTRY], [ADAM], plan)
+    assert first.timing is not None
+    assert first.timing.gradient > 0
+    assert first.timing.step == first.timing.reference > 0
+    compiled = []
+    monkeypatch.setattr(tournament, "compile_run", lambda *arguments: compiled.append(arguments[1].name))
+    (again,) = run_suite([ENTRY], [ADAM], plan)
+    assert again.timing == first.timing
+    assert not compiled
+    with pytest.raises(ValueError, match="beside 'adam'"):
+        run_suite([ENTRY], [ADAM._replace(name="other")], plan)
+
+
+def test_turns_are_taken_by_all_in_each_round():
+    order = []
+
+    def loop(name, milliseconds):
+        def seconds(number):
+            order.append(name)
+            return number * milliseconds / 1000
+
+        return seconds
+
+    found = timing.take_turns({"slow": loop("slow", 30.0), "quick": loop("quick", 2.0)}, rounds=2)
+    assert found == pytest.approx({"slow": 30.0, "quick": 2.0})
+    assert order == ["slow"] * 2 + ["quick"] * 2 + ["slow", "quick"] * 2
+
+
+def test_jobs_run_on_every_device_and_an_error_ends_them():
+    used = dict(tournament.on_devices(lambda job, device: (job * job, device), range(20)))
+    assert {index: square for index, (square, _) in used.items()} == {i: i * i for i in range(20)}
+    with pytest.raises(ZeroDivisionError):
+        list(tournament.on_devices(lambda job, device: 1 / job, [1, 0, 2]))

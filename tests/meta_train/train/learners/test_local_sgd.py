@@ -1,0 +1,101 @@
+"""The learner of learned outer steps against the transform that users run, and a short meta-training."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import learned_opt
+from learned_opt.local_sgd import map_workers, spread_workers, worker_axes
+from meta_train.train import estimators
+from meta_train.train.learners.local_sgd import local_sgd_learner
+from meta_train.train.trainer import make_mesh, make_trainer
+from tasks.base import Task, TaskFamily
+
+
+def regression(dim=3):
+    """Noisy least squares: each batch has its own rows."""
+
+    def loss(params, key, batch):
+        x, noise = batch
+        return 0.5 * jnp.mean((x @ (params["w"] - jnp.arange(1.0, dim + 1)) + noise) ** 2), {}
+
+    def batch(key, split):
+        k_x, k_noise = jax.random.split(key)
+        return jax.random.normal(k_x, (4, dim)), 0.1 * jax.random.normal(k_noise, (4,))
+
+    task = Task(init=lambda key: {"w": jnp.zeros(dim)}, batch=batch, loss=loss)
+    return TaskFamily(data=(), sample=lambda key: {}, task=lambda data, cfg: task)
+
+
+@pytest.mark.parametrize(("workers", "delay"), [(1, 1), (3, 4)])
+def test_a_round_is_the_transform_s_round(workers, delay):
+    family, rule = regression(), learned_opt.RULES["sgdm"](learning_rate=0.7, momentum=0.5)
+    theta = rule.init(jax.random.key(0))
+    learner = local_sgd_learner(rule, family, max_workers=5, delays=(delay, delay), local_rates=(0.1, 0.1))
+    state = learner.init(theta, jax.random.key(1))._replace(workers=jnp.asarray(workers))
+    task = family.task((), {})
+
+    transform = learned_opt.local_sgd(optax.sgd(0.1), rule.build(theta), sync_every=delay)
+    opt_state = transform.init(state.anchor)
+    axes = worker_axes(opt_state)
+
+    def local(params, opt_state, key):
+        k_batch, k_loss = jax.random.split(key)
+        grads = jax.grad(lambda p: task.loss(p, k_loss, task.batch(k_batch, "train"))[0])(params)
+        updates, opt_state = transform.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    local = jax.jit(map_workers(local, in_axes=(0, axes, 0), out_axes=(0, axes)))
+    params, opt_state = spread_workers(state.anchor, workers), spread_workers(opt_state, workers, axes)
+    step = jax.jit(learner.step)
+    for round_ in range(3):
+        key = jax.random.fold_in(jax.random.key(2), round_)
+        state, _ = step(theta, state, key)
+        keys = jax.random.split(key, 5)[:workers]
+        for i in range(delay):
+            params, opt_state = local(params, opt_state, jax.vmap(lambda k, i=i: jax.random.fold_in(k, i))(keys))
+        np.testing.assert_allclose(params["w"][0], state.anchor["w"], rtol=1e-5, atol=1e-6)
+    assert int(opt_state.round) == 3
+
+
+def test_absent_workers_count_for_nothing_even_when_they_diverge():
+    rule = learned_opt.RULES["sgd"](learning_rate=1.0)
+    theta = rule.init(jax.random.key(0))
+    learner = local_sgd_learner(rule, regression(), max_workers=4, delays=(30, 30), local_rates=(1e3, 1e3))
+    state = learner.init(theta, jax.random.key(1))._replace(workers=jnp.asarray(1))
+    calm = state._replace(delay=jnp.asarray(1), local_rate=jnp.asarray(0.1))
+    assert np.all(np.isfinite(jax.jit(learner.step)(theta, calm, jax.random.key(3))[0].anchor["w"]))
+    _, loss = jax.jit(learner.step)(theta, state, jax.random.key(3))
+    assert np.isfinite(loss)
+
+
+def test_workers_delays_and_rounds_are_drawn():
+    rule = learned_opt.RULES["sgd"]()
+    learner = local_sgd_learner(rule, regression(), max_workers=4, delays=(2, 16), rounds=(10, 50), multiple_of=10)
+    keys = jax.random.split(jax.random.key(0), 200)
+    states = jax.jit(jax.vmap(learner.init, (None, 0)))(rule.init(keys[0]), keys)
+    assert set(np.asarray(states.workers)) == {1, 2, 3, 4}
+    assert (states.delay.min(), states.delay.max()) == (2, 16)
+    assert set(np.asarray(states.num_rounds)) == {10, 20, 30, 40, 50}
+    np.testing.assert_array_equal(jax.vmap(learner.remaining)(states), states.num_rounds)
+
+
+def test_meta_training_finds_a_better_outer_step():
+    family, rule = regression(), learned_opt.RULES["sgdm"](learning_rate=0.1, momentum=0.1)
+
+    def build(data):
+        learner = local_sgd_learner(
+            rule, family._replace(data=data), delays=(2, 4), local_rates=(0.03, 0.1), rounds=(10, 20), multiple_of=5
+        )
+        return [estimators.pes(learner, unroll=5, sigma=0.1)]
+
+    trainer = make_trainer(rule.init, build, optax.adam(0.1), particles=16, mesh=make_mesh(jax.devices()[:1]))
+    state = trainer.init(jax.random.key(0), ())
+    losses = []
+    for _ in range(40):
+        state, info = trainer.meta_step(state, ())
+        losses.append(float(info.loss))
+    assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:5])
+    assert jnp.exp(state.theta["log_learning_rate"]) > 0.2

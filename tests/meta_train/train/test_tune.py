@@ -1,0 +1,115 @@
+"""The command `tune`, on a problem that compiles in a moment, and the problems themselves."""
+
+import json
+
+import haiku as hk
+import jax
+import numpy as np
+import optax
+import pytest
+from support.problems import ridge
+
+from learned_opt import self_tuning as st
+from meta_train import cli
+from meta_train.train import problems
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setitem(problems.PROBLEMS, "ridge", lambda: ridge())
+
+
+def test_tune_writes_what_it_prints_and_the_schedule_can_be_replayed(small, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert cli.main(["tune", "ridge", "--cycles", "45", "--out", str(out), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads((out / "result.json").read_text())
+    assert printed["config"]["cycles"] == 45
+    schedule = st.schedule_from_json((out / "schedule.json").read_text())
+    assert schedule.steps[-1] == 44 * 5
+    assert len(schedule.values()["l2"]) == 45
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(out.glob("*.tmp"))
+    # the best weights are the best: by the validation loss of the whole set, which here is every batch
+    assert printed["best"]["valid"]["loss"] <= printed["last"]["valid"]["loss"] + 1e-6
+
+
+def test_tune_judges_the_weights_that_respond_in_the_original_form(small, tmp_path):
+    assert cli.main(["tune", "ridge", "--method", "stn", "--cycles", "30", "--out", str(tmp_path), "--json"]) == 0
+    result = json.loads((tmp_path / "result.json").read_text())["best"]["valid"]["loss"]
+    problem = ridge()
+    tuner = problems.make_tuner(
+        problem, weights=optax.adam(1e-3), hyper=optax.adam(1e-2), method="stn", train_steps=5, warmup=40
+    )
+    k_init, k_run = jax.random.split(jax.random.key(0))
+    _, info = tuner.run(tuner.init(*problem.init(k_init)), k_run, problem.data, 30)
+    # every validation batch is the whole set
+    assert result == pytest.approx(float(info.valid_loss.min()), rel=1e-5)
+
+
+def test_tune_trains_the_weights_with_a_learned_rule(small, tmp_path):
+    adam, rule = tmp_path / "adam", tmp_path / "rule"
+    for out, more in ((adam, []), (rule, ["--optimizer", "flagship"])):
+        assert cli.main(["tune", "ridge", "--cycles", "3", "--out", str(out), "--json", *more]) == 0
+    losses = [json.loads((out / "result.json").read_text())["last"]["valid"]["loss"] for out in (adam, rule)]
+    assert np.all(np.isfinite(losses))
+    assert losses[0] != losses[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["tune", "nonsense"], "unknown problem 'nonsense'; known: char-lstm, cifar-cnn, fashion-cnn"),
+        (["tune", "cifar-cnn"], "learned-opt data fetch cifar10"),
+        (["tune", "char-lstm", "--cycles", "0"], "cycles must be at least 1"),
+        (["tune", "char-lstm", "--optimizer", "nonsense"], "nonsense"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, told, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("LEARNED_OPT_DATA", str(tmp_path))
+    assert cli.main([*arguments, "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert told in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("name", "count"), [("fashion-cnn", 10), ("char-lstm", 7)])
+def test_the_problems_have_the_stated_hyperparameters_and_disjoint_splits(name, count):
+    problem = problems.PROBLEMS[name]()
+    assert len(st.names(problem.specs)) == count
+    params, response = jax.eval_shape(problem.init, jax.random.key(0))
+    assert jax.tree.structure(response, is_leaf=lambda x: isinstance(x, st.Gated)).num_leaves > 4
+    del params
+    parts = [next(iter(problem.data[split].values())) for split in ("train", "valid", "test")]
+    rows = [{row.tobytes() for row in part} for part in parts]
+    overlap = len(rows[0] & rows[1]) + len(rows[0] & rows[2]) + len(rows[1] & rows[2])
+    assert overlap <= 2  # a picture or a line may occur twice in the set
+
+
+def test_the_lstm_can_be_deeper_and_tune_some_of_its_hyperparameters():
+    problem = problems.char_lstm(width=8, layers=2, length=8, tuned=("dropout_output",))
+    assert st.names(problem.specs) == ("dropout_output",)
+    tuner = problems.make_tuner(problem, weights=optax.adam(1e-3))
+
+    def begin(key):
+        return tuner.cycle(tuner.init(*problem.init(key)), key, jax.device_put(problem.data))
+
+    state, info = jax.eval_shape(begin, jax.random.key(0))
+    assert {"lstm/linear", "lstm_1/linear"} <= set(state.params)
+    assert info.mean.shape == (1,)
+
+
+def test_convolution_and_pooling_are_those_of_haiku():
+    x = jax.random.normal(jax.random.key(0), (2, 8, 6, 2))
+
+    def reference(x):
+        x = jax.nn.relu(hk.Conv2D(3, 3, name="conv")(x))
+        return hk.max_pool(x, (2, 2, 1), (2, 2, 1), "SAME")
+
+    own, other = (hk.without_apply_rng(hk.transform(f)) for f in (lambda x: problems._pooled(x, 3, "conv"), reference))
+    theirs = other.init(jax.random.key(1), x)
+    ours = {"conv": {"w": theirs["conv"]["w"].reshape(18, 3), "b": theirs["conv"]["b"] + 0.1}}
+    theirs["conv"]["b"] = ours["conv"]["b"]
+    assert jax.tree.map(np.shape, own.init(jax.random.key(1), x)) == jax.tree.map(np.shape, ours)
+    np.testing.assert_allclose(own.apply(ours, x), other.apply(theirs, x), rtol=1e-5, atol=1e-6)
