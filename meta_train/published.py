@@ -15,6 +15,8 @@ import numpy as np
 import learned_opt
 from learned_opt.reference import check_known, read_reference
 
+from .errors import UserError
+
 _MAX_BYTES = 1 << 26  # the largest published rule has a seventh of it
 _MAX_RANK = 8
 _ARRAY, _SCALAR = 1, 3
@@ -28,7 +30,7 @@ Its authors' terms apply to the weights. `learned-opt info` tells what it needs.
 _DTYPES = {name: np.dtype(name) for name in ("float16", "float32", "float64", "int32", "int64", "uint32")}
 
 
-class PublishedError(ValueError):
+class PublishedError(UserError):
     """A published checkpoint is missing or damaged, or holds something else."""
 
 

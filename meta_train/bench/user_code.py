@@ -18,7 +18,7 @@ from ..train.config import ConfigError
 from .contenders import GRID, Contender, around
 
 
-class OwnCodeError(ConfigError):
+class UserCodeError(ConfigError):
     """A user's file is missing, does not run, or its function gives something else than what it should."""
 
 
@@ -33,14 +33,14 @@ def task(spec: str) -> Entry:
         An entry called after the file (and the function, unless that is ``make``).
 
     Raises:
-        OwnCodeError: as it says.
+        UserCodeError: as it says.
     """
     name, make = _function(spec)
     made = _call(spec, make)
     if isinstance(made, Task):
         made = _family(made)
     if not isinstance(made, TaskFamily):
-        raise OwnCodeError(f"{spec} returned {type(made).__name__}, not a tasks.Task or tasks.TaskFamily")
+        raise UserCodeError(f"{spec} returned {type(made).__name__}, not a tasks.Task or tasks.TaskFamily")
 
     def losses(data: Any, key: jax.Array) -> list[jax.Array]:
         built = made.task(data, made.sample(key))
@@ -49,7 +49,7 @@ def task(spec: str) -> Entry:
 
     for loss in _call(spec, jax.eval_shape, losses, made.data, jax.random.PRNGKey(0)):
         if loss.shape or not jnp.issubdtype(loss.dtype, jnp.floating):
-            raise OwnCodeError(f"{spec}: the loss is {loss.dtype}{list(loss.shape)}, not a float scalar")
+            raise UserCodeError(f"{spec}: the loss is {loss.dtype}{list(loss.shape)}, not a float scalar")
     return Entry(name, "own", spec, lambda: made)
 
 
@@ -65,7 +65,7 @@ def optimizer(spec: str) -> Contender:
         A contender called after the file (and the function, unless that is ``make``).
 
     Raises:
-        OwnCodeError: as it says.
+        UserCodeError: as it says.
     """
     name, function = _function(spec)
     parameters = inspect.signature(function).parameters
@@ -73,7 +73,7 @@ def optimizer(spec: str) -> Contender:
     for parameter in parameters.values():
         required = parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD
         if parameter.name not in known and required:
-            raise OwnCodeError(f"{spec}: its parameter {parameter.name!r} is none of {', '.join(known)}")
+            raise UserCodeError(f"{spec}: its parameter {parameter.name!r} is none of {', '.join(known)}")
 
     def make(rate: Any, num_steps: int) -> optax.GradientTransformation:
         given = {"learning_rate": rate, "num_steps": num_steps}
@@ -104,13 +104,13 @@ def _function(spec: str) -> tuple[str, Callable]:
     """A name for tables, and the function that ``FILE.py:FUNCTION`` names."""
     file, colon, name = spec.rpartition(":")
     if not colon or not name.isidentifier():
-        raise OwnCodeError(f"{spec!r}: give a file and a function in it, as in my_file.py:make")
+        raise UserCodeError(f"{spec!r}: give a file and a function in it, as in my_file.py:make")
     path = Path(file)
     if not path.is_file():
-        raise OwnCodeError(f"{spec!r}: there is no file {file}")
+        raise UserCodeError(f"{spec!r}: there is no file {file}")
     found = _call(spec, runpy.run_path, str(path), run_name=path.stem).get(name)
     if not callable(found):
-        raise OwnCodeError(f"{spec!r}: {file} has no function {name}")
+        raise UserCodeError(f"{spec!r}: {file} has no function {name}")
     return path.stem if name == "make" else f"{path.stem}:{name}", found
 
 
@@ -125,4 +125,4 @@ def _call(spec: str, function: Callable, *arguments: Any, **more: Any) -> Any:
         ]
         where = f", line {lines[-1]}" if lines else ""
         first = (str(error).strip().splitlines() or [""])[0]
-        raise OwnCodeError(f"{spec}{where}: {type(error).__name__}: {first}") from None
+        raise UserCodeError(f"{spec}{where}: {type(error).__name__}: {first}") from None

@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from ..errors import UserError
+
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports each save
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """The checkpoints cannot be written or read."""
 
 

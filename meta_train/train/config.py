@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..errors import UserError
+
 _MEASURES = ("log", "relative")
 _SCHEDULES = ("constant", "cosine")
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A setting is unknown or has a bad value."""
 
 

@@ -15,6 +15,7 @@ from support import ROOT
 
 import learned_opt
 from meta_train import cli, xla_flags
+from meta_train.commands import shared
 from tasks import suites
 from tasks.families.synthetic import quadratic, rosenbrock
 
@@ -29,7 +30,7 @@ def small(monkeypatch, tmp_path):
     )
     monkeypatch.setitem(suites.TRAIN, "small", (train,))
     monkeypatch.setitem(suites.HELD_OUT, "small", held_out)
-    monkeypatch.setattr(cli, "_use_cores", lambda *_: None)
+    monkeypatch.setattr(shared, "use_cores", lambda *_: None)
     monkeypatch.setenv("LEARNED_OPT_DATA", str(tmp_path / "no-data"))
     monkeypatch.chdir(tmp_path)
 
@@ -182,8 +183,8 @@ def test_without_the_extra_train(tmp_path):
 def test_what_one_command_compiled_the_next_reads(tmp_path):
     program = """
 import jax, logging
-from meta_train import cli
-cli._keep_compiled()
+from meta_train.commands import shared
+shared.keep_compiled()
 logging.basicConfig(level=logging.DEBUG)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 print(jax.jit(lambda x: x * 3)(2.0))

@@ -16,6 +16,7 @@ from support import ROOT
 import learned_opt
 from learned_opt import reference, store
 from meta_train import cli, published
+from meta_train.commands import shared
 from tasks import suites
 from tasks.families.synthetic import quadratic
 
@@ -98,7 +99,7 @@ def test_an_imported_rule_is_benchmarked(capsys, monkeypatch):
     import_celo("celo_adam")
     entry = suites.Entry("bowl", "quadratic", "quadratic 1-10", lambda: quadratic(dim=3, condition=(1.0, 10.0)))
     monkeypatch.setitem(suites.HELD_OUT, "small", (entry,))
-    monkeypatch.setattr(cli, "_use_cores", lambda *_: None)
+    monkeypatch.setattr(shared, "use_cores", lambda *_: None)
     assert cli.main(["bench", "mine", "--suite", "small", "--steps", "10", "--seeds", "1", "--out", "bench"]) == 0
     assert "mine" in capsys.readouterr().out
 

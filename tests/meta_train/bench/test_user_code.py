@@ -14,13 +14,14 @@ from support import ROOT
 from meta_train import cli
 from meta_train.bench import user_code
 from meta_train.bench.contenders import GRID, around
+from meta_train.commands import shared
 
 EXAMPLES = ROOT / "examples"
 
 
 @pytest.fixture(autouse=True)
 def _elsewhere(monkeypatch, tmp_path):
-    monkeypatch.setattr(cli, "_use_cores", lambda *_: None)
+    monkeypatch.setattr(shared, "use_cores", lambda *_: None)
     monkeypatch.setenv("LEARNED_OPT_DATA", str(tmp_path / "data"))
     monkeypatch.chdir(tmp_path)
 

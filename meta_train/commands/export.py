@@ -1,0 +1,40 @@
+"""``learned-opt export``: a run's rule becomes a folder with a model card."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import learned_opt
+from learned_opt import store
+from learned_opt.unsupervised.rule import RULES as UNSUPERVISED
+
+from ..bench.report import card as cards
+from ..errors import UsageError
+from . import shared
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the command; returns the exit code."""
+    if not (arguments.workdir / "rule").is_dir():
+        raise UsageError(
+            f"{arguments.workdir} holds no rule: is it a run of `learned-opt train` that reached a checkpoint?"
+        )
+    if arguments.name != Path(arguments.name).name or arguments.name.startswith("."):
+        raise UsageError(f"{arguments.name!r} is no name for a folder")
+    _, theta, _ = store.read(arguments.workdir / "rule")
+    record = store.read_record(arguments.workdir / "rule")
+    kept = ("learning_rate", "seed", "config", "libraries")
+    card: dict[str, Any] = {field: record[field] for field in kept if field in record}
+    results = (arguments.bench or arguments.workdir / "bench") / "results.json"
+    if arguments.bench or results.is_file():
+        card["held_out"] = cards.own_results(shared.read_json(results), arguments.name)
+    if record["rule"] in UNSUPERVISED:
+        card["readme"] = cards.unsupervised_text(arguments.name, record)
+    else:
+        card["readme"] = cards.text(arguments.name, record, card.get("held_out"))
+    folder = learned_opt.save(arguments.to / arguments.name, record["rule"], theta, kwargs=record["kwargs"], card=card)
+    if arguments.json:
+        shared.print_json({"folder": str(folder), "rule": record["rule"]})
+    else:
+        print(f"wrote {folder}; use it: {shared.use(record['rule'], folder)}")
+    return 0

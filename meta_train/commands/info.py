@@ -1,0 +1,43 @@
+"""``learned-opt info``: what a rule is and needs."""
+
+import argparse
+from typing import Any
+
+import learned_opt
+from learned_opt import store
+from learned_opt.describe import describe
+from learned_opt.unsupervised.rule import RULES as UNSUPERVISED
+
+from . import shared
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the command; returns the exit code."""
+    known, saved = {**learned_opt.RULES, **UNSUPERVISED}, learned_opt.available() + store.available_unsupervised()
+    if arguments.name in known and arguments.name not in saved:
+        facts = describe(arguments.name)
+    else:
+        record = store.read_record(arguments.name)
+        store.read(arguments.name)  # the weights too are sound
+        facts = {"name": arguments.name} | describe(record["rule"], **record["kwargs"])
+        for field in ("learning_rate", "kwargs", "seed", "config", "libraries", "sha256", "held_out"):
+            if record.get(field) not in (None, {}):
+                facts[field] = record[field]
+    if arguments.json:
+        shared.print_json(facts)
+        return 0
+    facts.pop("held_out", None)  # a table: the model card shows it
+    if facts.get("needs") == []:
+        facts["needs"] = "neither loss nor step count"
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        print(f"{name.replace('_', ' '):{width}}  {_shown(value)}")
+    return 0
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return " and ".join(map(str, value)) or "-"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_shown(inner)}" for name, inner in value.items()) or "-"
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,89 @@
+"""``learned-opt train``: meta-train a rule, then benchmark it."""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from learned_opt.unsupervised.rule import RULES as UNSUPERVISED
+
+from .. import xla_flags
+from ..bench import benchmark
+from ..bench.tournament import Plan
+from ..errors import UsageError
+from ..train import config as configs
+from ..train import loop
+from ..train.config import Config
+from . import shared
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the command; returns the exit code."""
+    config = _config(arguments)
+    optimizer = config.rule not in UNSUPERVISED
+    if config.bench_suite and not optimizer:
+        raise UsageError(f"{config.rule!r} is no optimizer, so there is nothing to benchmark: --set bench_suite=")
+    if config.bench_suite:
+        benchmark.choose_tasks(config.bench_suite)  # a mistake there must not wait for the end of the run
+    workdir = arguments.workdir or Path("runs") / f"{arguments.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    shared.use_cores(arguments.devices, config.particles)
+    xla_flags.widest_vectors()
+    xla_flags.no_softmax_kernels()
+    shared.keep_compiled()
+    if arguments.distributed:
+        _join(arguments)
+    console = Console(stderr=True)
+    leader = jax.process_index() == 0
+    if leader:
+        console.print(
+            f"meta-training {config.rule} by {config.estimator} on {jax.device_count()} device(s) → {workdir}",
+            soft_wrap=True,
+        )
+    outcome = loop.run(config, workdir, resume=arguments.resume, console=console)
+    result: dict[str, Any] = {"workdir": str(workdir), "meta_steps": outcome.step, "finished": outcome.finished}
+    if not outcome.finished:
+        console.print(
+            f"stopped at meta-step {outcome.step}, saved; go on with --workdir {workdir} --resume", soft_wrap=True
+        )
+    elif leader and config.bench_suite:
+        shown = None if arguments.json else console
+        contenders = [str(workdir / "rule")]
+        chosen = benchmark.choose_contenders(benchmark.FEW, contenders)
+        plan = Plan(config.bench_steps, config.bench_seeds)
+        entries = benchmark.choose_tasks(config.bench_suite)
+        result["bench"] = benchmark.run(config.bench_suite, entries, chosen, plan, workdir / "bench", shown)
+    if leader and outcome.finished and not arguments.json:
+        print(f"use it:    {shared.use(config.rule, workdir / 'rule')}\nkeep it:   learned-opt export {workdir} NAME")
+    if leader and arguments.json:
+        shared.print_json(result)
+    return 0
+
+
+def _config(arguments: argparse.Namespace) -> Config:
+    """The preset, or the run to resume, with what the command line changes."""
+    if arguments.resume:
+        if arguments.workdir is None:
+            raise UsageError("--resume needs --workdir, the folder of the run to go on with")
+        config = configs.read(arguments.workdir / "config.json")
+    else:
+        config = configs.preset(arguments.preset)
+    settings = dict(shared.pairs(arguments.set))
+    if arguments.rule not in (None, config.rule):  # the arguments of the preset's rule are not those of another
+        settings = {"rule_kwargs": "{}"} | settings
+    config = configs.with_settings(config, settings)
+    named = ("rule", "suite", "estimator", "meta_steps", "particles", "unroll", "seed")
+    given = {name: getattr(arguments, name) for name in named if getattr(arguments, name) is not None}
+    return configs.replace(config, **given)
+
+
+def _join(arguments: argparse.Namespace) -> None:
+    """Makes this one of several processes."""
+    try:
+        jax.distributed.initialize(arguments.coordinator, arguments.num_processes, arguments.process_id)
+    except (ValueError, RuntimeError) as error:
+        raise UsageError(
+            f"cannot join the other processes: {error}; give --coordinator, --num-processes, --process-id"
+        ) from None
