@@ -177,8 +177,8 @@ def main():
     parser.add_argument("--validate", action="store_true", help="show the local rates on the validation tasks, no more")
     parser.add_argument("--out", type=Path, default=REPORT)
     arguments = parser.parse_args()
-    rule, theta = learned_opt.load_rule(arguments.learned)
-    rate = learned_opt.store.read_record(arguments.learned).get("learning_rate") or 1.0
+    rule, theta, *_, rate = learned_opt.load_rule(arguments.learned)
+    rate = rate or 1.0
 
     def learned(setting):
         del setting

@@ -296,7 +296,7 @@ def read_out(features, p: Problem) -> dict[float, float]:
 
 def learned(name: str | Path) -> tuple[Callable, list[dict]]:
     """A learned rule as a method, and its settings."""
-    return partial(by_rule, *unsupervised.load(name)), grid(steps=(100, 300))
+    return partial(by_rule, *unsupervised.load(name)[:2]), grid(steps=(100, 300))
 
 
 # --- studies

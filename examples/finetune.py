@@ -35,10 +35,10 @@ def my_task(data, cfg):
 
 family = TaskFamily(data=(), sample=lambda key: jax.random.uniform(key, minval=1.0, maxval=3.0), task=my_task)
 
-rule, theta = learned_opt.load_rule("flagship")
+saved = learned_opt.load_rule("flagship")
 trainer = make_trainer(
-    init_theta=lambda key: theta,
-    estimators=lambda data: [pes(task_learner(rule, family, lengths=(100, 200), multiple_of=20), unroll=20)],
+    init_theta=lambda key: saved.theta,
+    estimators=lambda data: [pes(task_learner(saved.rule, family, lengths=(100, 200), multiple_of=20), unroll=20)],
     outer=optax.chain(optax.clip_by_global_norm(1.0), optax.adam(3e-4)),
     particles=8,
     mesh=make_mesh(jax.devices()[:1]),
@@ -49,13 +49,12 @@ for step in range(meta_steps):
     if step % 50 == 0 or step == meta_steps - 1:
         print(f"meta-step {step}: meta-loss {info.loss:.4f}")
 
-record = learned_opt.store.read_record("flagship")
 folder = learned_opt.save(
     Path(tempfile.mkdtemp()) / "mine",
-    record["rule"],
+    saved.name,
     state.theta,
-    kwargs=record["kwargs"],
-    card={"learning_rate": record["learning_rate"]},
+    kwargs=saved.kwargs,
+    learning_rate=saved.learning_rate,
 )
 optimizer = learned_opt.load(folder)
 print(f"saved and loaded again: {folder.name}")

@@ -6,20 +6,22 @@
 
 import importlib
 
-from . import mup
-from .base import LearnedOptimizer
-from .local_sgd import local_sgd
+from . import local_sgd, mup
+from .base import LearnedOptimizer, Params, Theta
 from .precision import bfloat16_params, bfloat16_state
 from .reference import from_reference
 from .rules import RULES
-from .store import StoreError, available, load, load_rule, save
+from .store import SavedRule, StoreError, available, load, load_rule, save
 
 __version__ = "0.1.0"
 
 __all__ = [
     "RULES",
     "LearnedOptimizer",
+    "Params",
+    "SavedRule",
     "StoreError",
+    "Theta",
     "available",
     "bfloat16_params",
     "bfloat16_state",

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-Theta = Any  # a pytree of float arrays: the meta-parameters
+Params = Any  # a pytree of float arrays: the parameters of what is optimized
+Theta = Any  # a pytree of float arrays: the meta-parameters of a rule
 
 
 class LearnedOptimizer(NamedTuple):

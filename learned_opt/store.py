@@ -17,7 +17,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -25,21 +25,36 @@ import optax
 import safetensors
 import safetensors.numpy
 
-from .base import LearnedOptimizer, Theta
-from .features import VERSION as FEATURES_VERSION
-from .rules import RULES
-from .unsupervised.rule import RULES as UNSUPERVISED
-from .unsupervised.rule import VERSION as UNSUPERVISED_VERSION
-from .unsupervised.rule import UnsupervisedRule
+from .base import Theta
+from .kinds import FEATURES, KNOWN, OPTIMIZER, Kind
 
 FORMAT_VERSION = 1
 _WEIGHTS, _RULE, _CARD = "weights.safetensors", "rule.json", "README.md"
 _MAX_BYTES = 1 << 30  # a larger file is not one of ours: refuse it before reading it into memory
-_CARD_FIELDS = ("learning_rate", "seed", "config", "libraries", "held_out")
+_RECORDED = ("seed", "config", "libraries", "held_out")  # fields of a card that rule.json keeps
 
 
 class StoreError(ValueError):
     """A saved rule is missing, damaged, or of a version that this release does not read."""
+
+
+class SavedRule(NamedTuple):
+    """A trained rule, and what :func:`save` needs to save it again.
+
+    Attributes:
+        rule: made of ``kwargs``: a :class:`learned_opt.LearnedOptimizer`, or a
+            :class:`learned_opt.unsupervised.UnsupervisedRule`.
+        theta: its meta-parameters, with the tree, shapes and dtypes of the rule's ``init``.
+        name: of the rule, in :data:`learned_opt.RULES` or :data:`learned_opt.unsupervised.RULES`.
+        kwargs: the factory's arguments.
+        learning_rate: the default of :func:`load`, where one is recorded.
+    """
+
+    rule: Any
+    theta: Theta
+    name: str
+    kwargs: dict[str, Any]
+    learning_rate: float | None
 
 
 def pretrained_dir() -> Path:
@@ -62,7 +77,7 @@ def available() -> tuple[str, ...]:
         >>> isinstance(learned_opt.available(), tuple)
         True
     """
-    return tuple(name for name in _names() if not _is_unsupervised(name))
+    return _names_of(OPTIMIZER)
 
 
 def available_unsupervised() -> tuple[str, ...]:
@@ -71,18 +86,23 @@ def available_unsupervised() -> tuple[str, ...]:
     Returns:
         Names that :func:`load_unsupervised` and ``LearnedFeatures`` take.
     """
-    return tuple(name for name in _names() if _is_unsupervised(name))
+    return _names_of(FEATURES)
 
 
 def _names() -> list[str]:
     return sorted(path.parent.name for path in pretrained_dir().glob(f"*/{_RULE}"))
 
 
-def _is_unsupervised(name: str) -> bool:
-    try:
-        return read_record(name)["rule"] in UNSUPERVISED
-    except StoreError:
-        return False  # loading it says what is wrong with it
+def _names_of(kind: Kind) -> tuple[str, ...]:
+    """The pretrained rules of a kind; a damaged one counts as an optimizer: loading it says what is wrong."""
+
+    def found(name: str) -> Kind:
+        try:
+            return KNOWN.get(read_record(name)["rule"], OPTIMIZER)
+        except StoreError:
+            return OPTIMIZER
+
+    return tuple(name for name in _names() if found(name) is kind)
 
 
 def load(
@@ -120,60 +140,61 @@ def load(
         >>> updates, state = optimizer.update(params, optimizer.init(params), params)
         >>> params = optax.apply_updates(params, updates)
     """
-    rule, theta, recorded_learning_rate = _read_optimizer(name_or_path)
-    parts = [rule.build(theta, num_steps=num_steps)]
+    saved = load_rule(name_or_path)
+    parts = [saved.rule.build(saved.theta, num_steps=num_steps)]
     if not (isinstance(weight_decay, int | float) and weight_decay == 0.0):
         parts.append(optax.add_decayed_weights(-weight_decay))  # the updates already point downhill
     if learning_rate is None:
-        learning_rate = recorded_learning_rate
+        learning_rate = saved.learning_rate
     if learning_rate is not None:
         parts.append(optax.scale_by_learning_rate(learning_rate, flip_sign=False))
     return optax.with_extra_args_support(optax.chain(*parts))
 
 
-def load_rule(name_or_path: str | os.PathLike[str]) -> tuple[LearnedOptimizer, Theta]:
+def load_rule(name_or_path: str | os.PathLike[str]) -> SavedRule:
     """A trained rule and its meta-parameters, for fine-tuning or inspection.
 
     Args:
         name_or_path: as for :func:`load`.
 
     Returns:
-        ``(rule, theta)``: ``rule.build(theta)`` is the Optax transform, before learning rate and weight decay;
-        ``theta`` has the tree, shapes and dtypes of ``rule.init``.
+        A :class:`SavedRule`: ``saved.rule.build(saved.theta)`` is the Optax transform, before learning rate and weight
+        decay.
 
     Raises:
         StoreError: as for :func:`load`.
+
+    Example:
+        >>> import learned_opt
+        >>> saved = learned_opt.load_rule("flagship")
+        >>> facts = {"kwargs": saved.kwargs, "learning_rate": saved.learning_rate}
+        >>> folder = learned_opt.save("/tmp/learned-opt-doctest", saved.name, saved.theta, **facts)  # the same again
     """
-    rule, theta, _ = _read_optimizer(name_or_path)
-    return rule, theta
+    saved = read(name_or_path)
+    if KNOWN[saved.name] is not OPTIMIZER:
+        raise StoreError(
+            f"{str(name_or_path)!r} is an unsupervised rule, no Optax transform: "
+            f"use {FEATURES.use.format(str(name_or_path))}.fit_transform(X)"
+        )
+    return saved
 
 
-def load_unsupervised(name_or_path: str | os.PathLike[str]) -> tuple[UnsupervisedRule, Theta]:
+def load_unsupervised(name_or_path: str | os.PathLike[str]) -> SavedRule:
     """A trained unsupervised rule and its meta-parameters.
 
     Args:
         name_or_path: one of :func:`available_unsupervised`, or the path of a folder that :func:`save` wrote.
 
     Returns:
-        ``(rule, theta)``: ``rule.update(theta, phi, x)`` is a step of the network ``phi`` on a batch ``x``.
+        A :class:`SavedRule`: ``saved.rule.update(saved.theta, phi, x)`` is a step of the network ``phi`` on a batch.
 
     Raises:
         StoreError: as for :func:`load`, or it is an optimizer.
     """
-    rule, theta, _ = read(name_or_path)
-    if not isinstance(rule, UnsupervisedRule):
+    saved = read(name_or_path)
+    if KNOWN[saved.name] is not FEATURES:
         raise StoreError(f"{str(name_or_path)!r} is an optimizer, not an unsupervised rule: learned_opt.load takes it")
-    return rule, theta
-
-
-def _read_optimizer(name_or_path: str | os.PathLike[str]) -> tuple[LearnedOptimizer, Theta, float | None]:
-    rule, theta, learning_rate = read(name_or_path)
-    if isinstance(rule, UnsupervisedRule):
-        raise StoreError(
-            f"{str(name_or_path)!r} is an unsupervised rule, no Optax transform: "
-            f"use learned_opt.unsupervised.LearnedFeatures({str(name_or_path)!r}).fit_transform(X)"
-        )
-    return rule, theta, learning_rate
+    return saved
 
 
 def save(
@@ -182,6 +203,7 @@ def save(
     theta: Theta,
     *,
     kwargs: Mapping[str, Any] | None = None,
+    learning_rate: float | None = None,
     card: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes a rule as a folder that :func:`load` reads; whole or not at all.
@@ -191,8 +213,9 @@ def save(
         rule: a name in :data:`learned_opt.RULES`, or in :data:`learned_opt.unsupervised.RULES`.
         theta: its meta-parameters, the tree of ``RULES[rule](**kwargs).init`` (``.init_theta``).
         kwargs: the factory's arguments, JSON values.
-        card: what is known of the rule. ``learning_rate`` (the default of :func:`load`), ``seed``, ``config``,
-            ``libraries`` and ``held_out`` go into ``rule.json``; ``readme`` is the text of the model card.
+        learning_rate: the default of :func:`load`, for an optimizer with a free step size.
+        card: what is known of the rule. ``seed``, ``config``, ``libraries`` and ``held_out`` go into ``rule.json``;
+            ``readme`` is the text of the model card.
 
     Returns:
         The folder.
@@ -203,21 +226,27 @@ def save(
     """
     path, kwargs, card = Path(path), dict(kwargs or {}), dict(card or {})
     made = _make(rule, kwargs)
-    template = _named(_theta_shapes(made))
+    if learning_rate is None:
+        learning_rate = getattr(made, "learning_rate", None)
+    elif not _is_rate(learning_rate):
+        raise StoreError(f"learning_rate {learning_rate!r} is no positive number")
+    if unknown := sorted(card.keys() - {*_RECORDED, "readme"}):
+        raise StoreError(f"the card has an unknown field {unknown[0]!r}; fields: {', '.join(_RECORDED)}, readme")
+    template = _named(_theta_shapes(rule, made))
     arrays = {name: np.asarray(leaf, order="C") for name, leaf in _named(theta).items()}
     _check_shapes(template, {name: (leaf.shape, leaf.dtype.name) for name, leaf in arrays.items()}, "theta")
     weights = safetensors.numpy.save(arrays)
     record = {
         "format_version": FORMAT_VERSION,
-        "features_version": UNSUPERVISED_VERSION if rule in UNSUPERVISED else FEATURES_VERSION,
+        "features_version": KNOWN[rule].version,
         "rule": rule,
         "kwargs": kwargs,
         "needs": list(getattr(made, "needs", ())),
-        "learning_rate": getattr(made, "learning_rate", None),
+        "learning_rate": learning_rate,
         "theta": {name: {"shape": list(x.shape), "dtype": x.dtype.name} for name, x in arrays.items()},
         "sha256": hashlib.sha256(weights).hexdigest(),
         "libraries": {"python": platform.python_version(), "jax": jax.__version__, "optax": optax.__version__},
-    } | {field: card[field] for field in _CARD_FIELDS if field in card}
+    } | {field: card[field] for field in _RECORDED if field in card}
     try:
         text = json.dumps(record, indent=1, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -248,8 +277,8 @@ def read_record(name_or_path: str | os.PathLike[str]) -> dict[str, Any]:
     expected = {"rule": str, "kwargs": dict, "theta": dict, "sha256": str}
     if not isinstance(record, dict):
         raise StoreError(f"{folder / _RULE} is damaged: not a JSON object; export the rule again")
-    unsupervised = isinstance(record.get("rule"), str) and record["rule"] in UNSUPERVISED
-    features = UNSUPERVISED_VERSION if unsupervised else FEATURES_VERSION
+    name = record.get("rule")
+    features = (KNOWN.get(name, OPTIMIZER) if isinstance(name, str) else OPTIMIZER).version
     for field, known in (("format_version", FORMAT_VERSION), ("features_version", features)):
         if record.get(field) != known or isinstance(record.get(field), bool):
             raise StoreError(
@@ -260,9 +289,13 @@ def read_record(name_or_path: str | os.PathLike[str]) -> dict[str, Any]:
         if not isinstance(record.get(field), kind):
             raise StoreError(f"{folder / _RULE} is damaged: {field!r} is missing or no {kind.__name__}")
     rate = record.get("learning_rate")
-    if rate is not None and (isinstance(rate, bool) or not isinstance(rate, int | float) or not rate > 0):
+    if rate is not None and not _is_rate(rate):
         raise StoreError(f"{folder / _RULE} is damaged: learning_rate {rate!r} is no positive number")
     return record
+
+
+def _is_rate(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
 
 
 def _resolve(name_or_path: str | os.PathLike[str]) -> Path:
@@ -280,14 +313,14 @@ def _resolve(name_or_path: str | os.PathLike[str]) -> Path:
     raise StoreError(f"no pretrained rule or folder named {str(name_or_path)!r}; pretrained rules: {known}")
 
 
-def read(name_or_path: str | os.PathLike[str]) -> tuple[LearnedOptimizer | UnsupervisedRule, Theta, float | None]:
+def read(name_or_path: str | os.PathLike[str]) -> SavedRule:
     """Reads and checks a saved rule of either kind.
 
     Args:
         name_or_path: as for :func:`load`.
 
     Returns:
-        ``(rule, theta, recorded learning rate)``.
+        A :class:`SavedRule`.
 
     Raises:
         StoreError: as for :func:`load`.
@@ -303,7 +336,7 @@ def read(name_or_path: str | os.PathLike[str]) -> tuple[LearnedOptimizer | Unsup
         raise StoreError(f"{folder / _WEIGHTS} is damaged: {error}") from None
     rule = _make(record["rule"], record["kwargs"])
     try:
-        template = _theta_shapes(rule)
+        template = _theta_shapes(record["rule"], rule)
     except Exception as error:  # whatever wrong arguments make a factory's init raise
         raise StoreError(f"{folder / _RULE} has kwargs that {record['rule']!r} cannot take: {_line(error)}") from None
     described = {
@@ -315,22 +348,21 @@ def read(name_or_path: str | os.PathLike[str]) -> tuple[LearnedOptimizer | Unsup
         raise StoreError(f"{folder / _RULE} describes another theta than {_WEIGHTS} holds; export the rule again")
     _check_shapes(_named(template), stored, str(folder / _WEIGHTS))
     leaves = [jax.numpy.asarray(arrays[name]) for name in _named(template)]
-    return rule, jax.tree.unflatten(jax.tree.structure(template), leaves), record.get("learning_rate")
+    theta = jax.tree.unflatten(jax.tree.structure(template), leaves)
+    return SavedRule(rule, theta, record["rule"], record["kwargs"], record.get("learning_rate"))
 
 
-def _make(rule: str, kwargs: Mapping[str, Any]) -> LearnedOptimizer | UnsupervisedRule:
-    known: dict[str, Any] = {**RULES, **UNSUPERVISED}
-    if rule not in known:
-        raise StoreError(f"unknown rule {rule!r}; known rules: {', '.join(sorted(known))}")
+def _make(rule: str, kwargs: Mapping[str, Any]) -> Any:
+    if rule not in KNOWN:
+        raise StoreError(f"unknown rule {rule!r}; known rules: {', '.join(sorted(KNOWN))}")
     try:
-        return known[rule](**kwargs)
+        return KNOWN[rule].rules[rule](**kwargs)
     except (TypeError, ValueError) as error:
         raise StoreError(f"the rule {rule!r} cannot be made with {dict(kwargs)}: {_line(error)}") from None
 
 
-def _theta_shapes(rule: LearnedOptimizer | UnsupervisedRule) -> Theta:
-    init = rule.init_theta if isinstance(rule, UnsupervisedRule) else rule.init
-    return jax.eval_shape(init, jax.random.key(0))
+def _theta_shapes(name: str, rule: Any) -> Theta:
+    return jax.eval_shape(KNOWN[name].init(rule), jax.random.key(0))
 
 
 def _named(tree: Theta) -> dict[str, Any]:

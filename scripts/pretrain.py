@@ -70,7 +70,7 @@ STAGES: dict[str, list[Config]] = {
 
 def scheduled_flagship(folder: Path) -> Path:
     """A fresh scheduler over the flagship's weights, saved."""
-    theta = learned_opt.load_rule("flagship")[1]
+    theta = learned_opt.load_rule("flagship").theta
     facts = {name: value for name, value in _AUTO.items() if name != "base"}
     kwargs, theta = scheduler.over(_AUTO["base"], theta, jax.random.key(0), **facts)
     return learned_opt.save(folder, "scheduler", theta, kwargs=kwargs)
@@ -79,7 +79,7 @@ def scheduled_flagship(folder: Path) -> Path:
 def outer_flagship(folder: Path) -> Path:
     """A fresh length of steps beside the flagship's direction, saved."""
     theta = learned_opt.RULES["outer"]().init(jax.random.key(0))
-    return learned_opt.save(folder, "outer", theta | {"direction": learned_opt.load_rule("flagship")[1]}, kwargs={})
+    return learned_opt.save(folder, "outer", theta | {"direction": learned_opt.load_rule("flagship").theta}, kwargs={})
 
 
 STARTS = {"flagship-auto": scheduled_flagship, "outer": outer_flagship}  # the others start fresh
@@ -101,7 +101,7 @@ def main() -> None:
     for number, config in enumerate(STAGES[options.name][: options.stages]):
         folder = workdir / f"{options.name}-{number}"
         if start is not None and number:  # the weights of another stage's rule may be those of other arguments
-            theta = store.read(start)[1]
+            theta = store.read(start).theta
             start = learned_opt.save(
                 folder.with_name(f"{folder.name}-start"), config.rule, theta, kwargs=config.rule_kwargs
             )

@@ -30,7 +30,7 @@ def compute() -> dict[str, Any]:
         values.
     """
     suites = {name: [entry.name for entry in entries] for name, entries in HELD_OUT.items()}
-    described = {entry.name: describe(entry) for entries in HELD_OUT.values() for entry in entries}
+    described = {entry.name: record(entry) for entries in HELD_OUT.values() for entry in entries}
     contents = {"suites": suites, "entries": described}
     return {"sha256": digest(contents), **contents}
 
@@ -50,7 +50,7 @@ def digest(contents: Any) -> str:
     return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
 
 
-def describe(entry: Entry) -> dict[str, Any]:
+def record(entry: Entry) -> dict[str, Any]:
     """Describe an entry in full.
 
     Args:

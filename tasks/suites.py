@@ -11,7 +11,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from .base import TaskFamily, num_params
+from .base import TaskFamily
 from .families.sequence import char_rnn, char_transformer
 from .families.synthetic import quadratic, reparametrise, rosenbrock
 from .families.tabular import logistic_regression, tabular_mlp
@@ -34,15 +34,6 @@ class Entry(NamedTuple):
     dataset: str
     make: Callable[[], TaskFamily]
     steps: int | None = None
-
-
-class Description(NamedTuple):
-    """What a table says about an entry; ``num_params`` counts masked parameters too."""
-
-    name: str
-    family: str
-    dataset: str
-    num_params: int
 
 
 def _on(
@@ -221,16 +212,3 @@ def suite(name: str, held_out: bool = False) -> tuple[Entry, ...]:
         kind = "held-out" if held_out else "training"
         raise ValueError(f"unknown {kind} suite {name!r}; known: {', '.join(suites)}")
     return suites[name]
-
-
-def describe(entry: Entry) -> Description:
-    """Make an entry's family and count its parameters.
-
-    Raises:
-        DataError: its data set is not here yet.
-
-    Example:
-        >>> describe(suite("small")[0]).num_params
-        2410
-    """
-    return Description(entry.name, entry.family, entry.dataset, num_params(entry.make()))

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import venv
 import zipfile
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,45 @@ def test_who_imports_whom(package):
         assert not foreign, f"{path} imports {foreign}"
 
 
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path, known: set[str]) -> set[str]:
+    """The modules of ours that a file imports when it is imported itself: what stands inside functions comes later."""
+    name, found = module_name(path), set()
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    tree = ast.parse(path.read_text())
+    inside = {node for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for node in ast.walk(f)}
+    for node in ast.walk(tree):
+        if node in inside:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*base, *([node.module] if node.module else [])])
+            found |= {f"{base}.{alias.name}" if f"{base}.{alias.name}" in known else base for alias in node.names}
+    return (found & known) - {name}
+
+
+def test_no_import_cycle():
+    """A package counts as importing what its ``__init__`` imports."""
+    paths = {module_name(path): path for package in PACKAGES for path in (ROOT / package).rglob("*.py")}
+    graph = {name: imports(path, set(paths)) for name, path in paths.items()}
+    graph["learned_opt.rules.scheduler"].discard("learned_opt.rules")  # the rule over rules: it reads the registry late
+    TopologicalSorter(graph).prepare()  # raises a CycleError that names the cycle
+
+
+def test_no_test_imports_a_test():
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not any(part.startswith("test_") for name in names for part in name.split(".")), path
+
+
 def test_nothing_is_ever_unpickled():
     for package in PACKAGES:
         for path in (ROOT / package).rglob("*.py"):
@@ -54,8 +94,10 @@ def test_importing_the_package_is_light():
 def test_public_names_are_there():
     promised = {"load", "load_rule", "save", "available", "from_reference", "local_sgd", "schedules", "RULES"}
     assert promised <= set(learned_opt.__all__)
-    for name in promised:
+    for name in learned_opt.__all__:
         assert getattr(learned_opt, name) is not None
+    assert callable(learned_opt.local_sgd.local_sgd)  # the package, not the function of its name
+    assert callable(learned_opt.local_sgd.map_workers)
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +121,7 @@ def test_the_wheel_holds_the_packages_the_data_and_the_pretrained_rules(installe
         for file in ("rule.json", "weights.safetensors", "README.md"):
             assert f"learned_opt/pretrained/{rule.parent.name}/{file}" in names
     assert any(name.startswith("tasks/data/embedded/") for name in names)
+    assert {f"{package}/py.typed" for package in PACKAGES} <= set(names)
     assert not any(name.startswith(("tests/", "benchmarks/", "docs/")) for name in names)
 
 

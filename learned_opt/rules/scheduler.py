@@ -153,9 +153,9 @@ def over(
 
     Example:
         >>> import learned_opt
-        >>> record, (_, trained) = learned_opt.store.read_record("flagship"), learned_opt.load_rule("flagship")
-        >>> facts = {"base_kwargs": record["kwargs"], "learning_rate": record["learning_rate"]}
-        >>> kwargs, theta = over(record["rule"], trained, jax.random.key(0), **facts)
+        >>> saved = learned_opt.load_rule("flagship")
+        >>> facts = {"base_kwargs": saved.kwargs, "learning_rate": saved.learning_rate}
+        >>> kwargs, theta = over(saved.name, saved.theta, jax.random.key(0), **facts)
         >>> sorted(theta)
         ['base', 'scheduler']
     """

@@ -155,7 +155,7 @@ class LearnedFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         if not isinstance(self.rule, Mapping):
             if not isinstance(self.rule, str | os.PathLike):
                 raise StoreError(f"rule must be a name, a folder or meta-parameters, not {self.rule!r}")
-            return load_unsupervised(self.rule)
+            return load_unsupervised(self.rule)[:2]
         rule = unsupervised()
         wanted = jax.eval_shape(rule.init_theta, jax.random.key(0))
         if jax.tree.map(np.shape, wanted) != jax.tree.map(np.shape, dict(self.rule)):

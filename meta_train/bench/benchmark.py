@@ -132,7 +132,7 @@ def _frozen(suite: str, entries: Sequence[Entry]) -> str | None:
     names = frozen["suites"].get(suite)
     if names != [entry.name for entry in entries]:
         return None
-    same = all(manifest.describe(entry) == frozen["entries"][entry.name] for entry in entries)
+    same = all(manifest.record(entry) == frozen["entries"][entry.name] for entry in entries)
     return frozen["sha256"] if same else None
 
 

@@ -135,9 +135,8 @@ def pretrained(name_or_path: str) -> Contender:
     Raises:
         StoreError: as ``learned_opt.load``.
     """
-    rule, theta = learned_opt.load_rule(name_or_path)
-    record = learned_opt.store.read_record(name_or_path)
-    return learned(str(name_or_path).rstrip("/").rsplit("/", 1)[-1], rule, theta, record.get("learning_rate"))
+    saved = learned_opt.load_rule(name_or_path)
+    return learned(str(name_or_path).rstrip("/").rsplit("/", 1)[-1], saved.rule, saved.theta, saved.learning_rate)
 
 
 def fingerprint(contender: Contender, num_steps: int) -> str:

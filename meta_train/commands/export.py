@@ -6,7 +6,7 @@ from typing import Any
 
 import learned_opt
 from learned_opt import store
-from learned_opt.unsupervised.rule import RULES as UNSUPERVISED
+from learned_opt.kinds import FEATURES, KNOWN
 
 from ..bench.report import card as cards
 from ..errors import UsageError
@@ -21,18 +21,25 @@ def run(arguments: argparse.Namespace) -> int:
         )
     if arguments.name != Path(arguments.name).name or arguments.name.startswith("."):
         raise UsageError(f"{arguments.name!r} is no name for a folder")
-    _, theta, _ = store.read(arguments.workdir / "rule")
+    saved = store.read(arguments.workdir / "rule")
     record = store.read_record(arguments.workdir / "rule")
-    kept = ("learning_rate", "seed", "config", "libraries")
+    kept = ("seed", "config", "libraries")
     card: dict[str, Any] = {field: record[field] for field in kept if field in record}
     results = (arguments.bench or arguments.workdir / "bench") / "results.json"
     if arguments.bench or results.is_file():
         card["held_out"] = cards.own_results(shared.read_json(results), arguments.name)
-    if record["rule"] in UNSUPERVISED:
+    if KNOWN[record["rule"]] is FEATURES:
         card["readme"] = cards.unsupervised_text(arguments.name, record)
     else:
         card["readme"] = cards.text(arguments.name, record, card.get("held_out"))
-    folder = learned_opt.save(arguments.to / arguments.name, record["rule"], theta, kwargs=record["kwargs"], card=card)
+    folder = learned_opt.save(
+        arguments.to / arguments.name,
+        saved.name,
+        saved.theta,
+        kwargs=saved.kwargs,
+        learning_rate=saved.learning_rate,
+        card=card,
+    )
     if arguments.json:
         shared.print_json({"folder": str(folder), "rule": record["rule"]})
     else:

@@ -5,21 +5,21 @@ from typing import Any
 
 import learned_opt
 from learned_opt import store
-from learned_opt.describe import describe
-from learned_opt.unsupervised.rule import RULES as UNSUPERVISED
+from learned_opt.facts import rule_facts
+from learned_opt.kinds import KNOWN
 
 from . import shared
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; returns the exit code."""
-    known, saved = {**learned_opt.RULES, **UNSUPERVISED}, learned_opt.available() + store.available_unsupervised()
-    if arguments.name in known and arguments.name not in saved:
-        facts = describe(arguments.name)
+    saved = learned_opt.available() + store.available_unsupervised()
+    if arguments.name in KNOWN and arguments.name not in saved:
+        facts = rule_facts(arguments.name)
     else:
         record = store.read_record(arguments.name)
         store.read(arguments.name)  # the weights too are sound
-        facts = {"name": arguments.name} | describe(record["rule"], **record["kwargs"])
+        facts = {"name": arguments.name} | rule_facts(record["rule"], **record["kwargs"])
         for field in ("learning_rate", "kwargs", "seed", "config", "libraries", "sha256", "held_out"):
             if record.get(field) not in (None, {}):
                 facts[field] = record[field]

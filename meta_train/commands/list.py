@@ -4,7 +4,7 @@ import argparse
 
 import learned_opt
 from learned_opt import store
-from learned_opt.unsupervised.rule import RULES as UNSUPERVISED
+from learned_opt.kinds import FEATURES, OPTIMIZER
 from tasks import suites
 from tasks.families import representation
 
@@ -16,13 +16,13 @@ from . import shared
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; returns the exit code."""
     everything = {
-        "rules": sorted(learned_opt.RULES),
+        "rules": sorted(OPTIMIZER.rules),
         "pretrained": list(learned_opt.available()),
         "suites": {"train": sorted(suites.TRAIN), "held_out": sorted(suites.HELD_OUT)},
         "estimators": sorted(ESTIMATORS),
         "presets": list(configs.PRESETS),
         "unsupervised": {
-            "rules": sorted(UNSUPERVISED),
+            "rules": sorted(FEATURES.rules),
             "pretrained": list(store.available_unsupervised()),
             "suites": sorted(representation.SUITES),
         },

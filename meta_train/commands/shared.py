@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from learned_opt.unsupervised.rule import RULES as UNSUPERVISED
+from learned_opt.kinds import KNOWN
 from tasks.data import data_dir
 
 from .. import xla_flags
@@ -19,8 +19,7 @@ _COMPILED = 1 << 30  # bytes of compiled programs that are kept, the latest used
 
 def use(rule: str, folder: Path) -> str:
     """The call that loads a saved rule."""
-    call = "unsupervised.LearnedFeatures" if rule in UNSUPERVISED else "load"
-    return f"learned_opt.{call}({str(folder)!r})"
+    return KNOWN[rule].use.format(str(folder))
 
 
 def pairs(texts: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from learned_opt.unsupervised.rule import RULES as UNSUPERVISED
+from learned_opt.kinds import KNOWN, OPTIMIZER
 
 from .. import xla_flags
 from ..bench import benchmark
@@ -23,8 +23,7 @@ from . import shared
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; returns the exit code."""
     config = _config(arguments)
-    optimizer = config.rule not in UNSUPERVISED
-    if config.bench_suite and not optimizer:
+    if config.bench_suite and KNOWN.get(config.rule, OPTIMIZER) is not OPTIMIZER:
         raise UsageError(f"{config.rule!r} is no optimizer, so there is nothing to benchmark: --set bench_suite=")
     if config.bench_suite:
         benchmark.choose_tasks(config.bench_suite)  # a mistake there must not wait for the end of the run

@@ -18,10 +18,9 @@ from rich.console import Console
 
 import learned_opt
 from learned_opt import store
-from learned_opt.base import LearnedOptimizer, Theta
+from learned_opt.base import Theta
+from learned_opt.kinds import FEATURES, KNOWN
 from learned_opt.rules import parts
-from learned_opt.unsupervised.rule import RULES as UNSUPERVISED
-from learned_opt.unsupervised.rule import UnsupervisedRule
 from tasks import suites
 from tasks.base import Data
 from tasks.families import representation
@@ -41,7 +40,7 @@ _WHOLE_EPISODES = ("bptt", "es")  # the estimators whose window is a whole episo
 class Setup(NamedTuple):
     """What a configuration stands for."""
 
-    rule: LearnedOptimizer | UnsupervisedRule
+    rule: Any  # of either kind
     names: tuple[str, ...]  # of the suite's families
     data: Data
     trainer: Trainer
@@ -118,10 +117,11 @@ def set_up(config: Config, mesh: Mesh) -> Setup:
         DataError: a data set is missing.
     """
     rule, init_theta, whole_theta = _trained(config, *_rule(config))
+    unsupervised = KNOWN[config.rule] is FEATURES
     if config.estimator not in ESTIMATORS:
         raise ConfigError(f"unknown estimator {config.estimator!r}; estimators: {', '.join(sorted(ESTIMATORS))}")
     try:
-        find = representation.suite if isinstance(rule, UnsupervisedRule) else suites.suite
+        find = representation.suite if unsupervised else suites.suite
         entries: Any = find(config.suite)  # either kind has `name` and `make`
     except ValueError as error:
         raise ConfigError(str(error)) from None
@@ -129,7 +129,6 @@ def set_up(config: Config, mesh: Mesh) -> Setup:
     whole = config.estimator in _WHOLE_EPISODES
     lengths = (config.unroll, config.unroll) if whole else (config.min_length, config.max_length)
 
-    unsupervised = isinstance(rule, UnsupervisedRule)
     kind = config.learner or ("features" if unsupervised else "optimizer")
     if kind not in LEARNERS or unsupervised != (kind == "features"):
         raise ConfigError(f"rule {config.rule!r} has no learner {kind!r}; learners: {', '.join(LEARNERS)}")
@@ -268,38 +267,40 @@ def _save_rule(state: TrainState, step: int, config: Config, workdir: Path, setu
     if jax.process_index() == 0:
         start = None if config.init is None else Path(config.init).name  # a rule's file tells nothing of this machine
         card = {"seed": config.seed, "config": dataclasses.asdict(config) | {"meta_steps": step, "init": start}}
+        learning_rate = None
         if config.learning_rates is not None and getattr(setup.rule, "learning_rate", None) is not None:
             # the middle of what it was trained at
-            card["learning_rate"] = float(f"{math.sqrt(math.prod(config.learning_rates)):.1g}")
+            learning_rate = float(f"{math.sqrt(math.prod(config.learning_rates)):.1g}")
         theta = setup.whole(jax.tree.map(np.asarray, state.theta))
-        learned_opt.save(workdir / "rule", config.rule, theta, kwargs=config.rule_kwargs, card=card)
+        learned_opt.save(
+            workdir / "rule", config.rule, theta, kwargs=config.rule_kwargs, learning_rate=learning_rate, card=card
+        )
 
 
 def _rule(config: Config):
     """The rule, and where its theta starts."""
     if config.init is not None:
-        record = store.read_record(config.init)
-        if (record["rule"], record["kwargs"]) != (config.rule, config.rule_kwargs):
+        saved = store.read(config.init)
+        if (saved.name, saved.kwargs) != (config.rule, config.rule_kwargs):
             raise ConfigError(
-                f"init {config.init!r} is a {record['rule']!r} with {record['kwargs']}: set rule and rule_kwargs so"
+                f"init {config.init!r} is a {saved.name!r} with {saved.kwargs}: set rule and rule_kwargs so"
             )
-        rule, theta, _ = store.read(config.init)
-        return rule, lambda key: theta
-    known: dict[str, Any] = {**learned_opt.RULES, **UNSUPERVISED}
-    if config.rule not in known:
-        raise ConfigError(f"unknown rule {config.rule!r}; rules: {', '.join(sorted(known))}")
+        return saved.rule, lambda key: saved.theta
+    if config.rule not in KNOWN:
+        raise ConfigError(f"unknown rule {config.rule!r}; rules: {', '.join(sorted(KNOWN))}")
+    kind = KNOWN[config.rule]
     try:
-        rule = known[config.rule](**config.rule_kwargs)
+        rule = kind.rules[config.rule](**config.rule_kwargs)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"the rule {config.rule!r} cannot be made with {config.rule_kwargs}: {error}") from None
-    return rule, rule.init_theta if isinstance(rule, UnsupervisedRule) else rule.init
+    return rule, kind.init(rule)
 
 
 def _trained(config: Config, rule, init_theta):
     """The rule, where its theta starts, and all of theta from what is trained of it."""
     if not config.trainable:
         return rule, init_theta, lambda theta: theta
-    if isinstance(rule, UnsupervisedRule):
+    if KNOWN[config.rule] is FEATURES:
         raise ConfigError("trainable is for optimizers: an unsupervised rule is trained whole")
     theta = jax.tree.map(np.asarray, init_theta(jax.random.PRNGKey(config.seed)))
     try:

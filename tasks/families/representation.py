@@ -162,7 +162,7 @@ def _family(rows: np.ndarray, classes: int, noise: float) -> FeatureFamily:
     return FeatureFamily(data, inputs, classes, sample, batch, few_shot)
 
 
-class Entry(NamedTuple):
+class FeatureEntry(NamedTuple):
     """One row of a suite.
 
     Attributes:
@@ -183,14 +183,14 @@ class Entry(NamedTuple):
     penalty: float = 3.0
 
 
-_SMALL = Entry("letters-8x8-32-32", letters, (32, 32))
-_DEEP = Entry("letters-8x8-32-32-32", letters, (32, 32, 32))
-_LARGE = Entry("letters-14x14-48-32", lambda: letters(14), (48, 32))
-_TABLE = Entry("breast_cancer-24-24", lambda: table("breast_cancer"), (24, 24))
-_CLOTHES = Entry("fashion_mnist_small-8x8-32-32", lambda: images("fashion_mnist_small"), (32, 32))
+_SMALL = FeatureEntry("letters-8x8-32-32", letters, (32, 32))
+_DEEP = FeatureEntry("letters-8x8-32-32-32", letters, (32, 32, 32))
+_LARGE = FeatureEntry("letters-14x14-48-32", lambda: letters(14), (48, 32))
+_TABLE = FeatureEntry("breast_cancer-24-24", lambda: table("breast_cancer"), (24, 24))
+_CLOTHES = FeatureEntry("fashion_mnist_small-8x8-32-32", lambda: images("fashion_mnist_small"), (32, 32))
 
 # Digits, MNIST and CIFAR-10 are in none of them; Fashion-MNIST only in the last.
-SUITES: dict[str, tuple[Entry, ...]] = {
+SUITES: dict[str, tuple[FeatureEntry, ...]] = {
     "letters_small": (_SMALL,),
     "letters_two_sizes": (_SMALL, _LARGE),
     "letters": (_SMALL, _DEEP, _LARGE, _TABLE),
@@ -198,7 +198,7 @@ SUITES: dict[str, tuple[Entry, ...]] = {
 }
 
 
-def suite(name: str) -> Sequence[Entry]:
+def suite(name: str) -> Sequence[FeatureEntry]:
     """Find a suite by name.
 
     Raises:

@@ -39,7 +39,8 @@ def _update(transform, params=PARAMS):
 
 
 def test_round_trip(saved, theta):
-    rule, again = learned_opt.load_rule(saved)
+    rule, again, *rest = learned_opt.load_rule(saved)
+    assert rest == ["celo2", KWARGS, 0.001]
     jax.tree.map(np.testing.assert_array_equal, again, theta)
     assert jax.tree.structure(again) == jax.tree.structure(theta)
     expected = _update(rule.build(theta))
@@ -48,7 +49,7 @@ def test_round_trip(saved, theta):
 
 
 def test_the_default_learning_rate_is_recorded(tmp_path, theta):
-    folder = learned_opt.save(tmp_path / "a", "celo2", theta, kwargs=KWARGS, card={"learning_rate": 0.02})
+    folder = learned_opt.save(tmp_path / "a", "celo2", theta, kwargs=KWARGS, learning_rate=0.02)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6),
         _update(learned_opt.load(folder)),
@@ -82,7 +83,7 @@ def test_a_rule_that_sets_its_own_step_takes_a_factor(tmp_path):
 
 
 def test_record_and_card(tmp_path, theta):
-    card = {"seed": 3, "config": {"a": 1}, "held_out": {"x": 0.5}, "readme": "# Hello\n", "learning_rate": 0.1}
+    card = {"seed": 3, "config": {"a": 1}, "held_out": {"x": 0.5}, "readme": "# Hello\n"}
     folder = learned_opt.save(tmp_path / "r", "celo2", theta, kwargs=KWARGS, card=card)
     record = store.read_record(folder)
     assert (record["seed"], record["config"], record["held_out"]) == (3, {"a": 1}, {"x": 0.5})

@@ -64,7 +64,7 @@ def test_an_imported_rule_is_the_reference_s(rule, wrapped, capsys):
     tree = {"params": nested(leaves), "gen_id": "x", "step": 7} if wrapped else nested(leaves)
     assert cli.main(["import", rule.replace("_", "-"), str(write(Path("file"), tree)), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["rule"] == rule
-    _, theta = learned_opt.load_rule(f"imported/{rule}")
+    theta = learned_opt.load_rule(f"imported/{rule}").theta
     jax.tree.map(np.testing.assert_array_equal, theta, reference.from_reference(rule, leaves)[1])
 
 

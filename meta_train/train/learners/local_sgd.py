@@ -50,9 +50,9 @@ def local_sgd_learner(
 
     .. math:: d = \frac1K \sum_{i \le K} (x - x_i), \qquad x \leftarrow x + \eta\, u(\theta, d),
 
-    as ``learned_opt.local_sgd(optax.sgd(local_rate), outer, sync_every=H)`` does. The rule sees the mean alone, so that
-    what it learns holds for any number of workers. The meta-loss is the loss at the anchor on all workers' first
-    batches, over that at the start, capped.
+    as ``learned_opt.local_sgd.local_sgd(optax.sgd(local_rate), outer, sync_every=H)`` does. The rule sees the mean
+    alone, so that what it learns holds for any number of workers. The meta-loss is the loss at the anchor on all
+    workers' first batches, over that at the start, capped.
 
     Args:
         outer: the learned rule of the outer step; its ``value=`` is that loss.

@@ -13,7 +13,7 @@ from learned_opt.unsupervised.rule import UnsupervisedRule
 from tasks.base import Cfg
 from tasks.families.batches import cross_entropy
 from tasks.families.networks import log_uniform
-from tasks.families.representation import Entry, FeatureFamily
+from tasks.families.representation import FeatureEntry, FeatureFamily
 
 from .base import Learner
 
@@ -32,7 +32,7 @@ class FeatureState(NamedTuple):
 def feature_learner(
     rule: UnsupervisedRule,
     family: FeatureFamily,
-    entry: Entry,
+    entry: FeatureEntry,
     *,
     objective: Objective | None = None,
     shots: int = 10,

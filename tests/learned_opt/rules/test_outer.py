@@ -109,7 +109,7 @@ def test_the_fresh_rule_moves_against_the_delta():
 def test_it_runs_as_the_outer_step_and_does_not_depend_on_how_many_workers_agree():
     ends = []
     for workers in (1, 4):
-        transform = learned_opt.local_sgd(optax.sgd(0.1), RULE.build(THETA), sync_every=2)
+        transform = learned_opt.local_sgd.local_sgd(optax.sgd(0.1), RULE.build(THETA), sync_every=2)
         state = transform.init(PARAMS)
         axes = worker_axes(state)
 

@@ -14,7 +14,7 @@ from support import ROOT
 
 import learned_opt
 from learned_opt import RULES
-from learned_opt.describe import describe
+from learned_opt.facts import rule_facts
 from learned_opt.rules import column_mlp, parts, recurrent
 from learned_opt.rules.adafac_mlp import adafac_mlp, decays
 from learned_opt.rules.celo import celo
@@ -262,9 +262,9 @@ def test_what_velo_s_lstm_sees_of_a_tensor():
 def test_meta_parameters_are_as_many_as_published():
     counts = {"mlp": 1762, "adafac_mlp": 197, "velo": 2_320_385, "celo": 36_930 + 159, "celo_adam": 36_930 - 65}
     for rule, count in counts.items():
-        assert describe(rule)["meta_parameters"] == count, rule
-    assert describe("adafac_mlp", hidden_size=32)["meta_parameters"] == 2409
-    needs = {rule: describe(rule)["needs"] for rule in counts}
+        assert rule_facts(rule)["meta_parameters"] == count, rule
+    assert rule_facts("adafac_mlp", hidden_size=32)["meta_parameters"] == 2409
+    needs = {rule: rule_facts(rule)["needs"] for rule in counts}
     both = ["value", "num_steps"]
     assert needs == {"mlp": [], "adafac_mlp": [], "velo": both, "celo": both, "celo_adam": both}
 
@@ -282,7 +282,7 @@ def test_the_table_of_the_rules_tells_the_truth():
     assert set(rows) == set(RULES)
     del rows["scheduler"]
     for name, (needs, state, count) in rows.items():
-        facts = describe(name)
+        facts = rule_facts(name)
         assert re.findall("`(\\w+)`", needs) == facts["needs"], name
         assert int(state) == round(facts["state_bytes_per_parameter"]), name
         assert int(count.replace(",", "")) == facts["meta_parameters"], name
@@ -430,7 +430,7 @@ def test_a_scheduler_over_a_trained_rule_is_saved_and_loaded(tmp_path):
     tx, p = learned_opt.load(folder), jnp.ones(2)
     updates, _ = tx.update(p, tx.init(p), p, value=jnp.float32(1.0))
     np.testing.assert_allclose(updates, -0.5)
-    assert describe("scheduler", **kwargs)["needs"] == ["value"]
+    assert rule_facts("scheduler", **kwargs)["needs"] == ["value"]
 
 
 def test_a_scheduler_does_without_the_number_of_steps():

@@ -361,7 +361,7 @@ def saved(tmp_path):
 
 def test_a_saved_rule_comes_back(saved):
     folder, theta = saved
-    rule, loaded = unsupervised.load(folder)
+    rule, loaded, *_ = unsupervised.load(folder)
     assert isinstance(rule, unsupervised.UnsupervisedRule)
     assert jax.tree.structure(loaded) == jax.tree.structure(theta)
     for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(theta), strict=True):

@@ -85,7 +85,7 @@ def test_a_run_leaves_what_it_promises(undisturbed):
     kept = sorted(int(path.name) for path in (folder / "checkpoints").iterdir())
     assert kept == [8, 10, 12]
     assert config.read(folder / "config.json") == SETTINGS
-    _, theta = learned_opt.load_rule(folder / "rule")
+    theta = learned_opt.load_rule(folder / "rule").theta
     np.testing.assert_array_equal(flat(theta), flat(outcome.theta))
 
 
@@ -111,7 +111,7 @@ def test_what_is_not_trainable_stays(tmp_path):
     outcome = loop.run(settings, tmp_path / "a")
     start = learned_opt.RULES["adam"]().init(jax.random.key(0))
     assert {name for name in start if outcome.theta[name] != start[name]} == {"log_learning_rate"}
-    _, saved = learned_opt.load_rule(tmp_path / "a" / "rule")
+    saved = learned_opt.load_rule(tmp_path / "a" / "rule").theta
     jax.tree.map(np.testing.assert_array_equal, saved, outcome.theta)
     resumed = loop.run(settings, tmp_path / "a", resume=True)
     jax.tree.map(np.testing.assert_array_equal, resumed.theta, outcome.theta)

@@ -37,7 +37,7 @@ def test_a_round_is_the_transform_s_round(workers, delay):
     state = learner.init(theta, jax.random.key(1))._replace(workers=jnp.asarray(workers))
     task = family.task((), {})
 
-    transform = learned_opt.local_sgd(optax.sgd(0.1), rule.build(theta), sync_every=delay)
+    transform = learned_opt.local_sgd.local_sgd(optax.sgd(0.1), rule.build(theta), sync_every=delay)
     opt_state = transform.init(state.anchor)
     axes = worker_axes(opt_state)
 

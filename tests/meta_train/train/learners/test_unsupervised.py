@@ -17,7 +17,7 @@ from meta_train.train.estimators import ESTIMATORS
 from meta_train.train.learners import unsupervised as training
 from tasks.data.glyphs import LETTERS, glyphs
 from tasks.families import representation
-from tasks.families.representation import Entry, FeatureFamily, FewShot
+from tasks.families.representation import FeatureEntry, FeatureFamily, FewShot
 
 
 def gaussians(inputs=5, classes=3):
@@ -44,7 +44,7 @@ def gaussians(inputs=5, classes=3):
 
 def small_learner(objective=None, activations=("tanh",), lengths=(100, 100), **options):
     rule = unsupervised.unsupervised(hidden_size=4, signal_size=2, channels=1)
-    entry = Entry("gaussians", gaussians, (4, 3), activations, batch_size=8)
+    entry = FeatureEntry("gaussians", gaussians, (4, 3), activations, batch_size=8)
     learner = training.feature_learner(
         rule, gaussians(), entry, objective=objective, shots=4, lengths=lengths, **options
     )
@@ -250,7 +250,7 @@ def test_no_suite_holds_the_data_that_the_report_judges_on():
 
 @pytest.fixture
 def tiny(monkeypatch):
-    entry = Entry("gaussians", gaussians, (4, 3), ("relu", "tanh"), batch_size=8)
+    entry = FeatureEntry("gaussians", gaussians, (4, 3), ("relu", "tanh"), batch_size=8)
     monkeypatch.setitem(representation.SUITES, "tiny", (entry,))
     return Config(
         rule="unsupervised",

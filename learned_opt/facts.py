@@ -7,13 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .rules import RULES
-from .unsupervised import rule as unsupervised
+from .kinds import KNOWN, OPTIMIZER
 
 _SIDE = 1024  # of the square matrix that the state is measured on
 
 
-def describe(rule: str, **kwargs: Any) -> dict[str, Any]:
+def rule_facts(rule: str, **kwargs: Any) -> dict[str, Any]:
     """The facts about a rule that its users ask for.
 
     Args:
@@ -25,32 +24,29 @@ def describe(rule: str, **kwargs: Any) -> dict[str, Any]:
         ``state_bytes_per_parameter`` (of a 1024 x 1024 float32 matrix) and ``default_learning_rate``.
 
     Example:
-        >>> describe("celo2")["meta_parameters"]
+        >>> rule_facts("celo2")["meta_parameters"]
         347
     """
-    if rule in unsupervised.RULES:
-        theta = jax.eval_shape(unsupervised.RULES[rule](**kwargs).init_theta, jax.random.key(0))
-        return _facts(rule, unsupervised.RULES[rule], theta)
-    factory = RULES[rule]
+    kind = KNOWN[rule]
+    factory = kind.rules[rule]
     made = factory(**kwargs)
-    theta = jax.eval_shape(made.init, jax.random.key(0))
+    theta = jax.eval_shape(kind.init(made), jax.random.key(0))
+    facts = {
+        "rule": rule,
+        "summary": (inspect.getdoc(factory) or "").partition("\n")[0],
+        "paper": getattr(inspect.getmodule(factory), "PAPER", "unknown"),
+        "meta_parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(theta)),
+    }
+    if kind is not OPTIMIZER:
+        return facts
 
     def initial_state(theta):
         return made.build(theta, num_steps=1000).init({"w": jnp.zeros((_SIDE, _SIDE))})
 
     state = jax.eval_shape(initial_state, theta)
     size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    return _facts(rule, factory, theta) | {
+    return facts | {
         "needs": list(made.needs),
         "state_bytes_per_parameter": round(size / _SIDE**2, 2),
         "default_learning_rate": made.learning_rate,
-    }
-
-
-def _facts(rule: str, factory: Any, theta: Any) -> dict[str, Any]:
-    return {
-        "rule": rule,
-        "summary": (inspect.getdoc(factory) or "").partition("\n")[0],
-        "paper": getattr(inspect.getmodule(factory), "PAPER", "unknown"),
-        "meta_parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(theta)),
     }
