@@ -56,12 +56,12 @@ def lstm(x, rates):
     return hk.Linear(CLASSES)(dropout(x[-1], rates[0]))
 
 
-NETWORKS = {"mlp": (mlp, 0), "cnn": (cnn, 0), "lstm": (lstm, 1)}
+NETWORKS = {"mlp": mlp, "cnn": cnn, "lstm": lstm}
 
 
-def make_steps(function, batch_axis, batch, per_example):
+def make_steps(function, batch, per_example):
     """Return {form: step} with one signature, (carry, key) -> carry, the start, and the ratio of parameters."""
-    net = st.lift(hk.transform(function), batch_axis=batch_axis)
+    net = st.lift(hk.transform(function))
     specs = [st.logit(0.3, per_example=per_example) for _ in range(H)]
 
     def train_loss(params, hparams, key, batch):
@@ -151,7 +151,7 @@ def main():
     for name in args.networks:
         for per_example in (True, False):
             own = "each example" if per_example else "batch"
-            steps, carry, parameters = make_steps(*NETWORKS[name], batch, per_example)
+            steps, carry, parameters = make_steps(NETWORKS[name], batch, per_example)
             seconds, memory = measure(steps, carry, args.rounds)
             for form in steps:
                 ratio, more = seconds[form] / seconds["plain"], parameters if form != "plain" else 1.0

@@ -5,6 +5,8 @@ Parameters p are what the training loss favours at hyperparameters :math:`\ell_0
 """
 
 import dataclasses
+import inspect
+import sys
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
@@ -12,7 +14,9 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 
-from .modules import MODULES, Gated, Lifted, init_gated
+from . import haiku_modules
+from .examples import Axes, check_apart, over_examples
+from .modules import Combine, Gated, Parameter, init_gated, scaled
 
 Params = Any
 Response = Any
@@ -71,11 +75,68 @@ def add_tangents(out: Any, tangents: Any) -> Any:
     return jax.tree.map(lambda x, t: x + t if jnp.issubdtype(jnp.result_type(x), jnp.inexact) else x, out, tangents)
 
 
+class Framework(NamedTuple):
+    """A network of one library, as the lift sees it: its arguments apart from weights, state and random keys.
+
+    Attributes:
+        survey: ``(args, kwargs) -> ({path: Parameter}, shapes of params, shapes of state)``.
+        split: ``(the arguments of apply) -> (params, frozen, rngs, args, kwargs)``; ``frozen`` is what examples share.
+        call: ``(params, frozen, rngs, args, kwargs) -> (outputs, state)``.
+        join: ``(outputs, state, frozen) -> what apply returns``.
+        run: ``(apply, scaled response, combine, own) -> apply()`` with its modules responding.
+        without_batch_norm: ``apply -> apply()`` without batch normalisation.
+    """
+
+    survey: Callable[[tuple, dict], tuple[dict[tuple[str, ...], Parameter], Any, Any]]
+    split: Callable[..., tuple[Any, Any, Any, tuple, dict]]
+    call: Callable[..., tuple[Any, Any]]
+    join: Callable[[Any, Any, Any], Any]
+    run: Callable[[Callable[[], Any], Any, Combine, bool], Any]
+    without_batch_norm: Callable[[Callable[[], Any]], Any]
+
+
+def _haiku(network: hk.Transformed | hk.TransformedWithState) -> Framework:
+    stateful = isinstance(network, hk.TransformedWithState)
+    with_rng = "rng" in inspect.signature(network.apply).parameters  # hk.without_apply_rng takes it away
+
+    def survey(args: tuple, kwargs: dict):
+        found, state = haiku_modules.survey(network, args, kwargs)
+        params: dict[str, dict[str, Any]] = {}
+        for (module, name), leaf in found.items():
+            params.setdefault(module, {})[name] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        return found, params, state
+
+    def split(params: Any, *args: Any, **kwargs: Any):
+        rest = list(args)
+        state = rest.pop(0) if stateful else None
+        rng = (kwargs.pop("rng") if "rng" in kwargs else rest.pop(0)) if with_rng else None
+        return params, state, jax.random.PRNGKey(rng) if isinstance(rng, int) else rng, tuple(rest), kwargs
+
+    def call(params: Any, state: Any, rng: Any, args: tuple, kwargs: dict) -> tuple[Any, Any]:
+        lead = (*((state,) if stateful else ()), *((rng,) if with_rng else ()))
+        out = network.apply(params, *lead, *args, **kwargs)
+        return out if stateful else (out, None)
+
+    def join(out: Any, new_state: Any, state: Any) -> Any:
+        del state
+        return (out, new_state) if stateful else out
+
+    return Framework(survey, split, call, join, haiku_modules.run, haiku_modules.without_batch_norm)
+
+
+def _framework(network: Any) -> Framework:
+    if isinstance(network, hk.Transformed | hk.TransformedWithState):
+        return _haiku(network)
+    raise ValueError(f"lift: network must come from hk.transform or hk.transform_with_state, got {network!r}")
+
+
 def lift(
     network: hk.Transformed | hk.TransformedWithState,
     *,
     unresponsive: Collection[str] | str = (),
-    batch_axis: int = 0,
+    in_axes: Axes = 0,
+    out_axes: Axes = 0,
+    coupled: bool = False,
 ) -> LiftedNetwork:
     r"""Give a Haiku network a structured best response.
 
@@ -84,17 +145,27 @@ def lift(
     and depthwise too), Embed, LayerNorm, RMSNorm, GroupNorm, InstanceNorm, BatchNorm's scale and offset, Bias, GRU, and
     whatever is made of them respond: LSTM, MultiHeadAttention, ``hk.nets``.
 
+    With a delta [B, H] the network runs on each example with its own delta, mapped by ``jax.vmap``: inside it sees
+    batches of one. So what is no example's (an embedding of positions, learned queries) responds to each example's
+    delta in that example. BatchNorm takes its statistics over all examples, as without the lift; every example draws
+    random numbers of its own. With a delta [H] it runs on the batch as it is.
+
     Args:
         network: of ``hk.transform`` or ``hk.transform_with_state``.
         unresponsive: names of modules to leave without a response, or ``"rest"`` for all that cannot have one.
-        batch_axis: where rank-3 activations have their examples: 0 for [B, T, D], 1 for [T, B, D].
+        in_axes: where the arguments (after weights, state and key) have their examples: an int, or a tuple with an int,
+            None (shared by all) or a tree of these for each. Scalars are shared; keyword arguments have them on axis 0.
+        out_axes: where the outputs have them, one row an example: an int or a tree.
+        coupled: the network mixes the examples of a batch by other means than BatchNorm. They can have no
+            hyperparameters of their own then. Else ``init_response`` checks that they are apart, on two made-up ones.
 
     Returns:
         A :class:`LiftedNetwork`. ``init_response`` gives a tree {module: {parameter: Gated}} apart from the
         parameters. At ``delta = 0`` a :class:`BestResponse` computes what its ``params`` do.
 
     Raises:
-        ValueError: if ``network`` is not transformed. ``init_response``: if a parameter cannot respond, by name.
+        ValueError: if ``network`` is not transformed. ``init_response``: if a parameter cannot respond, by name; if
+            examples are not where ``in_axes`` and ``out_axes`` say, or depend on each other.
 
     Example:
         >>> import haiku as hk, jax, jax.numpy as jnp
@@ -108,100 +179,77 @@ def lift(
     Reference:
         MacKay et al., "Self-Tuning Networks", 2019; Bae & Grosse, "Delta-STN", 2020.
     """
-    if not isinstance(network, hk.Transformed | hk.TransformedWithState):
-        raise ValueError(f"lift: network must come from hk.transform or hk.transform_with_state, got {network!r}")
+    framework = _framework(network)
     if isinstance(unresponsive, str) and unresponsive != "rest":
         raise ValueError(f"lift: unresponsive must be module names, or 'rest', got {unresponsive!r}")
-    if batch_axis not in (0, 1):
-        raise ValueError(f"lift: batch_axis must be 0 or 1, got {batch_axis}")
-    stateful = isinstance(network, hk.TransformedWithState)
 
     def init_response(key: jax.Array, num_hyperparameters: int, *args: Any, **kwargs: Any) -> Response:
-        shapes, classes, outside = _survey(network, args, kwargs)
-        response: dict[str, dict[str, Gated]] = {}
-        for module, parameters in shapes.items():
-            liftable = module in classes and module not in outside
-            if module in unresponsive or (unresponsive == "rest" and not liftable):
+        parameters, params, state = framework.survey(args, kwargs)
+        response: dict[str, Any] = {}
+        stuck: dict[str, list[str]] = {}
+        for path, parameter in parameters.items():
+            module = "/".join(path[:-1])
+            if module in unresponsive or (unresponsive == "rest" and parameter.obstacle):
                 continue
-            if not liftable:
-                why = (
-                    "it is used outside the module's own call"
-                    if module in outside
-                    else f"modules that can: {', '.join(sorted(c.__name__ for c in MODULES))}, and those made of them"
-                )
-                raise ValueError(
-                    f"lift: {', '.join(f'{module}/{name}' for name in parameters)} cannot respond to hyperparameters "
-                    f"({why}); pass unresponsive=[{module!r}] or unresponsive='rest' to leave it as it is"
-                )
-            response[module] = {}
-            for name, leaf in parameters.items():
-                key, own = jax.random.split(key)
-                response[module][name] = init_gated(
-                    own, classes[module], name, leaf.shape, leaf.dtype, num_hyperparameters
-                )
+            if parameter.obstacle:
+                stuck.setdefault(module, []).append(path[-1])
+                continue
+            key, own = jax.random.split(key)
+            inner = response
+            for part in path[:-1]:
+                inner = inner.setdefault(part, {})
+            inner[path[-1]] = init_gated(own, parameter, num_hyperparameters)
+        for module, names in stuck.items():
+            why = next(p.obstacle for path, p in parameters.items() if "/".join(path[:-1]) == module and p.obstacle)
+            raise ValueError(
+                f"lift: {', '.join(f'{module}/{name}' for name in names)} cannot respond to hyperparameters ({why}); "
+                f"pass unresponsive=[{module!r}] or unresponsive='rest' to leave it as it is"
+            )
         if not response:
             raise ValueError("lift: the network has no module that can respond to hyperparameters")
+        if not coupled:
+
+            def forward(weights: Any, args: tuple, kwargs: dict) -> Any:
+                run = lambda: framework.call(*weights, jax.random.key(0), args, kwargs)[0]  # noqa: E731
+                return framework.without_batch_norm(run)
+
+            check_apart(forward, (params, state), args, kwargs, in_axes, out_axes)
         return response
 
     def apply(params: Params | BestResponse, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(params, BestResponse):
-            return network.apply(params, *args, **kwargs)
+        best, frozen, rngs, args, kwargs = framework.split(params, *args, **kwargs)
+        if not isinstance(best, BestResponse):
+            return framework.join(*framework.call(best, frozen, rngs, args, kwargs), frozen)
+        own = best.delta.ndim > 1
+        if own and coupled:
+            raise ValueError(
+                "lift: the network is coupled, so its examples can have no hyperparameters of their own: make them "
+                "per_example=False"
+            )
 
-        def run(scale: jax.Array) -> Any:
-            def combine(out: jax.Array, extra: jax.Array) -> jax.Array:
-                return _tangent_only(scale, out, extra) if params.linear else out + extra
+        def respond(delta: jax.Array, rngs: Any, args: tuple, kwargs: dict) -> tuple[Any, Any]:
+            response = scaled(best.response, delta)
 
-            def interceptor(next_call, call_args, call_kwargs, context):
-                entry = params.response.get(getattr(context.module, "module_name", None))
-                if entry is None or context.method_name != "__call__" or context.orig_class not in MODULES:
-                    return next_call(*call_args, **call_kwargs)
-                lifted = Lifted(entry, params.delta, batch_axis, combine)
-                handler = MODULES[context.orig_class].handler
-                call = lambda: next_call(*call_args, **call_kwargs)  # noqa: E731
-                return handler(call, context.module, call_args, call_kwargs, lifted)
+            def run(scale: jax.Array) -> tuple[Any, Any]:
+                def combine(out: jax.Array, extra: jax.Array) -> jax.Array:
+                    return _tangent_only(scale, out, extra) if best.linear else out + extra
 
-            with hk.intercept_methods(interceptor):
-                out = network.apply(params.params, *args, **kwargs)
-            return out if stateful else (out, None)
+                plain = lambda: framework.call(best.params, frozen, rngs, args, kwargs)  # noqa: E731
+                return framework.run(plain, response, combine, own)
 
-        if not params.linear:
-            out, state = run(jnp.zeros(()))
-        else:
-            zero = jnp.zeros((), params.delta.dtype)
+            zero = jnp.zeros((), delta.dtype)
+            if not best.linear:
+                return run(zero)
             out, tangents, state = jax.jvp(run, (zero,), (jnp.ones_like(zero),), has_aux=True)
-            out = add_tangents(out, tangents)
-        return (out, state) if stateful else out
+            return add_tangents(out, tangents), state
+
+        if own:
+            out, state = over_examples(respond, best.delta, rngs, args, kwargs, in_axes, out_axes)
+        else:
+            out, state = respond(best.delta, rngs, args, kwargs)
+        return framework.join(out, state, frozen)
 
     return LiftedNetwork(network.init, init_response, apply)
-
-
-def _survey(network: Any, args: tuple, kwargs: dict) -> tuple[dict[str, dict[str, Any]], dict[str, type], set[str]]:
-    """Return a network's parameters' shapes, the classes of its modules that can respond, and those used otherwise."""
-    classes: dict[str, type] = {}
-    outside: set[str] = set()
-    inside: list[str] = []
-
-    def interceptor(next_call, call_args, call_kwargs, context):
-        name = getattr(context.module, "module_name", None)
-        if context.orig_class not in MODULES or name is None or context.method_name == "__init__":
-            return next_call(*call_args, **call_kwargs)
-        if context.method_name == "embeddings" and name not in inside:
-            outside.add(name)
-        if context.method_name != "__call__":
-            return next_call(*call_args, **call_kwargs)
-        classes[name] = context.orig_class
-        inside.append(name)
-        try:
-            return next_call(*call_args, **call_kwargs)
-        finally:
-            inside.pop()
-
-    def init():  # a function of its own at each call: JAX would remember the trace, and nothing would be intercepted
-        return network.init(jax.random.key(0), *args, **kwargs)
-
-    with hk.intercept_methods(interceptor):
-        shapes = jax.eval_shape(init)
-    return (shapes[0] if isinstance(network, hk.TransformedWithState) else shapes), classes, outside
 
 
 def materialise(params: Params | BestResponse) -> Params:
@@ -239,8 +287,12 @@ def to_dense(params: Params, response: Response) -> Response:
         return response
     count = next(leaf for leaf in jax.tree.leaves(response, is_leaf=lambda x: isinstance(x, Gated))).gate.shape[0]
 
-    def dense(module: str, name: str, p: jax.Array) -> jax.Array:
-        gated = response.get(module, {}).get(name)
-        return jnp.zeros((count, *p.shape), p.dtype) if gated is None else gated.gate * gated.weight[None]
+    flat, tree = jax.tree_util.tree_flatten_with_path(params)
+    gated = dict(jax.tree_util.tree_leaves_with_path(response, is_leaf=lambda x: isinstance(x, Gated)))
 
-    return {module: {name: dense(module, name, p) for name, p in own.items()} for module, own in params.items()}
+    def dense(path: Any, p: jax.Array) -> jax.Array:
+        if path not in gated:
+            return jnp.zeros((count, *p.shape), p.dtype)
+        return gated[path].gate * gated[path].weight[None]
+
+    return jax.tree.unflatten(tree, [dense(path, p) for path, p in flat])

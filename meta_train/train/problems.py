@@ -330,7 +330,7 @@ def char_lstm(
         dropped = x if hparams is None else _shared_mask(x, hparams["dropout_output"])
         return hk.Linear(VOCABULARY, name="output")(dropped).swapaxes(0, 1), x.swapaxes(0, 1)
 
-    net = st.lift(hk.transform(network), batch_axis=1)
+    net = st.lift(hk.transform(network))
 
     def init(key):
         k_params, k_response = jax.random.split(key)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from learned_opt import self_tuning as st
-from learned_opt.self_tuning.modules import MODULES
+from learned_opt.self_tuning.haiku_modules import MODULES
 from learned_opt.self_tuning.response import BestResponse
 
 B, H = 3, 2
@@ -106,7 +106,7 @@ def randomised(tree, seed=0):
 
 def setup(function, shape, batch_axis):
     network = hk.without_apply_rng(hk.transform(function))
-    lifted = st.lift(network, batch_axis=batch_axis)
+    lifted = st.lift(network, in_axes=batch_axis, out_axes=batch_axis)
     x = jnp.asarray(np.random.default_rng(1).normal(size=shape))
     params = jax.eval_shape(lambda: lifted.init(jax.random.key(0), x))
     response = jax.eval_shape(lambda: lifted.init_response(jax.random.key(1), H, x))
@@ -144,6 +144,179 @@ def test_the_other_forms_equal_the_dense_one():
 
     for ours, expected in jax.jit(lambda p, r: list(pairs(p, r)))(params, response):
         np.testing.assert_allclose(ours, expected, rtol=1e-9)
+
+
+# Networks in which an axis could be taken for that of the examples: T is a multiple of B, or B itself.
+
+
+def positions(x):
+    return hk.Linear(3)(x) + hk.Embed(x.shape[1], 3)(jnp.arange(x.shape[1]))[None]
+
+
+def learned_queries(x):
+    queries = hk.Linear(4, name="query")(hk.Embed(2 * B, 4, name="queries")(jnp.arange(2 * B)))
+    keys = hk.Linear(4, name="key")(x)
+    return hk.Linear(2)(jax.nn.softmax(jnp.einsum("qd,btd->bqt", queries, keys), -1) @ keys)
+
+
+def mapped(x):
+    return hk.vmap(hk.nets.MLP([4, 3], activation=jnp.tanh), split_rng=False)(x)
+
+
+def two_views(x):
+    first, second = jnp.split(hk.nets.MLP([4, 3], activation=jnp.tanh)(jnp.concatenate([x, -x])), 2)
+    return first * second
+
+
+def interleaved_views(x):
+    views = hk.Linear(3)(jnp.repeat(x, 2, axis=0) * jnp.array([1.0, -1.0] * len(x))[:, None])
+    return jnp.tanh(views).reshape(len(x), 2, 3)[:, 0]
+
+
+def time_major(x):
+    core = hk.LSTM(4)
+    out, _ = hk.dynamic_unroll(core, x.swapaxes(0, 1), core.initial_state(len(x)))
+    return hk.Linear(2)(out).swapaxes(0, 1)
+
+
+def flipped(x):
+    return hk.Linear(2)(jnp.tanh(hk.Linear(3)(x[::-1])))[::-1]
+
+
+def vector_a_layer(x):
+    return jnp.tanh(hk.Linear(3)(x[0]))[None] if len(x) == 1 else jnp.tanh(hk.Linear(3)(x))
+
+
+AMBIGUOUS = {
+    "positions, T = 2 B": (positions, (B, 2 * B, 4)),
+    "positions, T = B": (positions, (B, B, 4)),
+    "positions, T prime to B": (positions, (B, 5, 4)),
+    "learned queries": (learned_queries, (B, 2, 4)),
+    "hk.vmap over the batch": (mapped, (B, 4)),
+    "two views": (two_views, (B, 4)),
+    "interleaved views": (interleaved_views, (B, 4)),
+    "time-major inside, T = B": (time_major, (B, B, 2)),
+    "reversed batch": (flipped, (B, 4)),
+    "no batch axis inside": (vector_a_layer, (B, 4)),
+}
+
+
+@pytest.mark.parametrize("name", AMBIGUOUS)
+@pytest.mark.parametrize("linear", [False, True])
+def test_every_example_alone_with_its_own_hyperparameters(name, linear):
+    function, shape = AMBIGUOUS[name]
+    network, lifted, x, params, response = setup(function, shape, 0)
+    own = jnp.asarray(np.random.default_rng(3).normal(size=(B, H)))
+    dense = st.to_dense(params, response)
+
+    def alone(delta, row):
+        step = jax.tree.map(lambda d: jnp.tensordot(delta, d, 1), dense)
+        run = lambda p: network.apply(p, row[None])[0]  # noqa: E731
+        if not linear:
+            return run(jax.tree.map(jnp.add, params, step))
+        return sum(jax.jvp(run, (params,), (step,)))
+
+    ours, rows = jax.jit(
+        lambda: (
+            lifted.apply(BestResponse(params, response, own, linear), x),
+            jnp.stack([alone(own[i], x[i]) for i in range(B)]),
+        )
+    )()
+    np.testing.assert_allclose(ours, rows, rtol=1e-9, atol=1e-9)
+    assert np.all(np.max(np.abs(ours - network.apply(params, x)), tuple(range(1, ours.ndim))) > 1e-3)
+
+
+def test_an_argument_that_examples_share_has_to_be_said():
+    network = hk.without_apply_rng(
+        hk.transform(lambda x, places: hk.Linear(3)(x) + hk.Embed(B, 3)(places)[None])
+    )
+    x, places = jnp.ones((B, B, 4)), jnp.arange(B)
+    with pytest.raises(ValueError, match="in_axes"):
+        st.lift(network).init_response(jax.random.key(0), H, x, places)
+    lifted = st.lift(network, in_axes=(0, None))
+    response = jax.eval_shape(lambda: lifted.init_response(jax.random.key(0), H, x, places))
+    params = randomised(jax.eval_shape(lambda: lifted.init(jax.random.key(0), x, places)))
+    response = randomised(response, 2)
+    own = jnp.asarray(np.random.default_rng(3).normal(size=(B, H)))
+    ours = lifted.apply(BestResponse(params, response, own), x, places)
+    for i in range(B):
+        alone = network.apply(st.materialise(BestResponse(params, response, own[i])), x[i : i + 1], places)
+        np.testing.assert_allclose(ours[i], alone[0], rtol=1e-9)
+    with pytest.raises(ValueError, match="differ in their number of examples"):
+        st.lift(network).init_response(jax.random.key(0), H, x[:1], places)
+    with pytest.raises(ValueError, match="does not fit the 2 arguments"):
+        st.lift(network, in_axes=(0,)).init_response(jax.random.key(0), H, x, places)
+
+
+COUPLED = {
+    "batch statistics of its own": lambda x: hk.Linear(2)(x - x.mean(0, keepdims=True)),
+    "attention over the batch": lambda x: jax.nn.softmax(hk.Linear(3)(x) @ x[:, :3].T) @ hk.Linear(2)(x),
+    "rolled": lambda x: hk.Linear(2)(x) * jnp.roll(x, 1, 0)[:, :2],
+    "a shared sum": lambda x: hk.Linear(2)(x) + jnp.sum(x),
+}
+
+
+@pytest.mark.parametrize("name", COUPLED)
+def test_a_network_that_mixes_examples_is_refused_or_asked_for(name):
+    network = hk.without_apply_rng(hk.transform(COUPLED[name]))
+    x = jnp.ones((B, 4))
+    with pytest.raises(ValueError, match="depends on the other example"):
+        st.lift(network).init_response(jax.random.key(0), H, x)
+    lifted = st.lift(network, coupled=True)
+    response = randomised(jax.eval_shape(lambda: lifted.init_response(jax.random.key(0), H, x)), 2)
+    params = randomised(jax.eval_shape(lambda: lifted.init(jax.random.key(0), x)))
+    shared = BestResponse(params, response, jnp.ones(H))
+    np.testing.assert_allclose(lifted.apply(shared, x), network.apply(st.materialise(shared), x), rtol=1e-9)
+    with pytest.raises(ValueError, match="coupled"):
+        lifted.apply(BestResponse(params, response, jnp.ones((B, H))), x)
+
+
+OUTPUTS = {
+    "views one after the other": lambda x: hk.Linear(2)(jnp.concatenate([x, -x])),
+    "a mean over the batch": lambda x: jnp.mean(hk.Linear(2)(x)),
+    "no axis of examples": lambda x: hk.Linear(2)(x)[0],
+}
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_an_output_that_is_not_one_row_an_example_is_an_error(name):
+    network = hk.without_apply_rng(hk.transform(OUTPUTS[name]))
+    x = jnp.ones((B, 4))
+    with pytest.raises(ValueError, match="output of shape"):
+        st.lift(network).init_response(jax.random.key(0), H, x)
+    lifted = st.lift(network, coupled=False)
+    params = randomised(jax.eval_shape(lambda: lifted.init(jax.random.key(0), x)))
+    response = {"linear": {"w": st.Gated(jnp.ones((4, 2)), jnp.ones((H, 1, 2)))}}
+    with pytest.raises(ValueError, match="output of shape"):
+        lifted.apply(BestResponse(params, response, jnp.ones((B, H))), x)
+
+
+def test_a_state_that_differs_by_example_is_an_error():
+    def network(x):
+        out = hk.Linear(2)(x)
+        hk.set_state("last", out[0])
+        return out
+
+    lifted = st.lift(hk.without_apply_rng(hk.transform_with_state(network)))
+    x = jnp.ones((B, 4))
+    params, state = jax.eval_shape(lambda: lifted.init(jax.random.key(0), x))
+    response = randomised(jax.eval_shape(lambda: lifted.init_response(jax.random.key(0), H, x)), 2)
+    best = BestResponse(randomised(params), response, jnp.ones((B, H)))
+    with pytest.raises(ValueError, match="state differs from example to example"):
+        lifted.apply(best, randomised(state), x)
+
+
+def test_every_example_draws_its_own_random_numbers():
+    network = hk.transform(lambda x: hk.dropout(hk.next_rng_key(), 0.5, hk.Linear(50)(x)))
+    lifted = st.lift(network)
+    x = jnp.ones((B, 4))
+    params, response = jax.jit(
+        lambda: (lifted.init(jax.random.key(0), x), lifted.init_response(jax.random.key(1), H, x))
+    )()
+    for key in (jax.random.key(2), jax.random.PRNGKey(2), 2):
+        out = np.asarray(lifted.apply(BestResponse(params, response, jnp.ones((B, H))), key, x)) == 0
+        assert len(np.unique(out, axis=0)) == B
+        assert 15 < out.sum(1).min()
 
 
 def test_examples_see_their_own_hyperparameters_alone():
@@ -275,11 +448,9 @@ def test_mistakes_are_named():
     with pytest.raises(ValueError, match=r"hk\.transform"):
         st.lift(lambda x: x)
     network, lifted, x, params, response = setup(*NETWORKS["mlp"])
-    with pytest.raises(ValueError, match="batch_axis"):
-        st.lift(network, batch_axis=2)
     with pytest.raises(ValueError, match="unresponsive"):
         st.lift(network, unresponsive="mlp")
-    with pytest.raises(ValueError, match="no axis of the 2 examples"):
+    with pytest.raises(ValueError, match=r"argument 0 of shape \(3, 4\) does not have the 2 examples"):
         lifted.apply(BestResponse(params, response, jnp.ones((2, H))), x)
     with pytest.raises(ValueError, match="no common parameters"):
         st.materialise(BestResponse(params, response, jnp.ones((B, H))))
