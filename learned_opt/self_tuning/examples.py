@@ -91,8 +91,7 @@ def over_examples(
     def one(own: jax.Array, keys: Any, rows: list[Any]) -> tuple[Any, Any]:
         row = iter(rows)
         whole = [
-            leaf if axis is None else jnp.expand_dims(next(row), axis)
-            for leaf, axis in zip(leaves, axes, strict=True)
+            leaf if axis is None else jnp.expand_dims(next(row), axis) for leaf, axis in zip(leaves, axes, strict=True)
         ]
         out, state = function(own, keys, *jax.tree.unflatten(tree, whole))
         return _squeezed(out, out_axes), state

@@ -6,7 +6,6 @@ Parameters p are what the training loss favours at hyperparameters :math:`\ell_0
 
 import dataclasses
 import inspect
-import sys
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 

@@ -13,7 +13,7 @@ import optax
 from .hyperparameters import Specs, from_json, names, to_json, values
 from .objectives import Batch, NetState, leading_size, make_objectives
 from .response import Params
-from .tuner import CycleInfo
+from .tuner import CycleInfo, copied
 
 FORMAT = 1
 
@@ -224,7 +224,7 @@ def replay(
     )
 
     def init(params: Params, net_state: NetState = ()) -> ReplayState:
-        return ReplayState(params, net_state, weights.init(params), jnp.zeros((), jnp.int32))
+        return copied(ReplayState(params, net_state, weights.init(params), jnp.zeros((), jnp.int32)))
 
     @functools.partial(jax.jit, static_argnames="num_steps")
     def run(state: ReplayState, key: jax.Array, data: Any, num_steps: int) -> tuple[ReplayState, jax.Array]:

@@ -106,6 +106,11 @@ def _where(condition: jax.Array, yes: Any, no: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
 
 
+def copied(tree: Any) -> Any:
+    """Copies of a state's arrays: were two of them one buffer, or one the caller's, it could not be donated."""
+    return jax.tree.map(lambda x: jnp.array(x, copy=True), tree)
+
+
 def balanced(noise: jax.Array) -> tuple[jax.Array, ...]:
     """Perturbations like ``noise`` whose sum is 0: the second half of the rows mirrors the first, one vector both ways.
 
@@ -243,7 +248,7 @@ def tuner(
     def init(params: Params, response: Response, net_state: NetState = ()) -> TunerState:
         point = Hyper(*start(specs))
         infinite = jnp.full((), jnp.inf, point.mean.dtype)
-        return TunerState(
+        state = TunerState(
             params=params,
             response=response,
             net_state=net_state,
@@ -256,6 +261,7 @@ def tuner(
             damping=jnp.ones((), point.mean.dtype),
             cycle=jnp.zeros((), jnp.int32),
         )
+        return copied(state)
 
     def factor(cycle: jax.Array) -> Any:
         return 1.0 if anneal is None else anneal(cycle)

@@ -57,6 +57,12 @@ def of_tuner():
     return (w, response), tuner.init(w, response)
 
 
+def of_replay():
+    schedule = self_tuning.constant({"l2": self_tuning.log(0.5)}, [0.0])
+    w = jnp.zeros(4)
+    return w, self_tuning.replay(schedule, lambda *args: 0.0, lambda data, key: data, optax.adam(0.1)).init(w)
+
+
 def of_features():
     rule = unsupervised.unsupervised()
     return rule.init_theta(jax.random.key(0)), rule.init(jax.random.key(1), (6, 5, 4))
@@ -88,15 +94,12 @@ CASES = {
     "bfloat16_params": of(lambda: optax.chain(optax.adam(0.1), learned_opt.bfloat16_params())),
     "mup": of(lambda: optax.chain(optax.adam(0.1), scale_by_width(jax.eval_shape(params)))),
     "self_tuning": of_tuner,
+    "self_tuning, replay": of_replay,
     "unsupervised": of_features,
 }
 
 
-# remove the mark with the mend: `best` of a tuner's state is its parameters
-MENDING = pytest.mark.xfail(reason="tuner states hold the parameters twice", strict=False)
-
-
-@pytest.mark.parametrize("case", [pytest.param(c, marks=MENDING if c == "self_tuning" else ()) for c in CASES])
+@pytest.mark.parametrize("case", CASES)
 def test_no_two_leaves_share_a_buffer(case):
     leaves = [leaf for leaf in jax.tree.leaves(CASES[case]()) if isinstance(leaf, jax.Array) and leaf.size]
     pointers = [leaf.unsafe_buffer_pointer() for leaf in leaves]

@@ -227,9 +227,7 @@ def test_every_example_alone_with_its_own_hyperparameters(name, linear):
 
 
 def test_an_argument_that_examples_share_has_to_be_said():
-    network = hk.without_apply_rng(
-        hk.transform(lambda x, places: hk.Linear(3)(x) + hk.Embed(B, 3)(places)[None])
-    )
+    network = hk.without_apply_rng(hk.transform(lambda x, places: hk.Linear(3)(x) + hk.Embed(B, 3)(places)[None]))
     x, places = jnp.ones((B, B, 4)), jnp.arange(B)
     with pytest.raises(ValueError, match="in_axes"):
         st.lift(network).init_response(jax.random.key(0), H, x, places)
@@ -316,7 +314,7 @@ def test_every_example_draws_its_own_random_numbers():
     for key in (jax.random.key(2), jax.random.PRNGKey(2), 2):
         out = np.asarray(lifted.apply(BestResponse(params, response, jnp.ones((B, H))), key, x)) == 0
         assert len(np.unique(out, axis=0)) == B
-        assert 15 < out.sum(1).min()
+        assert out.sum(1).min() > 15
 
 
 def test_examples_see_their_own_hyperparameters_alone():
@@ -357,6 +355,41 @@ def test_batch_norm_responds_and_counts_its_calls_once():
     best = BestResponse(params, response, own, True)
     ours, theirs = jax.jit(lambda: (lifted.apply(best, state, None, x, False)[0], reference(best, x)))()
     np.testing.assert_allclose(ours, theirs, rtol=1e-9)
+
+
+def test_batch_norm_in_training_has_the_statistics_of_all_and_a_gate_for_each():
+    """By hand, for Linear, BatchNorm, Linear: each row at its own gates, statistics over the rows; state as a batch."""
+    network = hk.transform_with_state(
+        lambda x: hk.Linear(2, name="out")(hk.BatchNorm(True, True, 0.9)(hk.Linear(3)(x), True))
+    )
+    lifted = st.lift(network)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(B, 4)))
+    params, state = jax.jit(lambda: lifted.init(jax.random.key(0), x))()
+    response = jax.eval_shape(lambda: lifted.init_response(jax.random.key(1), H, x))
+    params, response = randomised(params), randomised(response, 2)
+    own = jnp.asarray(np.random.default_rng(3).normal(size=(B, H)))
+
+    def by_hand(delta):
+        rows = jax.vmap(lambda d: st.materialise(BestResponse(params, response, d)))(delta)
+        h = jnp.einsum("bi,bio->bo", x, rows["linear"]["w"]) + rows["linear"]["b"]
+        mean, var = h.mean(0, keepdims=True), h.var(0, keepdims=True)
+        normalised = (h - mean) / jnp.sqrt(var + 1e-5)
+        h = normalised * rows["batch_norm"]["scale"][:, 0] + rows["batch_norm"]["offset"][:, 0]
+        return jnp.einsum("bi,bio->bo", h, rows["out"]["w"]) + rows["out"]["b"], mean
+
+    apply = jax.jit(
+        lambda delta, linear: lifted.apply(BestResponse(params, response, delta, linear), state, None, x),
+        static_argnums=1,
+    )
+    (out, new_state), (expected, mean) = apply(own, False), jax.jit(by_hand)(own)
+    np.testing.assert_allclose(out, expected, rtol=1e-9)
+    np.testing.assert_allclose(new_state["batch_norm/~/mean_ema"]["average"], mean, rtol=1e-9)
+    at, along = jax.jit(lambda d: jax.jvp(lambda d: by_hand(d)[0], (0 * d,), (d,)))(own)
+    linear, new_state = apply(own, True)
+    np.testing.assert_allclose(linear, at + along, rtol=1e-9)
+    _, whole = network.apply(params, state, None, x)
+    for ours, theirs in zip(jax.tree.leaves(new_state), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-9)
 
 
 @pytest.mark.parametrize("linear", [True, False])

@@ -282,3 +282,14 @@ def test_mistakes_are_named():
     )
     with pytest.raises(ValueError, match="one loss an example"):
         made.run(start(made), KEY, data(), 1)
+
+
+def test_a_state_is_donated_from_the_start():
+    made = ridge()
+    w = jnp.zeros(D)
+    state = made.init(w, st.dense_response(w, 1))
+    step = jax.jit(made.cycle, donate_argnums=0)
+    for key in jax.random.split(KEY, 2):
+        state, _ = step(state, key, data())
+    assert int(state.cycle) == 2
+    assert not w.is_deleted()
