@@ -166,7 +166,7 @@ def survey(network: Any, args: tuple, kwargs: dict) -> tuple[dict[tuple[str, ...
         shapes = jax.eval_shape(init)
     params, state = shapes if isinstance(network, hk.TransformedWithState) else (shapes, {})
     names = ", ".join(sorted(c.__name__ for c in MODULES))
-    found = {}
+    found: dict[tuple[str, ...], Parameter] = {}
     for module, parameters in params.items():
         obstacle = f"modules that can: {names}, and those made of them" if module not in classes else ""
         if module in outside:
