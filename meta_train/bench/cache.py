@@ -76,3 +76,8 @@ def store(folder: Path | None, key: str, arrays: Mapping[str, np.ndarray]) -> No
             with contextlib.suppress(OSError):
                 os.unlink(file.name)
             raise
+
+
+def text_hash(text: str) -> str:
+    """The SHA-256 of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,6 +1,6 @@
 """Readers of the workloads' data sets, as packages publish them: source code, letters, words, sounds, molecules.
 
-Each takes ``(name, folder)`` and gives ``{"train": arrays, "valid": arrays}``. What is read is checked, and what is wrong
+Each takes ``(name, folder)`` and gives ``{"train": arrays, "valid": arrays}``. What is read is checked; what is wrong
 is one :class:`~tasks.data.sources.DataError` of one line. No row is in both splits.
 """
 
