@@ -253,11 +253,9 @@ def _restored(half: Mapping[str, np.ndarray], init: Callable[[], Any]) -> Any:
     leaves, structure = jax.tree.flatten(init())
     found = [half.get(f"leaf_{i}") for i in range(len(leaves))]
     fits = all(a is not None and a.shape == b.shape and a.dtype == b.dtype for a, b in zip(found, leaves, strict=True))
-    return (
-        structure.unflatten([jax.device_put(a, b.sharding) for a, b in zip(found, leaves, strict=True)])
-        if fits
-        else None
-    )
+    if not fits:
+        return None
+    return jax.tree.unflatten(structure, [jax.device_put(a, b.sharding) for a, b in zip(found, leaves, strict=True)])
 
 
 def _facts(workload: Workload) -> dict[str, Any]:

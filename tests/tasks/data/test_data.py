@@ -300,7 +300,7 @@ def test_contents_of_another_set_are_refused(mnist, monkeypatch):
 
 
 def test_published_sets_are_pinned():
-    assert {name for name, known in PUBLISHED.items() if known.sha256} == {"fashion_mnist", "mnist", "cifar10"}
+    assert {name for name, known in PUBLISHED.items() if not known.sha256} == {"sotu"}  # which grows
 
 
 # -- damage ----------------------------------------------------------------------------------------------------------
