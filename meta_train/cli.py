@@ -1,6 +1,7 @@
 """The command line, ``learned-opt``. A user's mistake is one line on stderr and exit code 2."""
 
 import argparse
+import errno
 import importlib.util
 import os
 import shlex
@@ -21,8 +22,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; by default the process's.
 
     Returns:
-        The exit code: 0, or 2 after a user's mistake, or 130 after Ctrl-C.
+        The exit code: 0; 2 after a user's mistake; 130 after Ctrl-C and 143 after SIGTERM, which `train` answers by
+        saving.
     """
+    try:
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()  # a full disk shows here, and not when Python ends
+    except BrokenPipeError:  # the reader of a pipe has left
+        _close_output()
+        return 0
+    except OSError as error:
+        _close_output()
+        what = "cannot write: " if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO) else ""
+        print(f"learned-opt: {what}{error.strerror or error}", file=sys.stderr)
+        return 2
+
+
+def _run(argv: Sequence[str] | None) -> int:
     arguments = _parser().parse_args(argv)
     arguments.typed = shlex.join(["learned-opt", *(sys.argv[1:] if argv is None else argv)])
     try:
@@ -33,12 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"learned-opt: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of a pipe has left
-        return 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _close_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in buffers goes nowhere
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -71,7 +90,11 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", action="store_true", help="go on with the run in --workdir, with its settings")
     _devices(train)
     train.add_argument("--distributed", action="store_true", help="one of several processes; see docs/pods.md")
-    train.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, where the cluster does not tell")
+    train.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="of process 0, where the cluster does not tell; implies --distributed",
+    )
     train.add_argument("--num-processes", type=int, metavar="N", help="likewise")
     train.add_argument("--process-id", type=int, metavar="I", help="likewise")
     _json(train)

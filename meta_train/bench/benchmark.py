@@ -13,6 +13,7 @@ from rich.console import Console
 from tasks import manifest, suites
 from tasks.suites import Entry
 
+from .. import claim
 from ..train.config import ConfigError
 from ..train.progress import progress
 from . import user_code
@@ -83,14 +84,22 @@ def run(
         entries: the tasks.
         contenders: the optimizers.
         plan: how.
-        out: folder for the files.
+        out: folder for the files, made if missing, and claimed while the run lives.
         console: where tables are shown; ``None`` shows none.
         command: what makes the same again.
         rules: the saved rules among the contenders, as they were given.
 
     Returns:
         ``out``, ``about``, ``summary`` and ``figures``, JSON values.
+
+    Raises:
+        ClaimError: another process holds ``out``.
     """
+    with claim.claim(out):
+        return _run(label, entries, contenders, plan, out, console, command, rules)
+
+
+def _run(label, entries, contenders, plan, out: Path, console: Console | None, command: str, rules) -> dict[str, Any]:
     bar = functools.partial(progress, console or Console(stderr=True), f"bench {label}")
     with bar(len(entries) * len(contenders)) as show:
         results = run_suite(entries, contenders, plan, show=show)

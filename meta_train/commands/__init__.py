@@ -31,8 +31,6 @@ def run(arguments: argparse.Namespace) -> int:
         return command.run(arguments)
     except (DataError, StoreError) as error:
         raise UserError(str(error)) from None
-    except BrokenPipeError:
-        raise
     except OSError as error:
         if error.filename is None:
             raise

@@ -11,7 +11,11 @@ from . import shared
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; returns the exit code."""
     if arguments.action == "path":
-        print(data.data_dir())
+        folder = str(data.data_dir())
+        if arguments.json:
+            shared.print_json({"path": folder})
+        else:
+            print(folder)
         return 0
     if arguments.action == "list":
         sets = data.available()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import jax
 
 from learned_opt.kinds import KNOWN
-from tasks.data import data_dir
+from tasks.data import DataError, data_dir
 
 from .. import xla_flags
 from ..errors import UsageError
@@ -56,7 +57,11 @@ def use_cores(devices: int | None, particles: int | None = None) -> None:
 def keep_compiled() -> None:
     """What one command has compiled, the next one reads: most of the time before a run's first step."""
     if jax.config.values["jax_compilation_cache_dir"] is None:  # JAX_COMPILATION_CACHE_DIR says where
-        folder = data_dir() / "compiled"
+        try:
+            folder = data_dir() / "compiled"
+        except DataError as error:
+            print(f"learned-opt: what is compiled is not kept: {error}", file=sys.stderr)
+            return
         jax.config.update("jax_compilation_cache_max_size", _COMPILED)
         jax.config.update("jax_compilation_cache_dir", str(folder))
 

@@ -1,6 +1,8 @@
 """``learned-opt train``: meta-train a rule, then benchmark it."""
 
 import argparse
+import shlex
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ from ..train import loop
 from ..train.config import Config
 from . import shared
 
+_PROCESSES = ("coordinator", "num_processes", "process_id")  # any of them makes this one of several processes
+
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; returns the exit code."""
@@ -32,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     xla_flags.widest_vectors()
     xla_flags.no_softmax_kernels()
     shared.keep_compiled()
-    if arguments.distributed:
+    if arguments.distributed or any(getattr(arguments, name) is not None for name in _PROCESSES):
         _join(arguments)
     console = Console(stderr=True)
     leader = jax.process_index() == 0
@@ -44,8 +48,9 @@ def run(arguments: argparse.Namespace) -> int:
     outcome = loop.run(config, workdir, resume=arguments.resume, console=console)
     result: dict[str, Any] = {"workdir": str(workdir), "meta_steps": outcome.step, "finished": outcome.finished}
     if not outcome.finished:
+        again = f"learned-opt train --resume --workdir {shlex.quote(str(workdir))}"
         console.print(
-            f"stopped at meta-step {outcome.step}, saved; go on with --workdir {workdir} --resume", soft_wrap=True
+            f"stopped at meta-step {outcome.step}, saved; go on with: {again}", soft_wrap=True, highlight=False
         )
     elif leader and config.bench_suite:
         shown = None if arguments.json else console
@@ -55,10 +60,11 @@ def run(arguments: argparse.Namespace) -> int:
         entries = benchmark.choose_tasks(config.bench_suite)
         result["bench"] = benchmark.run(config.bench_suite, entries, chosen, plan, workdir / "bench", shown)
     if leader and outcome.finished and not arguments.json:
-        print(f"use it:    {shared.use(config.rule, workdir / 'rule')}\nkeep it:   learned-opt export {workdir} NAME")
+        keep = f"learned-opt export {shlex.quote(str(workdir))} NAME"
+        print(f"use it:    {shared.use(config.rule, workdir / 'rule')}\nkeep it:   {keep}")
     if leader and arguments.json:
         shared.print_json(result)
-    return 0
+    return 0 if outcome.stopped_by is None else 128 + outcome.stopped_by  # as a shell counts a process that it ended
 
 
 def _config(arguments: argparse.Namespace) -> Config:
@@ -79,10 +85,31 @@ def _config(arguments: argparse.Namespace) -> Config:
 
 
 def _join(arguments: argparse.Namespace) -> None:
-    """Makes this one of several processes."""
+    """Makes this one of several processes. JAX ends the process itself at some of the mistakes caught here."""
+    count, number = arguments.num_processes, arguments.process_id
+    if count is not None and count < 1:
+        raise UsageError(f"--num-processes must be at least 1, not {count}")
+    if number is not None and not 0 <= number < (count or number + 1):
+        raise UsageError(f"--process-id must be within 0 to {(count or 1) - 1}, not {number}")
+    if arguments.coordinator is not None:
+        host, colon, port = arguments.coordinator.rpartition(":")
+        if not (host and colon and port.isascii() and port.isdigit() and 0 < int(port) < 2**16):
+            raise UsageError(f"--coordinator takes HOST:PORT, such as 10.0.0.1:9876, not {arguments.coordinator!r}")
+        if number == 0 and _in_use(int(port)):
+            raise UsageError(f"the port {port} of --coordinator is in use on this machine: name a free one")
     try:
         jax.distributed.initialize(arguments.coordinator, arguments.num_processes, arguments.process_id)
     except (ValueError, RuntimeError) as error:
         raise UsageError(
             f"cannot join the other processes: {error}; give --coordinator, --num-processes, --process-id"
         ) from None
+
+
+def _in_use(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port of which only a closed connection is left
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return True
+    return False

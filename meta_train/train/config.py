@@ -52,7 +52,7 @@ class Config:
         outer_schedule: ``"constant"`` or ``"cosine"`` (to zero at the last meta-step).
         outer_clip: the meta-gradient's global norm is clipped to this.
         particle_clip: each particle's gradient is clipped to this norm before the mean; by default not at all.
-        seed: of everything random.
+        seed: of everything random, 0 to 2^32 - 1.
         checkpoint_every: meta-steps between checkpoints; the last one is always saved.
         keep_checkpoints: how many of the latest checkpoints to keep.
         log_every: meta-steps between lines of ``metrics.jsonl``.
@@ -110,8 +110,9 @@ class Config:
             raise ConfigError(f"particle_clip must be positive, not {self.particle_clip}")
         if not 0 <= self.told_length <= 1:
             raise ConfigError(f"told_length must be between 0 and 1, not {self.told_length}")
-        if self.meta_steps < 0 or self.seed < 0:
-            raise ConfigError("meta_steps and seed must not be negative")
+        if self.meta_steps < 0:
+            raise ConfigError("meta_steps must not be negative")
+        check_seed(self.seed)
         if self.max_length < self.min_length:
             raise ConfigError(f"max_length {self.max_length} is below min_length {self.min_length}")
         if (self.min_learning_rate is None) != (self.max_learning_rate is None):
@@ -133,6 +134,16 @@ class Config:
         if self.min_learning_rate is None or self.max_learning_rate is None:
             return None
         return self.min_learning_rate, self.max_learning_rate
+
+
+def check_seed(seed: int) -> None:
+    """Refuses a seed of which JAX would take the last 32 bits.
+
+    Raises:
+        ConfigError: it is not within 0 to 2^32 - 1.
+    """
+    if not 0 <= seed < 2**32:
+        raise ConfigError(f"seed must be within 0 to 4294967295, not {seed}")
 
 
 def preset(name: str) -> Config:

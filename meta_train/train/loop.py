@@ -25,6 +25,7 @@ from tasks import suites
 from tasks.base import Data
 from tasks.families import representation
 
+from .. import claim
 from . import checkpoint, progress
 from . import config as configs
 from .config import Config, ConfigError
@@ -54,6 +55,7 @@ class Outcome(NamedTuple):
     theta: Theta
     step: int
     finished: bool
+    stopped_by: int | None = None  # the signal that ended it before its last step
 
 
 def _optimizer(config: Config, rule, entry, family, lengths) -> Learner:
@@ -177,7 +179,9 @@ def run(config: Config, workdir: Path, *, resume: bool = False, console: Console
     """Meta-trains, from the start or from the last sound checkpoint.
 
     The folder holds ``config.json``, ``metrics.jsonl``, ``tensorboard/``, ``checkpoints/`` and ``rule/``, the rule at
-    the last checkpoint, which ``learned_opt.load`` reads. SIGTERM and SIGINT save and end the run.
+    the last checkpoint, which ``learned_opt.load`` reads. SIGTERM and SIGINT save and end the run. While it lives the
+    folder is claimed (:func:`meta_train.claim.claim`); a mistake that is found before the first meta-step leaves
+    nothing there.
 
     Args:
         config: the configuration.
@@ -190,35 +194,44 @@ def run(config: Config, workdir: Path, *, resume: bool = False, console: Console
 
     Raises:
         ConfigError: bad settings, or ``workdir`` holds another run.
+        ClaimError: another process holds ``workdir``.
         CheckpointError: a checkpoint cannot be written.
     """
     console = console or Console(stderr=True)
     leader = jax.process_index() == 0
-    _check_folder(workdir, config, resume=resume)
-    setup = set_up(config, make_mesh())
-    if leader:
-        _claim(workdir, config)
-    checkpoints = checkpoint.manager(workdir, config.keep_checkpoints)
-    try:
+    with contextlib.ExitStack() as stack:
+        if leader:
+            stack.enter_context(claim.claim(workdir))
+        _check_folder(workdir, config, resume=resume)
+        setup = set_up(config, make_mesh())
+
+        def checkpoints():
+            made = checkpoint.manager(workdir, config.keep_checkpoints)
+            stack.callback(checkpoint.finish, made)
+            return made
 
         def saved(like: TrainState) -> TrainState | None:
-            found = checkpoint.restore(checkpoints, like) if resume else None
+            found = checkpoint.restore(kept, like) if resume else None
             return None if found is None else found[1]
 
+        kept = checkpoints() if resume else None
         state, compiled = begin(setup.trainer, jax.random.PRNGKey(config.seed), setup.data, saved)
         setup = setup._replace(trainer=setup.trainer._replace(meta_step=compiled))
-        with contextlib.ExitStack() as stack:
-            metrics = progress.Metrics(workdir, int(state.step) + 1) if leader else None
-            if metrics:
-                stack.callback(metrics.close)
-            stop = stack.enter_context(_stop_signals())
-            state, finished = _steps(state, setup, config, workdir, checkpoints, metrics, stop, console)
-    finally:
-        checkpoint.finish(checkpoints)
-    return Outcome(setup.whole(jax.tree.map(np.asarray, state.theta)), int(state.step), finished)
+        if kept is None:  # only now is anything written: what is wrong with the settings has come out
+            if leader:
+                _write_config(workdir, config)
+            kept = checkpoints()
+        metrics = progress.Metrics(workdir, int(state.step) + 1) if leader else None
+        if metrics:
+            stack.callback(metrics.close)
+        caught = stack.enter_context(_stop_signals())
+        state, finished = _steps(state, setup, config, workdir, kept, metrics, caught, console)
+        theta = setup.whole(jax.tree.map(np.asarray, state.theta))
+    by = None if finished else caught[0] if caught else signal.SIGTERM  # of another process of the run
+    return Outcome(theta, int(state.step), finished, by)
 
 
-def _steps(state: TrainState, setup: Setup, config: Config, workdir, checkpoints, metrics, stop, console: Console):
+def _steps(state: TrainState, setup: Setup, config: Config, workdir, checkpoints, metrics, caught, console: Console):
     """The loop. The host reads a step's figures one step late, so that the devices never wait for it."""
     step, saved = int(state.step), None
     pending: list[TrainInfo] = []
@@ -236,7 +249,7 @@ def _steps(state: TrainState, setup: Setup, config: Config, workdir, checkpoints
                 if metrics:
                     metrics.write(step, values)
                 show(step, f"loss {values['loss']:.4f}, {values['inner_steps_per_second']:,.0f} inner steps/s")
-            stopped = stop() if jax.process_count() == 1 else checkpoints.reached_preemption(step)
+            stopped = bool(caught) if jax.process_count() == 1 else checkpoints.reached_preemption(step)
             if step % config.checkpoint_every == 0 or step == config.meta_steps or stopped:
                 _save(state, step, config, workdir, checkpoints, setup)
                 saved = step
@@ -324,15 +337,14 @@ def _check_folder(workdir: Path, config: Config, *, resume: bool) -> None:
                 )
     elif resume:
         raise ConfigError(f"{workdir} holds no run to resume")
-    elif workdir.is_dir() and any(workdir.iterdir()):
+    elif workdir.is_dir() and any(not path.name.startswith(claim.FILE) for path in workdir.iterdir()):
         raise ConfigError(f"{workdir} holds something that is no run: name another --workdir")
 
 
-def _claim(workdir: Path, config: Config) -> None:
+def _write_config(workdir: Path, config: Config) -> None:
     """Makes the folder this run's."""
     path = workdir / "config.json"
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
         beside = path.with_suffix(".tmp")
         beside.write_text(configs.to_json(config))
         os.replace(beside, path)
@@ -341,15 +353,15 @@ def _claim(workdir: Path, config: Config) -> None:
 
 
 @contextlib.contextmanager
-def _stop_signals() -> Iterator[Any]:
-    """While inside, SIGTERM and SIGINT only set what the yielded function returns."""
+def _stop_signals() -> Iterator[list[int]]:
+    """While inside, SIGTERM and SIGINT are only added to the list."""
     caught: list[int] = []
     before = {}
     with contextlib.suppress(ValueError):  # not the main thread: the signals are somebody else's
         for number in (signal.SIGTERM, signal.SIGINT):
             before[number] = signal.signal(number, lambda received, frame: caught.append(received))
     try:
-        yield lambda: bool(caught)
+        yield caught
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

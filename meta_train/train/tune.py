@@ -16,6 +16,8 @@ from rich.table import Table
 import learned_opt
 from learned_opt import self_tuning as st
 
+from .. import claim
+from .config import check_seed
 from .problems import PROBLEMS, Problem, evaluate, make_tuner, standing
 from .progress import progress
 
@@ -35,7 +37,7 @@ class TuneConfig:
         method: ``"delta_stn"`` or ``"stn"``.
         cycles: cycles of five training steps and a validation step.
         warmup: cycles before the first validation step.
-        seed: of everything random.
+        seed: of everything random, 0 to 2^32 - 1.
         report_every: cycles between two lines of progress.
     """
 
@@ -56,7 +58,7 @@ def run(config: TuneConfig, out: Path, console: Console) -> dict[str, Any]:
 
     Args:
         config: the run.
-        out: folder of the results, made if missing.
+        out: folder of the results, made if missing, and claimed while the run lives.
         console: where progress is shown.
 
     Returns:
@@ -65,13 +67,20 @@ def run(config: TuneConfig, out: Path, console: Console) -> dict[str, Any]:
 
     Raises:
         ValueError: an unknown problem or a setting out of range.
+        ClaimError: another process holds ``out``.
         DataError: the data set is missing.
     """
+    check_seed(config.seed)
     if config.problem not in PROBLEMS:
         raise ValueError(f"unknown problem {config.problem!r}; known: {', '.join(sorted(PROBLEMS))}")
     for name in ("cycles", "report_every"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
+    with claim.claim(out):
+        return _run(config, out, console)
+
+
+def _run(config: TuneConfig, out: Path, console: Console) -> dict[str, Any]:
     problem = PROBLEMS[config.problem](**({"dataset": config.dataset} if config.dataset else {}))
     tuner = make_tuner(
         problem,
@@ -100,7 +109,6 @@ def run(config: TuneConfig, out: Path, console: Console) -> dict[str, Any]:
         "rolled_back": int(sum(part.rolled_back.sum() for part in parts)),
         "jax": jax.__version__,
     }
-    out.mkdir(parents=True, exist_ok=True)
     _write(out / "schedule.json", st.schedule_to_json(schedule))
     _write(out / "result.json", json.dumps(result, indent=1) + "\n")
     _plot(out / "curves.png", parts, schedule)

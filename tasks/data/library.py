@@ -25,16 +25,15 @@ def load(name: str) -> Splits:
         >>> load("fashion_mnist_small")["train"]["image"].shape
         (6000, 28, 28)
     """
-    return _load(name, data_dir())
+    shipped = name in SETS and SETS[name].home != "fetched"
+    return _load(name, None if shipped else data_dir())
 
 
 @functools.lru_cache(maxsize=8)
-def _load(name: str, folder: Path) -> Splits:
+def _load(name: str, folder: Path | None) -> Splits:
     known = SETS.get(name)
-    if known and known.home == "embedded":
-        splits = read_embedded(name)
-    elif known and known.home == "scikit-learn":
-        splits = sklearn_sets.read(name)
+    if folder is None:
+        splits = read_embedded(name) if SETS[name].home == "embedded" else sklearn_sets.read(name)
     elif (path := folder / f"{file_name(name)}.npz").exists():
         splits = read_npz(path)
     elif known:

