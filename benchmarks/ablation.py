@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import os
 import time
 from pathlib import Path
 
@@ -21,6 +20,7 @@ import jax
 import numpy as np
 
 import learned_opt
+from learned_opt.files import write_atomically
 from meta_train.bench import execution
 from meta_train.bench.contenders import learned
 from meta_train.train import loop
@@ -153,9 +153,7 @@ def main() -> None:
         if name not in report["variants"]:
             report["variants"][name] = study(name, options.inner_steps, options.workdir)
             jax.clear_caches()
-            beside = path.with_suffix(".tmp")
-            beside.write_text(json.dumps(report, indent=1) + "\n")
-            os.replace(beside, path)
+            write_atomically(path, json.dumps(report, indent=1) + "\n")
             (options.out / "table.md").write_text(table(report))
             print(f"{name}: {report['variants'][name]['mark']}", flush=True)
 

@@ -14,7 +14,6 @@ by method: a run that was cut off goes on. Writes reports/local_sgd/outer.json, 
 import argparse
 import csv
 import json
-import os
 import time
 from pathlib import Path
 
@@ -25,6 +24,7 @@ import optax
 from matplotlib.figure import Figure
 
 import learned_opt
+from learned_opt.files import write_atomically
 from tasks.base import num_params
 from tasks.families.sequence import char_transformer
 from tasks.families.vision import image_conv, image_mlp
@@ -202,9 +202,7 @@ def main():
             begun, results[name] = time.time(), compare(family, method, arguments.rounds)
             losses = [row["final_loss"] for row in results[name]]
             print(f"{task}: {name} {losses}, {time.time() - begun:.0f} s", flush=True)
-            beside = path.with_suffix(".tmp")
-            beside.write_text(json.dumps(found) + "\n")
-            os.replace(beside, path)
+            write_atomically(path, json.dumps(found) + "\n")
     with (arguments.out / "outer.csv").open("w", newline="") as file:
         rows = [
             {"task": task, "method": method} | row

@@ -13,8 +13,6 @@ import hashlib
 import json
 import os
 import platform
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +24,7 @@ import safetensors
 import safetensors.numpy
 
 from .base import Theta
+from .files import write_folder_atomically
 from .kinds import FEATURES, KNOWN, OPTIMIZER, Kind
 
 FORMAT_VERSION = 1
@@ -395,27 +394,10 @@ def _write_folder(path: Path, files: Mapping[str, bytes]) -> None:
     """Writes the folder beside its place, then renames it there."""
     if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not (path / _RULE).is_file())):
         raise StoreError(f"cannot save {path}: it holds something that is no saved rule; name another folder")
-    beside = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        new, old = beside / "new", beside / "old"
-        new.mkdir()
-        for name, contents in files.items():
-            (new / name).write_bytes(contents)
-        if path.exists():
-            path.rename(old)
-        try:
-            new.rename(path)
-        except OSError:
-            if old.exists():
-                old.rename(path)
-            raise
+        write_folder_atomically(path, files)
     except OSError as error:
         raise StoreError(f"cannot save {path}: {error.strerror}; nothing was changed") from None
-    finally:
-        if beside is not None:
-            shutil.rmtree(beside, ignore_errors=True)
 
 
 def _line(error: BaseException) -> str:

@@ -6,7 +6,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from ..files import write_atomically
 from .transform import REPLICATED, LocalSGDState
 
 FORMAT = "learned-opt anchor 1"
@@ -153,17 +153,7 @@ def save_tree(path: str | os.PathLike[str], tree: Any, metadata: Mapping[str, An
     except (TypeError, ValueError) as error:
         raise ValueError(f"save_tree: the metadata are no JSON: {error}") from None
     data = safetensors.numpy.save(arrays, header)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(beside, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    write_atomically(path, data)
 
 
 def load_tree(path: str | os.PathLike[str], like: Any) -> tuple[Any, dict[str, Any]]:

@@ -10,6 +10,7 @@ import jax
 import optax
 from rich.console import Console
 
+from learned_opt.files import write_atomically
 from tasks import manifest, suites
 from tasks.suites import Entry
 
@@ -117,7 +118,7 @@ def _run(label, entries, contenders, plan, out: Path, console: Console | None, c
         "contenders": {contender.name: contender.about for contender in contenders},
     }
     figures, overview = files.write(out, results, about)
-    files.replace(out / "report.html", page.render(results, figures, overview, about).encode())
+    write_atomically(out / "report.html", page.render(results, figures, overview, about))
     if console is not None:
         shown = Console()
         shown.print(terminal.tables(figures, overview, f"{label}: {plan.steps} steps, {plan.seeds} seeds"))

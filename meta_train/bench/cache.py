@@ -1,16 +1,16 @@
 """Results on disk under the hash of what they are the result of: a run that was cut off goes on where it was."""
 
-import contextlib
 import hashlib
-import json
-import os
-import tempfile
+import io
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+
+from learned_opt.files import write_atomically
+from tasks.manifest import digest
 
 
 def key(**about: Any) -> str:
@@ -20,7 +20,7 @@ def key(**about: Any) -> str:
         >>> key(steps=10, task="a") == key(task="a", steps=10)
         True
     """
-    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+    return digest(about)
 
 
 def program(function: Callable, *arguments: Any) -> str:
@@ -66,16 +66,9 @@ def store(folder: Path | None, key: str, arrays: Mapping[str, np.ndarray]) -> No
     """
     if folder is None:
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=".tmp", delete=False) as file:
-        try:
-            np.savez(file, allow_pickle=False, **arrays)
-            file.close()
-            os.replace(file.name, folder / f"{key}.npz")
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(file.name)
-            raise
+    contents = io.BytesIO()
+    np.savez(contents, allow_pickle=False, **arrays)
+    write_atomically(folder / f"{key}.npz", contents.getvalue())
 
 
 def text_hash(text: str) -> str:

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import math
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from rich.console import Console
 import learned_opt
 from learned_opt import store
 from learned_opt.base import Theta
+from learned_opt.files import write_atomically
 from learned_opt.kinds import FEATURES, KNOWN
 from learned_opt.rules import parts
 from tasks import suites
@@ -343,11 +343,8 @@ def _check_folder(workdir: Path, config: Config, *, resume: bool) -> None:
 
 def _write_config(workdir: Path, config: Config) -> None:
     """Makes the folder this run's."""
-    path = workdir / "config.json"
     try:
-        beside = path.with_suffix(".tmp")
-        beside.write_text(configs.to_json(config))
-        os.replace(beside, path)
+        write_atomically(workdir / "config.json", configs.to_json(config))
     except OSError as error:
         raise ConfigError(f"cannot write {workdir}: {error.strerror}") from None
 

@@ -11,6 +11,8 @@ import tensorboardX
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from learned_opt.files import write_atomically
+
 _LINE_SECONDS = 10.0  # between plain lines when the output is no terminal
 
 
@@ -68,9 +70,7 @@ class Metrics:
         """Opens the files; lines at or after ``first_step``, of a run that was cut off, are dropped."""
         self._path = workdir / "metrics.jsonl"
         kept = [line for line in _lines(self._path) if json.loads(line)["step"] < first_step]
-        beside = self._path.with_suffix(".tmp")
-        beside.write_text("".join(line + "\n" for line in kept))
-        beside.rename(self._path)
+        write_atomically(self._path, "".join(line + "\n" for line in kept))
         self._file: TextIO = self._path.open("a")
         self._events = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step or None)
 

@@ -1,6 +1,7 @@
 """``learned-opt tune``: a self-tuning run, its table, curves and schedule."""
 
 import dataclasses
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from rich.table import Table
 
 import learned_opt
 from learned_opt import self_tuning as st
+from learned_opt.files import write_atomically
 
 from .. import claim
 from .config import check_seed
@@ -109,8 +111,8 @@ def _run(config: TuneConfig, out: Path, console: Console) -> dict[str, Any]:
         "rolled_back": int(sum(part.rolled_back.sum() for part in parts)),
         "jax": jax.__version__,
     }
-    _write(out / "schedule.json", st.schedule_to_json(schedule))
-    _write(out / "result.json", json.dumps(result, indent=1) + "\n")
+    write_atomically(out / "schedule.json", st.schedule_to_json(schedule))
+    write_atomically(out / "result.json", json.dumps(result, indent=1) + "\n")
     _plot(out / "curves.png", parts, schedule)
     return result
 
@@ -154,12 +156,6 @@ def _judged(problem: Problem, params: Any, hyper: st.Hyper) -> dict[str, dict[st
     return judged | {"hyperparameters": _by_name(problem, hyper)}
 
 
-def _write(path: Path, text: str) -> None:
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(text)
-    beside.rename(path)
-
-
 def _plot(path: Path, parts: list[st.CycleInfo], schedule: st.Schedule) -> None:
     matplotlib.use("Agg")
     found = schedule.values()
@@ -182,7 +178,9 @@ def _plot(path: Path, parts: list[st.CycleInfo], schedule: st.Schedule) -> None:
             ax.set_axis_off()
     for ax in figure.axes[-columns:]:
         ax.set_xlabel("training step", fontsize=8)
-    figure.savefig(path, dpi=120)
+    contents = io.BytesIO()
+    figure.savefig(contents, dpi=120, format="png")
+    write_atomically(path, contents.getvalue())
 
 
 def _smoothed(values: np.ndarray, share: float = 0.02) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Data sets as files: the one ``.npz`` of a fetched set, and what ships with this package."""
 
 import io
+import os
 import tempfile
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def read_npz(path: Path) -> Splits:
 
 
 def write_npz(path: Path, splits: Splits) -> None:
-    """Write ``{"train": arrays, "valid": arrays}`` as one .npz, beside and then renamed.
+    """Write ``{"train": arrays, "valid": arrays}`` as one .npz: beside its place, synced, then renamed.
 
     Raises:
         DataError: the folder cannot be written to or the disk is full.
@@ -45,6 +46,8 @@ def write_npz(path: Path, splits: Splits) -> None:
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.stem}-", suffix=".tmp", delete=False) as file:
             temporary = Path(file.name)
             np.savez_compressed(file, allow_pickle=False, **arrays)
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error.strerror or error}); see $LEARNED_OPT_DATA") from None

@@ -3,10 +3,11 @@
 import csv
 import io
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from learned_opt.files import write_atomically
 
 from ..comparison import rows, summary
 from ..tournament import Result
@@ -26,21 +27,13 @@ def write(
     Returns:
         The figures of :func:`rows` and of :func:`summary`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     figures, overview = rows(results), summary(results)
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(figures[0]) if figures else [])
     writer.writeheader()
     writer.writerows(figures)
-    replace(folder / "results.csv", text.getvalue().encode())
+    write_atomically(folder / "results.csv", text.getvalue().encode())
     document = {"about": about, "summary": overview, "figures": figures}
-    replace(folder / "results.json", (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
-    replace(folder / "curves.png", plot(results))
+    write_atomically(folder / "results.json", (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
+    write_atomically(folder / "curves.png", plot(results))
     return figures, overview
-
-
-def replace(path: Path, contents: bytes) -> None:
-    """Writes a file beside and renames it."""
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.write_bytes(contents)
-    os.replace(beside, path)
