@@ -1,7 +1,7 @@
 """A benchmark's results compared: by task, and over all tasks."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -118,6 +118,15 @@ def profiles(results: Sequence[Result], by_clock: bool = False) -> np.ndarray:
             cost = _slower(found[task, name]) if by_clock else 1.0
             matrix[line, column] = cost * np.median(measures.steps_to(found[task, name].curves, targets))
     return measures.profile(matrix)
+
+
+def lost(row: Mapping[str, Any]) -> bool:
+    """Whether a contender lost a task: it ended behind tuned Adam, never reached its best loss, or had a run diverge.
+
+    Args:
+        row: one of :func:`rows`.
+    """
+    return row["progress"] is None or row["progress"] < 1 or not row["speed_up"] or row["diverged"] > 0
 
 
 def reference_of(results: Sequence[Result], task: str) -> Result | None:

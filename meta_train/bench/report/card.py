@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...train.config import ConfigError
+from .. import glossary
+from ..comparison import lost
 from ..measures import best_baseline
 
 _TEMPLATE = """\
@@ -126,14 +128,12 @@ def _worth(held_out: Mapping[str, Any]) -> str:
     about = held_out["about"]
     rates = sorted((row["contender"] for row in held_out["summary"] if row["ours"]), key=len)  # NAME before NAME@RATE
     timed = "time" in held_out["summary"][0]
+    words = glossary.short("final loss", "≥ Adam", "steps", *(("clock",) if timed else ()), "score", "diverged")
     lines = [
         f"Held-out suite `{about['suite']}`, {about['steps']:,} steps, {about['seeds']} seeds"
         + (f", frozen as `{about['manifest'][:12]}`" if about.get("manifest") else "")
-        + ". Every optimizer with a learning rate is tuned on each task, on other seeds; NAME@RATE is at that rate "
-        "everywhere. Interquartile means over tasks and seeds with 95% intervals; *final loss*: how far the training "
-        "loss came down, tuned Adam's way being 1; *steps*, *clock*: in how many times fewer steps, and how many times "
-        "faster, tuned Adam's best loss was reached, 0 where never; *score*: area under the performance profile in "
-        "steps.",
+        + f". Every optimizer with a learning rate is tuned on each task, on other seeds. {glossary.AVERAGES} "
+        f"{glossary.LABELS} In the table, {words}",
         "",
         f"| | final loss | ≥ Adam | steps |{' clock |' if timed else ''} score | diverged |",
         f"|---|---|---|---|{'---|' if timed else ''}---|---|",
@@ -170,15 +170,12 @@ def _cell(row: Mapping[str, Any] | None) -> str:
 
 
 def _failures(figures: Sequence[Mapping[str, Any]]) -> str:
-    def lost(row: Mapping[str, Any]) -> bool:
-        return row["progress"] is None or row["progress"] < 1 or not row["speed_up"] or row["diverged"] > 0
-
     tuned = [row for row in figures if "@" not in row["contender"]]
     if not tuned:
         return "Unknown: no benchmark was run."
     lines = []
     if behind := [row for row in tuned if lost(row)]:
-        lines += ["It ended behind tuned Adam, never reached its best loss, or diverged, on:", ""]
+        lines += ["It ended behind tuned Adam, never reached its best loss, or had a run that diverged, on:", ""]
         for row in behind:
             diverged = f", {row['diverged']} of {row['seeds']} seeds diverged" if row["diverged"] else ""
             lines.append(f"- {row['task']}: {_cell(row)}{diverged}")

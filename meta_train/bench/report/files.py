@@ -11,7 +11,7 @@ from learned_opt.files import write_atomically
 
 from ..comparison import rows, summary
 from ..tournament import Result
-from .charts import plot
+from . import charts
 
 
 def write(
@@ -35,5 +35,5 @@ def write(
     write_atomically(folder / "results.csv", text.getvalue().encode())
     document = {"about": about, "summary": overview, "figures": figures}
     write_atomically(folder / "results.json", (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
-    write_atomically(folder / "curves.png", plot(results))
+    write_atomically(folder / "curves.png", charts.overview_png(results, charts.styles(overview)))
     return figures, overview

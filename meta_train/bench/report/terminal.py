@@ -1,5 +1,6 @@
 """A benchmark's tables on the terminal."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -7,16 +8,9 @@ from rich import box
 from rich.console import Group
 from rich.table import Table
 
-from .. import measures
+from .. import glossary, measures
 from ..contenders import REFERENCE
 
-_OVER_TASKS = """\
-Over all tasks: interquartile means, with 95% intervals over tasks and seeds.
-loss: how far the training loss came down, tuned Adam's way being 1. ≥ Adam: on
-how many tasks at least as far. steps, time: in how many times fewer steps, and
-how many times faster by the clock, tuned Adam's best loss was reached; 0 where
-never. score: area under the performance profile in steps, 1 is best.
-NAME: at the best of a grid of learning rates; NAME@RATE: at that one."""
 _BY_TASK = "By task: loss and, below it, steps. Where learned rules do worst comes first."
 
 
@@ -31,10 +25,12 @@ def tables(figures: Sequence[dict[str, Any]], overview: Sequence[dict[str, Any]]
     Returns:
         A Rich renderable, at most 80 columns wide for up to four learned rows.
     """
-    first = Table(title=title, caption=_OVER_TASKS, box=box.SIMPLE_HEAD, pad_edge=False, caption_justify="left")
-    first.add_column("contender", overflow="fold", min_width=16)
     timed = any("time" in row for row in overview)
-    for name in ("loss", "≥ Adam", "steps", *(("time",) if timed else ()), "score", "diverged"):
+    words = glossary.short("final loss", "≥ Adam", "steps", *(("clock",) if timed else ()), "score", "diverged")
+    caption = textwrap.fill(f"{glossary.AVERAGES} {words} {glossary.LABELS}", 79)
+    first = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False, caption_justify="left")
+    first.add_column("contender", overflow="fold", min_width=16)
+    for name in ("final loss", "≥ Adam", "steps", *(("clock",) if timed else ()), "score", "diverged"):
         first.add_column(name, justify="right", no_wrap=True)
     for row in overview:
         first.add_row(

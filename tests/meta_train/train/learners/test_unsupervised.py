@@ -285,7 +285,7 @@ def test_a_run_resumes_exactly_and_its_rule_loads(tiny, tmp_path, monkeypatch):
     assert resumed.finished
     for a, b in zip(jax.tree.leaves(whole.theta), jax.tree.leaves(resumed.theta), strict=True):
         np.testing.assert_array_equal(a, b)
-    _, theta = unsupervised.load(tmp_path / "part" / "rule")
+    _, theta, *_ = unsupervised.load(tmp_path / "part" / "rule")
     for a, b in zip(jax.tree.leaves(theta), jax.tree.leaves(whole.theta), strict=True):
         np.testing.assert_array_equal(a, b)
     lines = [json.loads(line) for line in (tmp_path / "part" / "metrics.jsonl").read_text().splitlines()]
