@@ -37,14 +37,15 @@ TERMS = (
         "how many times faster by the clock",
         "The same in time: divided by what a step costs beside a step of Adam, each compiled for a single run and "
         "timed alone, turn by turn. On tasks as small as these the update is a large part of a step; where gradients "
-        "cost more, the clock comes closer to the steps.",
+        "cost more, the clock comes closer to the steps. Only a few steps are timed, so that SOAP's corrections of its "
+        "basis, due at every tenth step, weigh too much, in rules of its kind too.",
     ),
     Term(
         "score",
         "area under the performance profile in steps, 1 is best",
         "The area under the performance profile: for every ratio from 1 to 4, on which share of the tasks was it at "
         "tuned Adam's best loss within that ratio of the fastest of all rows? 1 is fastest everywhere, 0 is never "
-        "within 4.",
+        "within 4. It depends on who takes part: compare within one report. (Dolan and Moré 2002, with AlgoPerf's limit.)",
     ),
     Term(
         "diverged",

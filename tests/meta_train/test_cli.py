@@ -262,7 +262,7 @@ def test_without_the_extra_train(tmp_path):
     """The core's dependencies alone: list and info work, the others name the extra."""
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\n"
-        "for name in ('rich', 'matplotlib', 'orbax', 'sklearn', 'tensorboardX', 'tensorflow_datasets', 'chex'):\n"
+        "for name in ('rich', 'jinja2', 'matplotlib', 'orbax', 'sklearn', 'tensorboardX', 'tensorflow_datasets'):\n"
         "    sys.modules[name] = None\n"
     )
     path = os.pathsep.join([str(tmp_path), str(ROOT)])

@@ -1,6 +1,5 @@
 """A benchmark's tables on the terminal."""
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,10 +26,12 @@ def tables(figures: Sequence[dict[str, Any]], overview: Sequence[dict[str, Any]]
     """
     timed = any("time" in row for row in overview)
     words = glossary.short("final loss", "≥ Adam", "steps", *(("clock",) if timed else ()), "score", "diverged")
-    caption = textwrap.fill(f"{glossary.AVERAGES} {words} {glossary.LABELS}", 79)
-    first = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False, caption_justify="left")
+    caption = f"{glossary.AVERAGES} {words} {glossary.LABELS}"
+    first = Table(
+        title=title, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, caption_justify="left"
+    )
     first.add_column("contender", overflow="fold", min_width=16)
-    for name in ("final loss", "≥ Adam", "steps", *(("clock",) if timed else ()), "score", "diverged"):
+    for name in ("final\nloss", "≥ Adam", "steps", *(("clock",) if timed else ()), "score", "diverged"):
         first.add_column(name, justify="right", no_wrap=True)
     for row in overview:
         first.add_row(
