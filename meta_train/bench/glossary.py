@@ -45,7 +45,8 @@ TERMS = (
         "area under the performance profile in steps, 1 is best",
         "The area under the performance profile: for every ratio from 1 to 4, on which share of the tasks was it at "
         "tuned Adam's best loss within that ratio of the fastest of all rows? 1 is fastest everywhere, 0 is never "
-        "within 4. It depends on who takes part: compare within one report. (Dolan and Moré 2002, with AlgoPerf's limit.)",
+        "within 4. It depends on who takes part: compare within one report. (Dolan and Moré 2002, with "
+        "AlgoPerf's limit.)",
     ),
     Term(
         "diverged",
