@@ -1,4 +1,4 @@
-"""Self-tuning networks: any Haiku model tunes its own hyperparameters in one run."""
+"""Self-tuning networks: any Haiku or Flax model tunes its own hyperparameters in one run."""
 
 from . import augmentations, regularisers
 from .dense import dense_lift, dense_response

@@ -4,7 +4,7 @@ A rate, strength or amount is a float scalar, or floats [B] for the B examples o
 :func:`~learned_opt.self_tuning.values` gives.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -64,6 +64,25 @@ def variational_dropout(key: jax.Array, x: jax.Array, rate: Any, time_axis: int 
     return dropout(key, x, rate, shared_axes=(time_axis,))
 
 
+def _of_module(tree: Any, module: str) -> Any:
+    """Return the part of a tree that is a module's, by its name (Haiku's keys) or path (Flax's); {} if there is none."""
+    if module in tree:
+        return tree[module]
+    for part in module.split("/"):
+        if not isinstance(tree, Mapping) or part not in tree:
+            return {}
+        tree = tree[part]
+    return tree
+
+
+def _with_module(tree: Any, module: str, new: Any) -> Any:
+    """Return a tree with a module's part replaced."""
+    if module in tree or "/" not in module:
+        return {**tree, module: new}
+    first, rest = module.split("/", 1)
+    return {**tree, first: _with_module(tree[first], rest, new)}
+
+
 def weight_drop(
     key: jax.Array, params: Params | BestResponse, rate: Any, modules: Collection[str], name: str = "w"
 ) -> Params | BestResponse:
@@ -71,10 +90,10 @@ def weight_drop(
 
     Args:
         key: a PRNG key.
-        params: Haiku parameters, or a :class:`BestResponse` with a structured response.
+        params: parameters of Haiku or Flax, or a :class:`BestResponse` with a structured response.
         rate: a scalar: the examples of a batch share their weights, so tune it with ``per_example=False``.
-        modules: names of the modules whose weights are dropped.
-        name: the parameter's name.
+        modules: names (Haiku) or paths such as ``"block/Dense_0"`` (Flax) of the modules whose weights are dropped.
+        name: the parameter's name: ``"w"`` in Haiku, ``"kernel"`` in Flax.
 
     Returns:
         ``params`` with those weights times a mask over 1 - rate.
@@ -93,15 +112,17 @@ def weight_drop(
     response = params.response if isinstance(params, BestResponse) else {}
     new, new_response = dict(own), dict(response)
     for i, module in enumerate(modules):
-        if name not in own.get(module, {}):
+        weights = _of_module(own, module)
+        if name not in weights:
             raise KeyError(f"weight_drop: no parameter {module}/{name} among {sorted(own)}")
-        weight = own[module][name]
+        weight = weights[name]
         keep = jax.random.uniform(jax.random.fold_in(key, i), weight.shape, rate.dtype) >= rate
         mask = (keep / jnp.maximum(1 - rate, 1e-3)).astype(weight.dtype)
-        new[module] = {**own[module], name: weight * mask}
-        if name in response.get(module, {}):
-            gated = response[module][name]
-            new_response[module] = {**response[module], name: gated._replace(weight=gated.weight * mask)}
+        new = _with_module(new, module, {**weights, name: weight * mask})
+        responding = _of_module(response, module)
+        if name in responding:
+            gated = responding[name]._replace(weight=responding[name].weight * mask)
+            new_response = _with_module(new_response, module, {**responding, name: gated})
     if not isinstance(params, BestResponse):
         return new
     return BestResponse(new, new_response, params.delta, params.linear)
@@ -115,7 +136,7 @@ def squared_norm(params: Params | BestResponse, modules: Collection[str] | None 
 
     Args:
         params: plain parameters, or a :class:`BestResponse`.
-        modules: names of the modules (top-level keys) to sum over, for an L2 weight a layer; all by default.
+        modules: names (Haiku) or paths (Flax) of the modules to sum over, for an L2 weight a layer; all by default.
 
     Returns:
         A float scalar, or [B] where the examples have hyperparameters of their own.
@@ -130,15 +151,15 @@ def squared_norm(params: Params | BestResponse, modules: Collection[str] | None 
     """
     own = params.params if isinstance(params, BestResponse) else params
     for module in modules or ():
-        if module not in own:
+        if not _of_module(own, module):
             raise KeyError(f"squared_norm: no module {module!r} among {sorted(own)}")
-    own = own if modules is None else {module: own[module] for module in modules}
+    own = own if modules is None else {module: _of_module(own, module) for module in modules}
     total = jnp.asarray(sum(jnp.sum(jnp.square(p)) for p in jax.tree.leaves(own)))
     if not isinstance(params, BestResponse):
         return total
     response, delta = params.response, params.delta
     if isinstance(response, dict) and modules is not None:
-        response = {module: response[module] for module in modules if module in response}
+        response = {module: found for module in modules if (found := _of_module(response, module))}
     paths = {path: p for path, p in jax.tree_util.tree_leaves_with_path(own)}
     extra = jnp.zeros(delta.shape[:-1], total.dtype)
     leaves = jax.tree_util.tree_leaves_with_path(response, is_leaf=lambda x: isinstance(x, Gated))

@@ -1,11 +1,13 @@
-r"""The lift: any Haiku network, unmodified, gets a structured best response to its hyperparameters.
+r"""The lift: any Haiku or Flax Linen network, unmodified, gets a structured best response to its hyperparameters.
 
 Parameters p are what the training loss favours at hyperparameters :math:`\ell_0`; the response says what it favours at
 :math:`\ell_0 + \delta`, for a :math:`\delta` of each example's own.
 """
 
 import dataclasses
+import importlib
 import inspect
+import sys
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
@@ -79,6 +81,7 @@ class Framework(NamedTuple):
 
     Attributes:
         survey: ``(args, kwargs) -> ({path: Parameter}, shapes of params, shapes of state)``.
+        inputs: ``keyword arguments of init -> those of the network``.
         split: ``(the arguments of apply) -> (params, frozen, rngs, args, kwargs)``; ``frozen`` is what examples share.
         call: ``(params, frozen, rngs, args, kwargs) -> (outputs, state)``.
         join: ``(outputs, state, frozen) -> what apply returns``.
@@ -87,6 +90,7 @@ class Framework(NamedTuple):
     """
 
     survey: Callable[[tuple, dict], tuple[dict[tuple[str, ...], Parameter], Any, Any]]
+    inputs: Callable[[dict], dict]
     split: Callable[..., tuple[Any, Any, Any, tuple, dict]]
     call: Callable[..., tuple[Any, Any]]
     join: Callable[[Any, Any, Any], Any]
@@ -120,29 +124,64 @@ def _haiku(network: hk.Transformed | hk.TransformedWithState) -> Framework:
         del state
         return (out, new_state) if stateful else out
 
-    return Framework(survey, split, call, join, haiku_modules.run, haiku_modules.without_batch_norm)
+    return Framework(survey, dict, split, call, join, haiku_modules.run, haiku_modules.without_batch_norm)
+
+
+def _flax(network: Any) -> Framework:
+    flax_modules = importlib.import_module(".flax_modules", __package__)  # Flax is no dependency
+
+    def survey(args: tuple, kwargs: dict):
+        found, params, state = flax_modules.survey(network, args, kwargs)
+        return found, params, (state, flax_modules.options(kwargs)[0])
+
+    def split(variables: Any, *args: Any, **kwargs: Any):
+        own, kwargs = flax_modules.options(kwargs)
+        rest = dict(variables)
+        if "params" not in rest:
+            raise ValueError("lift: a Flax network is applied to {'params': ...}, plain or a BestResponse")
+        return rest.pop("params"), (rest, own), kwargs.pop("rngs", None), args, kwargs
+
+    def call(params: Any, frozen: Any, rngs: Any, args: tuple, kwargs: dict) -> tuple[Any, Any]:
+        rest, own = frozen
+        out = network.apply({"params": params, **rest}, *args, rngs=rngs, **dataclasses.asdict(own), **kwargs)
+        return out if own.mutable is not False else (out, None)
+
+    def join(out: Any, state: Any, frozen: Any) -> Any:
+        return out if frozen[1].mutable is False else (out, state)
+
+    inputs = lambda kwargs: flax_modules.options(kwargs)[1]  # noqa: E731
+    return Framework(survey, inputs, split, call, join, flax_modules.run, flax_modules.without_batch_norm)
 
 
 def _framework(network: Any) -> Framework:
     if isinstance(network, hk.Transformed | hk.TransformedWithState):
         return _haiku(network)
-    raise ValueError(f"lift: network must come from hk.transform or hk.transform_with_state, got {network!r}")
+    linen = sys.modules.get("flax.linen")  # who has a Flax module has imported it
+    if linen is not None and isinstance(network, linen.Module):
+        return _flax(network)
+    raise ValueError(
+        "lift: network must come from hk.transform or hk.transform_with_state, or be a flax.linen.Module, got "
+        f"{network!r}; dense_lift takes any pure function"
+    )
 
 
 def lift(
-    network: hk.Transformed | hk.TransformedWithState,
+    network: Any,
     *,
     unresponsive: Collection[str] | str = (),
     in_axes: Axes = 0,
     out_axes: Axes = 0,
     coupled: bool = False,
 ) -> LiftedNetwork:
-    r"""Give a Haiku network a structured best response.
+    r"""Give a Haiku or Flax Linen network a structured best response.
 
     Every layer becomes :math:`y = Wx + b + (V\delta) \odot (W_h x) + (C\delta) \odot b_h`, with gates
-    :math:`V\delta, C\delta` a number an output unit (channel, embedding dimension). Linear, convolutions (transpose
-    and depthwise too), Embed, LayerNorm, RMSNorm, GroupNorm, InstanceNorm, BatchNorm's scale and offset, Bias, GRU, and
-    whatever is made of them respond: LSTM, MultiHeadAttention, ``hk.nets``.
+    :math:`V\delta, C\delta` a number an output unit (channel, embedding dimension). What responds:
+
+    * of Haiku: Linear, convolutions (transpose and depthwise too), Embed, LayerNorm, RMSNorm, GroupNorm, InstanceNorm,
+      BatchNorm's scale and offset, Bias, GRU, and whatever is made of them: LSTM, MultiHeadAttention, ``hk.nets``;
+    * of Flax: Dense, DenseGeneral, Conv, ConvTranspose, Embed, LayerNorm, RMSNorm, GroupNorm, InstanceNorm, BatchNorm's
+      scale and bias, and whatever is made of them: LSTMCell, GRUCell, RNN, MultiHeadDotProductAttention.
 
     With a delta [B, H] the network runs on each example with its own delta, mapped by ``jax.vmap``: inside it sees
     batches of one. So what is no example's (an embedding of positions, learned queries) responds to each example's
@@ -150,20 +189,21 @@ def lift(
     random numbers of its own. With a delta [H] it runs on the batch as it is.
 
     Args:
-        network: of ``hk.transform`` or ``hk.transform_with_state``.
-        unresponsive: names of modules to leave without a response, or ``"rest"`` for all that cannot have one.
-        in_axes: where the arguments (after weights, state and key) have their examples: an int, or a tuple with an int,
+        network: of ``hk.transform`` or ``hk.transform_with_state``, or a ``flax.linen.Module``. A Flax network's
+            ``apply`` takes ``{"params": best, ...}``, with ``rngs``, ``mutable`` and ``method`` as Flax's own.
+        unresponsive: names (paths in Flax) of modules to leave without a response, or ``"rest"`` for all that cannot have one.
+        in_axes: where the arguments (after weights, state and keys) have their examples: an int, or a tuple with an int,
             None (shared by all) or a tree of these for each. Scalars are shared; keyword arguments have them on axis 0.
         out_axes: where the outputs have them, one row an example: an int or a tree.
         coupled: the network mixes the examples of a batch by other means than BatchNorm. They can have no
             hyperparameters of their own then. Else ``init_response`` checks that they are apart, on two made-up ones.
 
     Returns:
-        A :class:`LiftedNetwork`. ``init_response`` gives a tree {module: {parameter: Gated}} apart from the
-        parameters. At ``delta = 0`` a :class:`BestResponse` computes what its ``params`` do.
+        A :class:`LiftedNetwork`. ``init_response`` gives a tree like the parameters, of :class:`Gated`, apart from
+        them. At ``delta = 0`` a :class:`BestResponse` computes what its ``params`` do.
 
     Raises:
-        ValueError: if ``network`` is not transformed. ``init_response``: if a parameter cannot respond, by name; if
+        ValueError: if ``network`` is of neither library. ``init_response``: if a parameter cannot respond, by name; if
             examples are not where ``in_axes`` and ``out_axes`` say, or depend on each other.
 
     Example:
@@ -212,7 +252,7 @@ def lift(
                 run = lambda: framework.call(*weights, jax.random.key(0), args, kwargs)[0]  # noqa: E731
                 return framework.without_batch_norm(run)
 
-            check_apart(forward, (params, state), args, kwargs, in_axes, out_axes)
+            check_apart(forward, (params, state), args, framework.inputs(kwargs), in_axes, out_axes)
         return response
 
     def apply(params: Params | BestResponse, *args: Any, **kwargs: Any) -> Any:

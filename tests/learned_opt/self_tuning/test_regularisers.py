@@ -54,6 +54,23 @@ def test_weight_drop_masks_a_weight_and_its_response_alike():
         reg.weight_drop(KEY, params, RATES, ["a"])
 
 
+def test_modules_are_found_by_path_in_nested_parameters():
+    w = jnp.ones((30, 20))
+    params = {"block": {"Dense_0": {"kernel": w}, "Dense_1": {"kernel": 2 * w}}}
+    response = jax.tree.map(lambda p: st.Gated(p, jnp.ones((1, 1, 20))), params)
+    flat = {"block/Dense_0": params["block"]["Dense_0"]}
+    flat_response = {"block/Dense_0": response["block"]["Dense_0"]}
+    dropped = reg.weight_drop(KEY, st.BestResponse(params, response, jnp.ones(1)), 0.25, ["block/Dense_0"], "kernel")
+    expected = reg.weight_drop(KEY, flat, 0.25, ["block/Dense_0"], "kernel")["block/Dense_0"]["kernel"]
+    np.testing.assert_array_equal(dropped.params["block"]["Dense_0"]["kernel"], expected)
+    np.testing.assert_array_equal(dropped.response["block"]["Dense_0"]["kernel"].weight, expected)
+    np.testing.assert_array_equal(dropped.params["block"]["Dense_1"]["kernel"], 2 * w)
+    delta = jnp.array([[0.5], [1.0]])
+    ours = reg.squared_norm(st.BestResponse(params, response, delta), ["block/Dense_0"])
+    np.testing.assert_allclose(ours, reg.squared_norm(st.BestResponse(flat, flat_response, delta)), rtol=1e-6)
+    np.testing.assert_allclose(ours, [600 * 1.5**2, 600 * 4.0], rtol=1e-6)
+
+
 def test_squared_norm_equals_that_of_the_parameters():
     """Structured and dense, against the parameters of each example built one by one."""
 

@@ -1,5 +1,9 @@
 """The lift against the dense lift by jvp, for every kind of module, in float64."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
+import flax.linen as nn
 import haiku as hk
 import jax
 import jax.numpy as jnp
@@ -7,6 +11,7 @@ import numpy as np
 import pytest
 
 from learned_opt import self_tuning as st
+from learned_opt.self_tuning import flax_modules
 from learned_opt.self_tuning.haiku_modules import MODULES
 from learned_opt.self_tuning.response import BestResponse
 
@@ -80,7 +85,60 @@ class Scaled(hk.Linear):
         return 2.0 * super().__call__(inputs)
 
 
-# function, input shape, batch axis
+class Flax(nn.Module):
+    """A Flax network of a function."""
+
+    function: Callable
+
+    @nn.compact
+    def __call__(self, x):
+        return self.function(x)
+
+
+class FlaxScaled(nn.Dense):
+    """A subclass whose call is not nn.Dense's, and calls it."""
+
+    def __call__(self, inputs):
+        return 2.0 * super().__call__(inputs)
+
+
+class FlaxSetup(nn.Module):
+    """Layers made in setup, one used twice."""
+
+    def setup(self):
+        self.first = nn.Dense(4)
+        self.second = nn.Dense(4, use_bias=False)
+
+    def __call__(self, x):
+        return self.second(jnp.tanh(self.second(jnp.tanh(self.first(x)))))
+
+
+def flax_embed(x):
+    return nn.Dense(2)(nn.Embed(x.shape[-1], 3)(jnp.argmax(x, -1)))
+
+
+def flax_norms(x):
+    x = nn.LayerNorm()(nn.Dense(4)(x))
+    x = nn.GroupNorm(2)(jnp.tanh(x))
+    x = nn.InstanceNorm()(nn.RMSNorm()(x))
+    return nn.LayerNorm(reduction_axes=(-2, -1), feature_axes=(-2, -1), use_bias=False)(x)
+
+
+def flax_convolutions(x):
+    x = jnp.tanh(nn.Conv(4, (3, 3), strides=2, feature_group_count=2)(x))
+    x = jnp.tanh(nn.ConvTranspose(3, (2, 2), strides=(2, 2))(x))
+    return nn.ConvTranspose(3, (2, 2), transpose_kernel=True)(x)
+
+
+def flax_attention(x):
+    return nn.MultiHeadDotProductAttention(2, qkv_features=6, out_features=5)(x, jnp.flip(x, 1))
+
+
+def flax_remat(x):
+    return nn.Dense(2)(nn.remat(nn.Dense)(3)(x))
+
+
+# function or module, input shape, batch axis
 NETWORKS = {
     "mlp": (lambda x: hk.nets.MLP([4, 3], activation=jnp.tanh)(x), (B, 4), 0),
     "rank 3": (lambda x: Scaled(2)(jnp.tanh(hk.Linear(4)(x))), (B, 2, 3), 0),
@@ -95,6 +153,22 @@ NETWORKS = {
     "conv1d": (conv1d, (B, 5, 2), 0),
     "conv3d": (conv3d, (B, 2, 3, 2, 2), 0),
     "remat": (remat, (B, 3), 0),
+    "flax mlp": (Flax(lambda x: nn.Dense(3)(jnp.tanh(nn.Dense(4)(x)))), (B, 4), 0),
+    "flax dense": (nn.Dense(3), (B, 4), 0),
+    "flax setup": (FlaxSetup(), (B, 4), 0),
+    "flax rank 3": (Flax(lambda x: FlaxScaled(2)(jnp.tanh(nn.DenseGeneral(4)(x)))), (B, 2, 3), 0),
+    "flax attention": (Flax(flax_attention), (B, 2, 5), 0),
+    "flax lstm": (Flax(lambda x: nn.RNN(nn.LSTMCell(3, param_dtype=jnp.float64))(x)), (B, 4, 2), 0),
+    "flax lstm, time-major": (
+        Flax(lambda x: nn.RNN(nn.LSTMCell(3, param_dtype=jnp.float64), time_major=True)(x)),
+        (4, B, 2),
+        1,
+    ),
+    "flax gru": (Flax(lambda x: nn.RNN(nn.GRUCell(3, param_dtype=jnp.float64))(x)), (B, 4, 2), 0),
+    "flax embed": (Flax(flax_embed), (B, 4, 5), 0),
+    "flax norms": (Flax(flax_norms), (B, 2, 3), 0),
+    "flax conv": (Flax(flax_convolutions), (B, 4, 4, 2), 0),
+    "flax remat": (Flax(flax_remat), (B, 3), 0),
     "mobile net block": (lambda x: hk.nets.MobileNetV1((1,), (8,), 3, use_bn=False)(x, True), (B, 4, 4, 3), 0),
 }
 
@@ -104,13 +178,29 @@ def randomised(tree, seed=0):
     return jax.tree.map(lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape)), tree)
 
 
+class Network(NamedTuple):
+    """Either library's network as pure functions of its parameters."""
+
+    init: Callable
+    init_response: Callable
+    apply: Callable
+
+
 def setup(function, shape, batch_axis):
-    network = hk.without_apply_rng(hk.transform(function))
-    lifted = st.lift(network, in_axes=batch_axis, out_axes=batch_axis)
+    """The plain network and the lifted one, an input, parameters and a response, of a function or a Flax module."""
+    if isinstance(function, nn.Module):
+        made = st.lift(function, in_axes=batch_axis, out_axes=batch_axis)
+        own = lambda apply: lambda params, x: apply({"params": params}, x)  # noqa: E731
+        init = lambda key, x: made.init(key, x)["params"]  # noqa: E731
+        network, lifted = (Network(init, made.init_response, own(net.apply)) for net in (function, made))
+    else:
+        network = hk.without_apply_rng(hk.transform(function))
+        lifted = st.lift(network, in_axes=batch_axis, out_axes=batch_axis)
     x = jnp.asarray(np.random.default_rng(1).normal(size=shape))
     params = jax.eval_shape(lambda: lifted.init(jax.random.key(0), x))
     response = jax.eval_shape(lambda: lifted.init_response(jax.random.key(1), H, x))
-    assert set(response) == set(params)
+    paths = lambda tree, leaf: {p for p, _ in jax.tree_util.tree_leaves_with_path(tree, is_leaf=leaf)}  # noqa: E731
+    assert paths(response, lambda x: isinstance(x, st.Gated)) == paths(params, None)
     return network, lifted, x, randomised(params), randomised(response, 2)
 
 
@@ -187,6 +277,26 @@ def vector_a_layer(x):
     return jnp.tanh(hk.Linear(3)(x[0]))[None] if len(x) == 1 else jnp.tanh(hk.Linear(3)(x))
 
 
+def flax_positions(x):
+    return nn.Dense(3)(x) + nn.Embed(x.shape[1], 3)(jnp.arange(x.shape[1]))[None]
+
+
+def flax_two_views(x):
+    first, second = jnp.split(nn.Dense(3)(jnp.tanh(nn.Dense(4)(jnp.concatenate([x, -x])))), 2)
+    return first * second
+
+
+def flax_time_major(x):
+    return nn.Dense(2)(nn.RNN(nn.LSTMCell(3, param_dtype=jnp.float64), time_major=True)(x.swapaxes(0, 1))).swapaxes(
+        0, 1
+    )
+
+
+def flax_mapped(x):
+    layer = nn.vmap(nn.Dense, in_axes=0, variable_axes={"params": None}, split_rngs={"params": False})
+    return layer(3)(x)
+
+
 AMBIGUOUS = {
     "positions, T = 2 B": (positions, (B, 2 * B, 4)),
     "positions, T = B": (positions, (B, B, 4)),
@@ -197,6 +307,10 @@ AMBIGUOUS = {
     "interleaved views": (interleaved_views, (B, 4)),
     "time-major inside, T = B": (time_major, (B, B, 2)),
     "reversed batch": (flipped, (B, 4)),
+    "flax positions, T = 2 B": (Flax(flax_positions), (B, 2 * B, 4)),
+    "flax two views": (Flax(flax_two_views), (B, 4)),
+    "flax time-major inside, T = B": (Flax(flax_time_major), (B, B, 2)),
+    "flax nn.vmap over the batch": (Flax(flax_mapped), (B, 4)),
     "no batch axis inside": (vector_a_layer, (B, 4)),
 }
 
@@ -392,6 +506,117 @@ def test_batch_norm_in_training_has_the_statistics_of_all_and_a_gate_for_each():
         np.testing.assert_allclose(ours, theirs, rtol=1e-9)
 
 
+class FlaxBatchNorm(nn.Module):
+    @nn.compact
+    def __call__(self, x, training):
+        norm = nn.BatchNorm(not training, momentum=0.9, param_dtype=jnp.float64, force_float32_reductions=False)
+        return nn.Dense(2)(norm(nn.Dense(3)(x)))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_flax_batch_norm_is_as_haikus(training):
+    network = hk.transform_with_state(
+        lambda x, training: hk.Linear(2, name="out")(hk.BatchNorm(True, True, 0.9)(hk.Linear(3)(x), training))
+    )
+    haiku, flax = st.lift(network), st.lift(FlaxBatchNorm())
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(B, 4)))
+    variables = jax.eval_shape(lambda: flax.init(jax.random.key(0), x, True))
+    response = jax.eval_shape(lambda: flax.init_response(jax.random.key(1), H, x, True))
+    params, response = randomised(variables["params"]), randomised(response, 2)
+    stats = jax.tree.map(lambda s: jnp.ones(s.shape), variables["batch_stats"])
+    _, state = jax.jit(lambda: network.init(jax.random.key(0), x, True))()
+    state = jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), state)
+    own = jnp.asarray(np.random.default_rng(3).normal(size=(B, H)))
+
+    def named(tree):  # as Haiku's, whose scale and offset are [1, C]
+        last, norm, first = tree["Dense_0"], tree["BatchNorm_0"], tree["Dense_1"]  # as constructed
+        wide = lambda leaf: jax.tree.map(lambda x: x[..., None, :], leaf)  # noqa: E731
+        return {
+            "linear": {"w": first["kernel"], "b": first["bias"]},
+            "batch_norm": {"scale": wide(norm["scale"]), "offset": wide(norm["bias"])},
+            "out": {"w": last["kernel"], "b": last["bias"]},
+        }
+
+    def both(delta, linear):
+        best = BestResponse(params, response, delta, linear)
+        if training:
+            out, new = flax.apply({"params": best, "batch_stats": stats}, x, training, mutable=["batch_stats"])
+        else:
+            out, new = flax.apply({"params": best, "batch_stats": stats}, x, training), None
+        named_best = BestResponse(named(params), named(response), delta, linear)
+        return (out, new), haiku.apply(named_best, state, None, x, training)
+
+    for delta, linear in ((own, True), (own, False), (own[0], True)):
+        (out, new), (expected, _) = jax.jit(both, static_argnums=1)(delta, linear)
+        np.testing.assert_allclose(out, expected, rtol=1e-9)
+        if training:
+            _, plain = FlaxBatchNorm().apply({"params": params, "batch_stats": stats}, x, True, mutable=["batch_stats"])
+            if linear:
+                for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(plain), strict=True):
+                    np.testing.assert_allclose(a, b, rtol=1e-9)
+
+
+def test_flaxs_arguments_reach_it():
+    class Net(nn.Module):
+        @nn.compact
+        def features(self, x):
+            return nn.Dropout(0.5, deterministic=False)(nn.Dense(50)(x))
+
+        def __call__(self, x):
+            return self.features(x)
+
+    lifted = st.lift(Net())
+    x = jnp.ones((B, 4))
+    params = lifted.init(jax.random.key(0), x)["params"]
+    response = lifted.init_response(jax.random.key(1), H, x, method=Net.features)
+    best = {"params": BestResponse(params, response, jnp.ones((B, H)), True)}
+    out = lifted.apply(best, x, rngs={"dropout": jax.random.key(2)}, method="features")
+    assert len(np.unique(np.asarray(out) == 0, axis=0)) == B
+    with pytest.raises(ValueError, match="plain or a BestResponse"):
+        lifted.apply(best["params"].params, x)
+
+
+class FlaxCustom(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return x * self.param("theta", nn.initializers.ones, (x.shape[-1],))[None]
+
+
+def flax_tied(x):
+    embed = nn.Embed(4, 4)
+    return embed.attend(embed(jnp.argmax(x, -1)))
+
+
+FLAX_STUCK = {
+    "custom": (lambda x: nn.Dense(2)(FlaxCustom()(x)), r"FlaxCustom_0/theta cannot respond .*Dense"),
+    "tied": (flax_tied, "outside the module's own call"),
+    "stacked": (
+        lambda x: nn.scan(
+            lambda layer, c, _: (jnp.tanh(layer(c)), None),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=3,
+        )(nn.Dense(4), x, None)[0],
+        "Dense_0/.*stacks it",
+    ),
+    "optimized": (
+        lambda x: nn.RNN(nn.OptimizedLSTMCell(3))(x.astype(jnp.float32)[:, None]),
+        "OptimizedLSTMCell_0/.*cannot respond",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FLAX_STUCK)
+def test_what_cannot_respond_in_flax_is_named(name):
+    function, message = FLAX_STUCK[name]
+    with pytest.raises(ValueError, match=message):
+        st.lift(Flax(function)).init_response(jax.random.key(0), H, jnp.ones((B, 4)))
+    if name == "custom":
+        lifted = st.lift(Flax(function), unresponsive=["FlaxCustom_0"])
+        response = jax.eval_shape(lambda: lifted.init_response(jax.random.key(0), H, jnp.ones((B, 4))))
+        assert set(response) == {"Dense_0"}
+
+
 @pytest.mark.parametrize("linear", [True, False])
 def test_gradients_equal_the_dense_ones(linear):
     """Of parameters, response and delta, and second derivatives: meta-gradients run through all of them."""
@@ -496,8 +721,21 @@ def test_every_kind_of_module_is_tested():
         used.add(context.orig_class)
         return next_call(*args, **kwargs)
 
+    def watch_flax(next_call, args, kwargs, context):
+        used_flax.add(flax_modules._liftable(context))
+        return next_call(*args, **kwargs)
+
+    used_flax = set()
+    with nn.intercept_methods(watch_flax):
+        for function, shape, _ in NETWORKS.values():
+            if isinstance(function, nn.Module):
+                jax.eval_shape(lambda f=function, s=shape: f.init(jax.random.key(0), jnp.ones(s)))
+    used_names = {liftable.module for liftable in used_flax if liftable}
+    assert {liftable.module for liftable in flax_modules.LIFTABLE} - used_names == {nn.BatchNorm}
     with hk.intercept_methods(watch):
         for function, shape, _ in NETWORKS.values():
+            if isinstance(function, nn.Module):
+                continue
             network = hk.transform(lambda x, f=function: f(x))
             jax.eval_shape(lambda net=network, s=shape: net.init(jax.random.key(0), jnp.ones(s)))
     assert set(MODULES) - used == {hk.BatchNorm}  # which has a test of its own

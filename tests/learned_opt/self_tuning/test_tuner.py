@@ -1,5 +1,6 @@
 """The tuner: ridge to its optimum, resume, guard, best pairs, options, and gradients through it."""
 
+import flax.linen as nn
 import haiku as hk
 import jax
 import jax.numpy as jnp
@@ -293,3 +294,38 @@ def test_a_state_is_donated_from_the_start():
         state, _ = step(state, key, data())
     assert int(state.cycle) == 2
     assert not w.is_deleted()
+
+
+class Mlp(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(1)(jnp.tanh(nn.Dense(3)(x)))
+
+
+def test_a_flax_network_is_tuned_as_the_same_haiku_network():
+    flax = st.lift(Mlp())
+    haiku = st.lift(hk.without_apply_rng(hk.transform(lambda x: hk.Linear(1)(jnp.tanh(hk.Linear(3)(x))))))
+    x = data()[0][0]
+    params = flax.init(jax.random.key(0), x)["params"]
+    response = flax.init_response(jax.random.key(1), 2, x)
+    specs = {"noise": st.interval(0.1, 0.0, 1.0), "l2": st.log(0.1, per_example=False)}
+    names = {"Dense_0": "linear", "Dense_1": "linear_1", "kernel": "w", "bias": "b"}
+    named = lambda tree: {names[m]: {names[n]: x for n, x in own.items()} for m, own in tree.items()}  # noqa: E731
+
+    def ended(apply, params, response):
+        def train_loss(params, hparams, key, batch):
+            noisy = st.regularisers.input_noise(key, batch[0], hparams["noise"])
+            return (apply(params, noisy)[:, 0] - batch[1]) ** 2 + hparams["l2"] * st.squared_norm(params)
+
+        def valid_loss(params, batch):
+            return (apply(params, batch[0])[:, 0] - batch[1]) ** 2
+
+        made = st.tuner(specs, train_loss, valid_loss, lambda d, k: d[0], lambda d, k: d[1], weights=optax.adam(0.01))
+        state, info = made.run(made.init(params, response), KEY, data(), 4)
+        return state.params, state.response, state.hyper, info.valid_loss
+
+    ours = ended(lambda params, x: flax.apply({"params": params}, x), params, response)
+    theirs = ended(haiku.apply, named(params), named(response))
+    ours = (named(ours[0]), named(ours[1]), *ours[2:])
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
