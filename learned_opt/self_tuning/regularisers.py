@@ -65,7 +65,7 @@ def variational_dropout(key: jax.Array, x: jax.Array, rate: Any, time_axis: int 
 
 
 def _of_module(tree: Any, module: str) -> Any:
-    """Return the part of a tree that is a module's, by its name (Haiku's keys) or path (Flax's); {} if there is none."""
+    """Return the part of a tree that is a module's, by name (Haiku) or path (Flax); {} if there is none."""
     if module in tree:
         return tree[module]
     for part in module.split("/"):

@@ -191,9 +191,11 @@ def lift(
     Args:
         network: of ``hk.transform`` or ``hk.transform_with_state``, or a ``flax.linen.Module``. A Flax network's
             ``apply`` takes ``{"params": best, ...}``, with ``rngs``, ``mutable`` and ``method`` as Flax's own.
-        unresponsive: names (paths in Flax) of modules to leave without a response, or ``"rest"`` for all that cannot have one.
-        in_axes: where the arguments (after weights, state and keys) have their examples: an int, or a tuple with an int,
-            None (shared by all) or a tree of these for each. Scalars are shared; keyword arguments have them on axis 0.
+        unresponsive: names (paths in Flax) of modules to leave without a response, or ``"rest"`` for all that cannot
+            have one.
+        in_axes: where the arguments (after weights, state and keys) have their examples: an int, or a tuple with an
+            int, None (shared by all) or a tree of these for each. Scalars are shared; keyword arguments have them on
+            axis 0.
         out_axes: where the outputs have them, one row an example: an int or a tree.
         coupled: the network mixes the examples of a batch by other means than BatchNorm. They can have no
             hyperparameters of their own then. Else ``init_response`` checks that they are apart, on two made-up ones.
