@@ -1,10 +1,10 @@
 """What features from a learned unsupervised rule are worth with ten labels a class, beside honest baselines.
 
 Four studies: ``table`` (every method on every data set), ``step`` (the step activation, where backpropagation has no
-gradient), ``transfer`` (deeper, wider, permuted pixels) and ``meta-seeds`` (rules that other meta-seeds gave, whose
-weights are in reports/unsupervised/meta_seeds). Every method's settings and its ridge penalty are chosen on
-tuning seeds; the reporting seeds draw other weights and other labels. Figures are kept as they come: a run that was
-stopped goes on where it was.
+gradient), ``transfer`` (deeper, wider, permuted pixels) and ``meta-seeds`` (rules that other meta-seeds gave, as
+``python scripts/pretrain.py letters --seed S --stages 2`` makes them, in one folder). Every method's settings and its
+ridge penalty are chosen on tuning seeds; the reporting seeds draw other weights and other labels. Figures are kept as
+they come: a run that was stopped goes on where it was.
 
     python benchmarks/unsupervised_features.py --rule letters --out reports/unsupervised
 """
@@ -36,7 +36,6 @@ import matplotlib.pyplot as plt
 
 OURS = "learned rule"
 STUDIES = ("table", "step", "transfer", "meta-seeds")
-META_SEEDS = Path(__file__).parents[1] / "reports" / "unsupervised" / "meta_seeds"  # a saved rule in each folder
 SHOTS = 10
 PENALTIES = (1e-2, 1e-1, 1e0, 1e1, 1e2, 1e3, 1e4)
 TUNING_SEEDS = (1000, 1001, 1002)
@@ -422,10 +421,11 @@ def main():
     parser.add_argument("--studies", nargs="+", choices=STUDIES, default=list(STUDIES))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("reports/unsupervised"))
+    parser.add_argument("--meta-seeds", type=Path, default=Path("runs/meta_seeds"), help="a saved rule in each folder")
     arguments = parser.parse_args()
     weights = read_record(arguments.rule)["sha256"]
     ours = {OURS: learned(arguments.rule)}
-    others = {f"meta-seed {folder.name}": learned(folder) for folder in sorted(META_SEEDS.glob("*"))}
+    others = {f"meta-seed {folder.name}": learned(folder) for folder in sorted(arguments.meta_seeds.glob("*"))}
     by_backprop = grid(rate=(1e-3, 5e-3), steps=(500,))
     by_labels = grid(rate=(1e-3, 1e-2), steps=(100, 400))
     step = {

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import runpy
 import subprocess
 import sys
 import venv
@@ -98,6 +99,18 @@ def test_public_names_are_there():
         assert getattr(learned_opt, name) is not None
     assert callable(learned_opt.local_sgd.local_sgd)  # the package, not the function of its name
     assert callable(learned_opt.local_sgd.map_workers)
+
+
+def test_every_report_is_listed_with_what_makes_it_again():
+    reports = runpy.run_path(str(ROOT / "scripts" / "reports.py"))["REPORTS"]
+    assert set(reports) == {path.name for path in (ROOT / "reports").iterdir() if path.is_dir()}
+    index = (ROOT / "reports" / "README.md").read_text()
+    for name, report in reports.items():
+        assert f"| [{name}]({name}) | {report.claims} |" in index
+        for command in report.commands:
+            assert command in index
+            script = next((word for word in command.split() if word.endswith(".py")), "scripts/reports.py")
+            assert (ROOT / script).is_file(), command
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,188 @@
+"""The committed reports: what each holds, the commands that make it again, and the index in ``reports/README.md``.
+
+python scripts/reports.py                  # lists the reports and their commands
+python scripts/reports.py --remake NAME    # runs the commands of one; many take hours
+python scripts/reports.py --index          # writes reports/README.md, with the date and commit of each result
+"""
+
+import argparse
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+INDEX = ROOT / "reports" / "README.md"
+CELO = "learned-opt import celo celo.theta.state --to runs/celo  # the published file, which is not in this repository"
+
+
+class Report(NamedTuple):
+    """A folder of committed results.
+
+    Attributes:
+        claims: what they are the evidence for.
+        commands: what makes them again, from the root of the repository.
+    """
+
+    claims: str
+    commands: tuple[str, ...]
+
+
+def bench(name: str, rules: str, options: str) -> tuple[str, ...]:
+    """The commands of a benchmark's folder."""
+    return (
+        f"learned-opt bench {rules} {options} --out reports/{name}",
+        f"python scripts/validation_losses.py reports/{name}",
+    )
+
+
+UPDATE = "python benchmarks/update.py --rounds 9 --rules celo2 adafac_mlp velo mlp --out reports/update"
+SOAP = "python benchmarks/update.py --rounds 9 --rules celo2_soap --out reports/update"
+WIDE = "XLA_FLAGS=--xla_cpu_prefer_vector_width=512"
+LAYOUTS = "python benchmarks/update_layouts.py --out reports/update_layouts"
+REPORTS = {
+    "ablation": Report("what each setting of meta-training is worth", ("python benchmarks/ablation.py",)),
+    "accelerator": Report(
+        "what updates, compilation and meta-training take on one H100",
+        ("python benchmarks/update.py --out reports/accelerator/h100.json  # on a machine with the GPU",),
+    ),
+    "fetched_small": Report(
+        "pretrained rules on whole MNIST and CIFAR-10",
+        (
+            "learned-opt data fetch mnist",
+            "learned-opt data fetch cifar10",
+            *bench(
+                "fetched_small",
+                "flagship flagship-auto",
+                "--suite fetched_small --steps 1000 --seeds 5 --baselines adamw-cosine,muon,soap,prodigy",
+            ),
+        ),
+    ),
+    "held_out": Report(
+        "pretrained rules on 18 small tasks, a suite for development",
+        (
+            CELO,
+            *bench(
+                "held_out",
+                "flagship flagship-auto scheduler-adam adafac-mlp runs/celo",
+                "--suite held_out --steps 1000 --seeds 5",
+            ),
+        ),
+    ),
+    "local_sgd": Report(
+        "local SGD: delays, growing batches, outer steps, the cost of communication, recovery from faults",
+        (
+            "learned-opt data fetch fashion_mnist",
+            *(
+                f"python benchmarks/local_sgd_{study}.py"
+                for study in ("stich", "patel_dieuleveut", "batches", "communication", "faults", "outer")
+            ),
+        ),
+    ),
+    "meta_training": Report(
+        "throughput of meta-training beside a bare loop of Adam",
+        tuple(f"python benchmarks/meta_training.py --out reports/meta_training/run_{run}.json" for run in (1, 2, 3)),
+    ),
+    "precision": Report("what states and parameters in bfloat16 cost and save", ("python benchmarks/precision.py",)),
+    "quick_5000": Report(
+        "pretrained rules over 5,000 steps of five small tasks",
+        bench(
+            "quick_5000",
+            "flagship flagship-auto",
+            "--suite quick --steps 5000 --baselines adamw-cosine,muon,soap",
+        ),
+    ),
+    "self_tuning": Report(
+        "self-tuning networks: against a closed form, against searches, as schedules, what a step costs",
+        (
+            *(f"python benchmarks/self_tuning_{study}.py" for study in ("ridge", "search", "schedules", "cost")),
+            "learned-opt data fetch cifar10",
+            "learned-opt tune cifar-cnn --out reports/self_tuning",
+        ),
+    ),
+    "unsupervised": Report(
+        "features without labels beside baselines",
+        ("python benchmarks/unsupervised_features.py --rule letters --out reports/unsupervised",),
+    ),
+    "update": Report(
+        "what one update costs on a CPU",
+        (
+            *(
+                f"{command}/{prefix}all_cores_{run}.json"
+                for command, prefix in ((UPDATE, ""), (SOAP, "celo2_soap_"))
+                for run in (1, 2)
+            ),
+            *(
+                f"taskset -c 1 {command}/{prefix}one_core_{run}.json"
+                for command, prefix in ((UPDATE, ""), (SOAP, "celo2_soap_"))
+                for run in (1, 2)
+            ),
+            f"{WIDE} {UPDATE}/wide_vectors_1.json",
+        ),
+    ),
+    "update_cost": Report(
+        "how an update's cost grows from 10^4 to 10^8 parameters", ("python benchmarks/update_scaling.py",)
+    ),
+    "update_layouts": Report(
+        "what the layout of an update's arithmetic is worth",
+        tuple(
+            f"{pin}{LAYOUTS}/{cores}_{run}.json"
+            for pin, cores in (("", "all_cores"), ("taskset -c 1 ", "one_core"))
+            for run in (1, 2)
+        ),
+    ),
+    "validation": Report(
+        "the suite that settings are chosen on; the weights of the last two rules are not kept",
+        bench(
+            "validation",
+            "flagship flagship-auto runs/earlier runs/no-newton-schulz",
+            "--suite validation --baselines adamw-cosine,muon,soap",
+        ),
+    ),
+}
+
+
+def last_change(name: str) -> str:
+    """The date and the commit in which results of a folder last came in."""
+    command = ["git", "log", "-1", "--diff-filter=AM", "--format=%ad, %h", "--date=short", "--", f"reports/{name}"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    return found or "not committed yet"
+
+
+def index() -> str:
+    """The page that lists them all."""
+    lines = [
+        "# Reports",
+        "",
+        "The committed results that claims in this repository cite, and the commands that make them again; "
+        "`python scripts/reports.py --remake NAME` runs them.",
+        "This page: `python scripts/reports.py --index`.",
+        "",
+        "| folder | is the evidence for | last results |",
+        "|---|---|---|",
+    ]
+    lines += [f"| [{name}]({name}) | {report.claims} | {last_change(name)} |" for name, report in REPORTS.items()]
+    for name, report in REPORTS.items():
+        lines += ["", f"## {name}", "", "```", *report.commands, "```"]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Lists, remakes or indexes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--remake", choices=REPORTS, metavar="NAME")
+    parser.add_argument("--index", action="store_true")
+    options = parser.parse_args()
+    if options.index:
+        INDEX.write_text(index())
+        print(f"wrote {INDEX}")
+    elif options.remake:
+        for command in REPORTS[options.remake].commands:
+            print(f"$ {command}", flush=True)
+            subprocess.run(["bash", "-c", command], cwd=ROOT, check=True)
+    else:
+        for name, report in REPORTS.items():
+            print(f"{name}: {report.claims}", *(f"  {command}" for command in report.commands), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
