@@ -144,6 +144,7 @@ REPORTS = {
 def last_change(name: str) -> str:
     """The date and the commit in which results of a folder last came in."""
     command = ["git", "log", "-1", "--diff-filter=AM", "--format=%ad, %h", "--date=short", "--", f"reports/{name}"]
+    command += [f":(exclude)*/{derived}" for derived in ("README.md", "validation.csv", "celo2_soap_*")]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     return found or "not committed yet"
 
