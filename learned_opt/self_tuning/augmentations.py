@@ -143,3 +143,81 @@ def cutout(key: jax.Array, images: jax.Array, length: Any, count: Any = 1, max_c
     rows, columns = covered(k_rows, height) & used, covered(k_columns, width)
     blank = jnp.any(rows[:, :, :, None] & columns[:, :, None, :], axis=1)
     return jnp.where(blank[..., None], 0, images)
+
+
+def _shares(key: jax.Array, images: jax.Array, alpha: Any, probability: Any) -> jax.Array:
+    """Return the share [B] that an image keeps: drawn from Beta(alpha, alpha) with the probability, else 1."""
+    k_beta, k_used = jax.random.split(key)
+    count = images.shape[:1]
+    strength = jnp.maximum(jnp.broadcast_to(jnp.asarray(alpha, images.dtype), count), 1e-3)
+    share = jax.random.beta(k_beta, strength, strength, count, images.dtype)
+    used = jax.random.uniform(k_used, count, images.dtype) < jnp.asarray(probability, images.dtype)
+    return jnp.where(used, share, 1)
+
+
+def mixup(
+    key: jax.Array, images: jax.Array, labels: jax.Array, alpha: Any, probability: Any = 1.0
+) -> tuple[jax.Array, jax.Array]:
+    r"""Mix an image and its label with another's, :math:`\lambda x_i + (1 - \lambda) x_j`.
+
+    With :math:`\lambda \sim \mathrm{Beta}(\alpha, \alpha)`, and j of a random permutation of the batch.
+
+    Args:
+        key: a PRNG key.
+        images: float [B, ...], images or any inputs.
+        labels: float [B, K], one-hot or soft.
+        alpha: :math:`\alpha > 0`, a scalar or [B].
+        probability: how likely an image is mixed at all, a scalar or [B].
+
+    Returns:
+        Images and labels, mixed.
+
+    Reference:
+        Zhang et al., "mixup: beyond empirical risk minimization", 2018.
+    """
+    k_share, k_partner = jax.random.split(key)
+    share = _shares(k_share, images, alpha, probability)
+    partner = jax.random.permutation(k_partner, images.shape[0])
+
+    def mixed(x: jax.Array) -> jax.Array:
+        kept = per_example(share, x)
+        return kept * x + (1 - kept) * x[partner]
+
+    return mixed(images), mixed(labels)
+
+
+def cutmix(
+    key: jax.Array, images: jax.Array, labels: jax.Array, alpha: Any, probability: Any = 1.0
+) -> tuple[jax.Array, jax.Array]:
+    r"""Paste a box of another image, and mix the labels by area.
+
+    A box of :math:`(1 - \lambda) H W` pixels, :math:`\lambda \sim \mathrm{Beta}(\alpha, \alpha)`, about a random pixel
+    and cut off at the edges, comes from image j of a random permutation of the batch.
+
+    Args:
+        key: a PRNG key.
+        images: float [B, H, W, C].
+        labels: float [B, K], one-hot or soft.
+        alpha: :math:`\alpha > 0`, a scalar or [B].
+        probability: how likely an image is mixed at all, a scalar or [B].
+
+    Returns:
+        Images and labels, mixed.
+
+    Reference:
+        Yun et al., "CutMix: regularization strategy to train strong classifiers with localizable features", 2019.
+    """
+    k_share, k_partner, *k_axes = jax.random.split(key, 4)
+    share = _shares(k_share, images, alpha, probability)
+    partner = jax.random.permutation(k_partner, images.shape[0])
+    side = jnp.sqrt(1 - share)[:, None]
+
+    def covered(key: jax.Array, size: int) -> jax.Array:  # [B, size]
+        centre = jax.random.randint(key, (images.shape[0], 1), 0, size).astype(images.dtype)
+        low = centre - jnp.round(side * size) // 2
+        at = jnp.arange(size, dtype=images.dtype)[None]
+        return (at >= low) & (at < low + jnp.round(side * size))
+
+    box = covered(k_axes[0], images.shape[1])[:, :, None] & covered(k_axes[1], images.shape[2])[:, None, :]
+    kept = 1 - jnp.mean(box, axis=(1, 2), dtype=labels.dtype)[:, None]
+    return jnp.where(box[..., None], images[partner], images), kept * labels + (1 - kept) * labels[partner]

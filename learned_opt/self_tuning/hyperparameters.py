@@ -1,8 +1,10 @@
 r"""Hyperparameters to tune: their bounds, transforms, start and scale.
 
 A tuned hyperparameter lives on the whole line as :math:`\ell`; its value is :math:`t(\ell)`. A pytree (dicts and lists)
-of :class:`Hyperparameter` declares those of a run. Learning rates cannot be tuned this way: a hyperparameter must
-change the optimum of the training loss to enter the best response.
+of :class:`Hyperparameter` declares those of a run, and says by which mechanism each is tuned: by the best response
+where it changes the optimum of the training loss (weights of losses, noise, augmentation, regularisers), by the
+hypergradient through the last training steps where it only changes the way there (the optimizer's learning rate,
+momentum, decay).
 """
 
 import dataclasses
@@ -17,6 +19,7 @@ import numpy as np
 
 Specs = Any  # a pytree of Hyperparameter
 FORMAT = 1
+MECHANISMS = ("response", "hypergradient")
 _REACH = 5.0  # of l where a sigmoid is steep enough to come back from
 
 
@@ -35,6 +38,9 @@ class Hyperparameter:
         discrete: whether the value is rounded down.
         per_example: whether every example of a batch has a perturbation of its own; else one a batch.
         tuned: ``False`` holds the hyperparameter at ``start``.
+        by: ``"response"``, by the weights' best response: for what changes the optimum of the training loss.
+            ``"hypergradient"``, through the last training steps: for the optimizer's own. These are not perturbed, and
+            ``scale`` only bounds how far one validation step moves them.
     """
 
     kind: str
@@ -45,8 +51,18 @@ class Hyperparameter:
     discrete: bool = False
     per_example: bool = True
     tuned: bool = True
+    by: str = "response"
+
+    @property
+    def own(self) -> bool:
+        """Whether every example has a value of its own."""
+        return self.per_example and self.by == "response"
 
     def __post_init__(self):
+        if self.by not in MECHANISMS:
+            raise ValueError(f"a hyperparameter is tuned by one of {MECHANISMS}, got {self.by!r}")
+        if self.by == "hypergradient" and self.discrete:
+            raise ValueError("a discrete hyperparameter has no hypergradient")
         if self.kind not in KINDS:
             raise ValueError(f"unknown kind of hyperparameter {self.kind!r}: one of {sorted(KINDS)}")
         for name in KINDS[self.kind].bounds:
@@ -109,7 +125,7 @@ def interval(start: float, low: float, high: float, **options: Any) -> Hyperpara
         start: start value in (low, high).
         low: :math:`a`.
         high: :math:`b`.
-        **options: ``scale``, ``discrete``, ``per_example``, ``tuned`` of :class:`Hyperparameter`.
+        **options: ``scale``, ``discrete``, ``per_example``, ``tuned``, ``by`` of :class:`Hyperparameter`.
 
     Returns:
         A :class:`Hyperparameter`.
@@ -269,11 +285,17 @@ def values(specs: Specs, point: jax.Array) -> Any:
             out = jnp.asarray(spec.start, point.dtype)
         else:
             x = point[..., next(column)]
-            x = x[0] if x.ndim and not spec.per_example else x
+            x = x[0] if x.ndim and not spec.own else x
             out = KINDS[spec.kind].forward(x, spec.low, spec.high)  # type: ignore[arg-type]
         return jnp.floor(out) if spec.discrete else out
 
     return jax.tree.map(value, specs)
+
+
+def _kind(spec: Hyperparameter) -> str:
+    if spec.by == "hypergradient":
+        return " by hypergradient"
+    return "" if spec.per_example else " a batch"
 
 
 def describe(specs: Specs, point: Any = None, scale: Any = None) -> str:
@@ -302,7 +324,7 @@ def describe(specs: Specs, point: Any = None, scale: Any = None) -> str:
     for (name, spec), value in zip(_named(specs), shown, strict=True):
         low = -math.inf if spec.kind == "real" else spec.low or 0.0
         bounds = f"({low:.4g}, {math.inf if spec.high is None else spec.high:.4g})" + " whole" * spec.discrete
-        text = f"{next(scales):.3g}" + (" a batch" * (not spec.per_example)) if spec.tuned else "fixed"
+        text = f"{next(scales):.3g}{_kind(spec)}" if spec.tuned else "fixed"
         rows.append((name, f"{float(value):.4g}", bounds, text))
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     widths[2] = max(widths[2], 9)

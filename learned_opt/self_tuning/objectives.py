@@ -35,15 +35,17 @@ class Hyper(NamedTuple):
 
 
 class Objectives(NamedTuple):
-    """The four losses; ``noise`` is z, floats [H] or [B, H].
+    """The losses; ``noise`` is z, floats [H] or [B, H].
 
     Attributes:
-        noise: ``(key, batch) -> z``, rows only if a hyperparameter is tuned per example.
+        noise: ``(key, batch) -> z``, rows only if a hyperparameter is tuned per example; 0 for those that are not tuned
+            by the response.
         elementary: ``(params, net_state, mean, key, batch) -> (loss, net_state)``.
         response: ``(response, params, net_state, mean, sigma, noise, key, batch) -> loss``.
         joint: ``((params, response), net_state, mean, sigma, noise, key, batch) -> (loss, net_state)``.
         validation: ``(hyper, params, response, net_state, anchor, factor, noise, batch) -> loss``; ``anchor`` is where
             ``params`` stand, ``factor`` multiplies sigma.
+        judged: ``(params, net_state, batch) -> loss``, the validation loss of given parameters.
     """
 
     noise: Callable[..., jax.Array]
@@ -51,6 +53,7 @@ class Objectives(NamedTuple):
     response: Callable[..., jax.Array]
     joint: Callable[..., tuple[jax.Array, NetState]]
     validation: Callable[..., jax.Array]
+    judged: Callable[..., jax.Array]
 
 
 def leading_size(batch: Batch) -> int:
@@ -109,15 +112,16 @@ def make_objectives(
     Reference:
         MacKay et al., "Self-Tuning Networks", 2019; Bae & Grosse, "Delta-STN", 2020.
     """
-    own = jnp.asarray([spec.per_example for spec in tuned(specs)])
-    any_own = any(spec.per_example for spec in tuned(specs))
+    own = jnp.asarray([spec.own for spec in tuned(specs)])
+    any_own = any(spec.own for spec in tuned(specs))
+    responds = jnp.asarray([spec.by == "response" for spec in tuned(specs)])
 
     def noise(key: jax.Array, batch: Batch) -> jax.Array:
         dtype = jnp.result_type(float)
         if not any_own:
-            return jax.random.normal(key, (own.size,), dtype)
+            return jnp.where(responds, jax.random.normal(key, (own.size,), dtype), 0)
         z = jax.random.normal(key, (batch_size(batch), own.size), dtype)
-        return jnp.where(own[None], z, z[:1])
+        return jnp.where(responds[None], jnp.where(own[None], z, z[:1]), 0)
 
     def train(params, net_state, point, key, batch) -> tuple[jax.Array, NetState]:
         hparams = values(specs, point)
@@ -158,8 +162,11 @@ def make_objectives(
         sigma = jax.nn.softplus(hyper.scale)
         point = shifted(hyper.mean, spread(sigma * factor, z))
         delta = shifted(-anchor, point) if centred else point
+        delta = jnp.where(responds if delta.ndim == 1 else responds[None], delta, 0)
         best = BestResponse(params, response, delta, linear=centred)
-        loss = valid_loss(best, net_state, batch) if stateful else valid_loss(best, batch)
-        return jnp.mean(loss) - entropy * jnp.sum(jnp.log(sigma))
+        return judged(best, net_state, batch) - entropy * jnp.sum(jnp.where(responds, jnp.log(sigma), 0))
 
-    return Objectives(noise, elementary, response, joint, validation)
+    def judged(params, net_state, batch):
+        return jnp.mean(valid_loss(params, net_state, batch) if stateful else valid_loss(params, batch))
+
+    return Objectives(noise, elementary, response, joint, validation, judged)

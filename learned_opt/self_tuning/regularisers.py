@@ -223,6 +223,50 @@ def label_smoothing(labels: jax.Array, amount: Any) -> jax.Array:
     return (1 - amount) * labels + amount / labels.shape[-1]
 
 
+def label_noise(key: jax.Array, labels: jax.Array, rate: Any) -> jax.Array:
+    r"""Replace an example's label by one drawn uniformly from the K classes, with probability :math:`r`.
+
+    Args:
+        key: a PRNG key.
+        labels: float [B, K], one-hot or soft.
+        rate: :math:`r \in [0, 1]`, a scalar or [B].
+
+    Returns:
+        Float [B, K].
+
+    Reference:
+        Xie et al., "DisturbLabel: regularizing CNN on the loss layer", 2016.
+    """
+    k_which, k_class = jax.random.split(key)
+    count, classes = labels.shape
+    replaced = jax.random.uniform(k_which, (count, 1), labels.dtype) < per_example(rate, labels)
+    drawn = jax.nn.one_hot(jax.random.randint(k_class, (count,), 0, classes), classes, dtype=labels.dtype)
+    return jnp.where(replaced, drawn, labels)
+
+
+def stochastic_depth(key: jax.Array, branch: jax.Array, rate: Any) -> jax.Array:
+    r"""Drop an example's whole residual branch, :math:`f(x) \, m / (1 - r)` with one :math:`m` an example.
+
+    Args:
+        key: a PRNG key.
+        branch: float [B, ...], what is to be added to the input.
+        rate: :math:`r \in [0, 1)`, a scalar or [B].
+
+    Returns:
+        Float, the branch's shape and dtype.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> x = jnp.ones((4, 3))
+        >>> (x + stochastic_depth(jax.random.key(0), 2 * x, 0.5)).shape
+        (4, 3)
+
+    Reference:
+        Huang et al., "Deep networks with stochastic depth", 2016.
+    """
+    return dropout(key, branch, rate, shared_axes=tuple(range(1, branch.ndim)))
+
+
 def activation_penalty(activations: jax.Array) -> jax.Array:
     r"""The mean square of an example's activations, to be weighted by a hyperparameter (AR).
 

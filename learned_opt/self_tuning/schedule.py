@@ -195,7 +195,7 @@ def replay(
     schedule: Schedule,
     train_loss: Callable[..., Any],
     train_batch: Callable[[Any, jax.Array], Batch],
-    weights: optax.GradientTransformation,
+    weights: optax.GradientTransformation | Callable[[Any], optax.GradientTransformation],
     *,
     perturb: bool = False,
     stateful: bool = False,
@@ -207,7 +207,7 @@ def replay(
         schedule: a :class:`Schedule`, its steps the training steps of this run.
         train_loss: as :func:`~learned_opt.self_tuning.tuner`'s; its ``params`` are always plain.
         train_batch: ``(data, key) -> batch``.
-        weights: the parameters' Optax transform; it is given ``value=``.
+        weights: the parameters' Optax transform, or a function of the hyperparameters to it; it is given ``value=``.
         perturb: whether hyperparameters are perturbed by the schedule's sigma, as they were in the original form's run.
         stateful: as :func:`~learned_opt.self_tuning.tuner`'s.
         batch_size: as :func:`~learned_opt.self_tuning.tuner`'s.
@@ -218,13 +218,17 @@ def replay(
     Reference:
         MacKay et al., "Self-Tuning Networks", 2019, section 4.
     """
-    weights = optax.with_extra_args_support(weights)
+
+    def training(point: jax.Array) -> optax.GradientTransformationExtraArgs:
+        return optax.with_extra_args_support(weights(values(schedule.specs, point)) if callable(weights) else weights)
+
     objectives = make_objectives(
         schedule.specs, train_loss, lambda *args: 0.0, stateful=stateful, batch_size=batch_size
     )
 
     def init(params: Params, net_state: NetState = ()) -> ReplayState:
-        return copied(ReplayState(params, net_state, weights.init(params), jnp.zeros((), jnp.int32)))
+        point, _ = interpolate(schedule, jnp.zeros((), jnp.int32))
+        return copied(ReplayState(params, net_state, training(point).init(params), jnp.zeros((), jnp.int32)))
 
     @functools.partial(jax.jit, static_argnames="num_steps")
     def run(state: ReplayState, key: jax.Array, data: Any, num_steps: int) -> tuple[ReplayState, jax.Array]:
@@ -232,13 +236,14 @@ def replay(
             k_batch, k_noise, k_loss = jax.random.split(jax.random.fold_in(key, state.step), 3)
             batch = train_batch(data, k_batch)
             point, sigma = interpolate(schedule, state.step)
+            transform = training(point)
             if perturb:
                 noise = objectives.noise(k_noise, batch)
                 point = jnp.broadcast_to(point, noise.shape) + jnp.broadcast_to(sigma, noise.shape) * noise
             (loss, net_state), grads = jax.value_and_grad(objectives.elementary, has_aux=True)(
                 state.params, state.net_state, point, k_loss, batch
             )
-            updates, opt_state = weights.update(grads, state.opt_state, state.params, value=loss)
+            updates, opt_state = transform.update(grads, state.opt_state, state.params, value=loss)
             params = optax.apply_updates(state.params, updates)
             return ReplayState(params, net_state, opt_state, state.step + 1), loss
 

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .hyperparameters import Specs, span, start
+from .hypergradient import Trace, advance, along_trace, start_trace
+from .hyperparameters import Specs, names, span, start, tuned, values
 from .objectives import Batch, Hyper, NetState, leading_size, make_objectives
 from .response import BestResponse, Params, Response
 
@@ -48,6 +49,8 @@ class TunerState(NamedTuple):
         best: the best so far.
         reference: float, the first cycle's validation loss, NaN before it.
         damping: float in (0, 1], what updates of parameters and response are multiplied by.
+        trace: how parameters and ``weights_opt`` depend on the hyperparameters that are tuned by hypergradient; empty
+            where none is.
         cycle: int32, cycles done.
     """
 
@@ -61,6 +64,7 @@ class TunerState(NamedTuple):
     best: Best
     reference: jax.Array
     damping: jax.Array
+    trace: Trace
     cycle: jax.Array
 
 
@@ -134,7 +138,7 @@ def tuner(
     train_batch: Callable[[Data, jax.Array], Batch],
     valid_batch: Callable[[Data, jax.Array], Batch],
     *,
-    weights: optax.GradientTransformation,
+    weights: optax.GradientTransformation | Callable[[Any], optax.GradientTransformation],
     response: optax.GradientTransformation | None = None,
     hyper: optax.GradientTransformation | None = None,
     method: str = "delta_stn",
@@ -149,6 +153,7 @@ def tuner(
     response_batch: Callable[[Batch], Batch] | None = None,
     trust: float | None = 1.0,
     guard: float | None = 10.0,
+    memory: float = 0.9,
     stateful: bool = False,
     batch_size: Callable[[Batch], int] = leading_size,
 ) -> Tuner:
@@ -170,7 +175,9 @@ def tuner(
         valid_loss: ``(params, batch) -> loss``, without dropout, augmentation and regularisers.
         train_batch: ``(data, key) -> batch``, drawn inside the scan.
         valid_batch: ``(data, key) -> batch``.
-        weights: the parameters' Optax transform, a learned rule too; it is given ``value=``.
+        weights: the parameters' Optax transform, a learned rule too; it is given ``value=``. Where hyperparameters are
+            tuned by hypergradient, a function of the hyperparameters to it:
+            ``lambda h: optax.adam(h["learning_rate"])``.
         response: the response's; by default as ``weights``.
         hyper: that of :class:`Hyper`; by default ``optax.adam(0.01)``.
         method: ``"delta_stn"``, or ``"stn"``, the original: parameters and response step jointly on the perturbed loss,
@@ -189,6 +196,8 @@ def tuner(
         trust: most that l moves in a validation step, in units of sigma: beyond it nothing was fitted. None: unbounded.
         guard: go back to the best so far, and halve the parameters' updates (a damping that recovers slowly), when a
             loss is not finite or exceeds the best by ``guard`` times (abs(first) + abs(best)). None: never.
+        memory: in [0, 1], how much of the past steps' effect each step keeps, for hyperparameters tuned by
+            hypergradient, see :mod:`~learned_opt.self_tuning.hypergradient`.
         stateful: the losses carry the network's state, see :func:`~learned_opt.self_tuning.make_objectives`.
         batch_size: how many examples a batch has; the first array's leading axis by default.
 
@@ -231,8 +240,26 @@ def tuner(
     centred = method == "delta_stn"
     if not centred and (correct_bias or response_batch is not None):
         raise ValueError("correct_bias and response_batch belong to method='delta_stn'")
-    weights = optax.with_extra_args_support(weights)
-    responding = weights if response is None else optax.with_extra_args_support(response)
+    if not 0 <= memory <= 1:
+        raise ValueError(f"memory must lie in [0, 1], got {memory}")
+    through = [i for i, spec in enumerate(tuned(specs)) if spec.by == "hypergradient"]
+    if through:
+        chosen = ", ".join(names(specs)[i] for i in through)
+        if not callable(weights):
+            raise ValueError(
+                f"{chosen}: tuned by hypergradient, so weights must be a function of the hyperparameters to an Optax "
+                "transform, such as lambda h: optax.adam(h['learning_rate'])"
+            )
+        if not centred:
+            raise ValueError(f"{chosen}: hypergradients belong to method='delta_stn'")
+    responds = len(through) < len(tuned(specs))
+
+    def training(mean: jax.Array) -> optax.GradientTransformationExtraArgs:
+        return optax.with_extra_args_support(weights(values(specs, mean)) if callable(weights) else weights)
+
+    def responding(mean: jax.Array) -> optax.GradientTransformationExtraArgs:
+        return training(mean) if response is None else optax.with_extra_args_support(response)
+
     tuning = optax.with_extra_args_support(optax.adam(0.01) if hyper is None else hyper)
     objectives = make_objectives(
         specs,
@@ -253,14 +280,17 @@ def tuner(
             response=response,
             net_state=net_state,
             hyper=point,
-            weights_opt=weights.init(params),
-            response_opt=responding.init(response),
+            weights_opt=training(point.mean).init(params),
+            response_opt=responding(point.mean).init(response),
             hyper_opt=tuning.init(point),
             best=Best(infinite, params, response, net_state, point),
             reference=jnp.full((), jnp.nan, point.mean.dtype),
             damping=jnp.ones((), point.mean.dtype),
+            trace=[],
             cycle=jnp.zeros((), jnp.int32),
         )
+        if through:
+            state = state._replace(trace=start_trace((state.params, state.weights_opt), len(through)))
         return copied(state)
 
     def factor(cycle: jax.Array) -> Any:
@@ -277,29 +307,48 @@ def tuner(
         mean = state.hyper.mean
         sigma = jax.nn.softplus(state.hyper.scale) * factor(state.cycle)
         if centred:
-            part = batch if response_batch is None else response_batch(batch)
-            (loss, net_state), grads = jax.value_and_grad(objectives.elementary, has_aux=True)(
-                state.params, state.net_state, mean, k_loss, batch
-            )
             # The same key for both: where hyperparameters do not enter the network, it is computed once.
-            perturbed, response_grads = jax.value_and_grad(objectives.response)(
-                *(state.response, state.params, state.net_state, mean, sigma),
-                *(objectives.noise(k_noise, part), k_loss, part),
-            )
+            part = batch if response_batch is None else response_batch(batch)
+
+            def elementary(moving: tuple[Params, optax.OptState], mean: jax.Array):
+                (loss, net_state), grads = jax.value_and_grad(objectives.elementary, has_aux=True)(
+                    moving[0], state.net_state, mean, k_loss, batch
+                )
+                new = descend(training(mean), grads, moving[1], moving[0], loss, state.damping)
+                return new, (loss, net_state, grads)
+
+            moving, trace = (state.params, state.weights_opt), state.trace
+            if through:
+                directions = jnp.eye(len(mean), dtype=mean.dtype)[jnp.asarray(through)]
+                (params, weights_opt), (loss, net_state, grads), trace = advance(
+                    elementary, moving, mean, trace, directions, memory
+                )
+            else:
+                (params, weights_opt), (loss, net_state, grads) = elementary(moving, mean)
+            if responds:
+                perturbed, response_grads = jax.value_and_grad(objectives.response)(
+                    *(state.response, state.params, state.net_state, mean, sigma),
+                    *(objectives.noise(k_noise, part), k_loss, part),
+                )
+            else:
+                perturbed, response_grads = loss, None
         else:
             (loss, net_state), (grads, response_grads) = jax.value_and_grad(objectives.joint, has_aux=True)(
                 *((state.params, state.response), state.net_state, mean, sigma),
                 *(objectives.noise(k_noise, batch), k_loss, batch),
             )
-            perturbed = loss
-        params, weights_opt = descend(weights, grads, state.weights_opt, state.params, loss, state.damping)
-        response, response_opt = descend(
-            responding, response_grads, state.response_opt, state.response, perturbed, state.damping
-        )
+            perturbed, trace = loss, state.trace
+            params, weights_opt = descend(training(mean), grads, state.weights_opt, state.params, loss, state.damping)
+        response, response_opt = state.response, state.response_opt
+        if response_grads is not None:
+            response, response_opt = descend(
+                responding(mean), response_grads, response_opt, response, perturbed, state.damping
+            )
         good, good_response = _finite(loss, grads), _finite(perturbed, response_grads)
         params, net_state, weights_opt = _where(
             good, (params, net_state, weights_opt), (state.params, state.net_state, state.weights_opt)
         )
+        trace = _where(good & _finite(loss, trace), trace, jax.tree.map(jnp.zeros_like, trace))
         response, response_opt = _where(good_response, (response, response_opt), (state.response, state.response_opt))
         state = state._replace(
             params=params,
@@ -307,6 +356,7 @@ def tuner(
             weights_opt=weights_opt,
             response=response,
             response_opt=response_opt,
+            trace=trace,
         )
         return state, (loss, perturbed, ~(good & good_response))
 
@@ -317,10 +367,16 @@ def tuner(
         noise = balanced(objectives.noise(k_noise, batch))
 
         def validation(point: Hyper) -> jax.Array:
+            if not responds:
+                return objectives.judged(state.params, state.net_state, batch)
             fixed = (state.params, state.response, state.net_state, old.mean, scaling)
             return jnp.mean(jnp.stack([objectives.validation(point, *fixed, z, batch) for z in noise]))
 
         loss, grads = jax.value_and_grad(validation)(old)
+        if through:
+            slope = jax.grad(objectives.judged)(state.params, state.net_state, batch)
+            here = along_trace(slope, state.trace).astype(old.mean.dtype)
+            grads = grads._replace(mean=grads.mean.at[jnp.asarray(through)].set(here))
         updates, hyper_opt = tuning.update(grads, state.hyper_opt, old, value=loss)
         step = updates.mean
         if trust is not None:
@@ -328,6 +384,7 @@ def tuner(
             step = jnp.clip(step, -reach, reach)
         low, high = (jnp.log(jnp.expm1(jnp.asarray(s, step.dtype))) for s in scale_range)
         scale = jnp.clip(old.scale + updates.scale, low, high) if tune_scale else old.scale
+        scale = scale.at[jnp.asarray(through)].set(old.scale[jnp.asarray(through)]) if through else scale
         good = _finite(loss, (grads, step, scale))
         mean = jnp.clip(old.mean + step, *span(specs))
         new = _where(good, (Hyper(mean, scale), hyper_opt), (old, state.hyper_opt))
@@ -339,12 +396,13 @@ def tuner(
             response=best.response,
             net_state=best.net_state,
             hyper=best.hyper,
-            weights_opt=weights.init(best.params),
-            response_opt=responding.init(best.response),
+            weights_opt=training(best.hyper.mean).init(best.params),
+            response_opt=responding(best.hyper.mean).init(best.response),
             hyper_opt=tuning.init(best.hyper),
             best=best,
             reference=reference,
             damping=0.5 * state.damping,
+            trace=jax.tree.map(jnp.zeros_like, state.trace),
             cycle=state.cycle,
         )
         onward = state._replace(damping=jnp.minimum(1.0, 1.02 * state.damping), best=best, reference=reference)
@@ -359,8 +417,7 @@ def tuner(
         batch = valid_batch(data, k_check)
         # The original form's elementary parameters alone are no network: those that respond to the mean are.
         judged = state.params if centred else BestResponse(state.params, state.response, begin.hyper.mean)
-        checked = valid_loss(judged, state.net_state, batch) if stateful else valid_loss(judged, batch)
-        valid = jnp.mean(checked).astype(state.reference.dtype)
+        valid = objectives.judged(judged, state.net_state, batch).astype(state.reference.dtype)
         better = valid < state.best.loss
         current = Best(valid, state.params, state.response, state.net_state, begin.hyper)
         best = _where(better, current, state.best)

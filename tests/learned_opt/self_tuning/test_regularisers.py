@@ -202,3 +202,43 @@ def test_gradients_reach_the_strengths_of_smooth_ones():
         jax.grad(lambda s: jnp.sum(functools.reduce(lambda x, f: f(KEY, x, s), [aug.brightness, aug.hue], IMAGES) ** 2))
     )
     assert np.all(np.asarray(grad(jnp.full(3, 0.2))) != 0)
+
+
+def test_label_noise_replaces_each_examples_own_share():
+    labels = jax.nn.one_hot(jnp.zeros(60000, jnp.int32), 4)
+    rates = jnp.repeat(RATES, 20000)
+    noisy = np.asarray(reg.label_noise(KEY, labels, rates)).reshape(3, 20000, 4)
+    np.testing.assert_array_equal(noisy.sum(-1), 1.0)
+    changed = 1 - noisy[..., 0].mean(1)
+    expected = np.asarray(RATES) * 3 / 4  # a quarter of the drawn labels is the right one
+    assert np.all(np.abs(changed - expected) <= 4 * np.sqrt(expected * (1 - expected) / 20000))
+    np.testing.assert_array_equal(reg.label_noise(KEY, labels[:3], 0.0), labels[:3])
+
+
+def test_stochastic_depth_drops_whole_examples():
+    y = np.asarray(reg.stochastic_depth(KEY, jnp.ones((3000, 2, 5)), jnp.repeat(RATES, 1000))).reshape(3, 1000, 10)
+    assert np.all(y == y[..., :1])
+    error = np.sqrt(RATES * (1 - RATES) / 1000)
+    assert np.all(np.abs((y[..., 0] == 0).mean(1) - RATES) <= 4 * error)
+    np.testing.assert_allclose(np.unique(y[2]), [0.0, 1 / 0.3], rtol=1e-6)
+
+
+@pytest.mark.parametrize("function", [aug.mixup, aug.cutmix])
+def test_mixing_mixes_labels_as_much_as_images(function):
+    """Image i is filled with i and labelled i, so that a mixture can be read off both."""
+    count, run = 50, jax.jit(function)
+    index = jnp.arange(count, dtype=jnp.float32)
+    images = jnp.broadcast_to(index[:, None, None, None], (count, 8, 8, 1))
+    x, y = (np.asarray(a) for a in run(KEY, images, jnp.eye(count), jnp.full(count, 1.0)))
+    np.testing.assert_allclose(y.sum(-1), 1.0, rtol=1e-6)
+    np.testing.assert_allclose(x.mean((1, 2, 3)), y @ np.asarray(index), rtol=1e-5, atol=1e-5)
+    own = np.diagonal(y)
+    assert own.min() < 0.3
+    assert own.max() > 0.7
+    for still in (dict(alpha=1.0, probability=0.0), dict(alpha=1.0, probability=jnp.zeros(count))):
+        for a, b in zip(run(KEY, images, jnp.eye(count), **still), (images, jnp.eye(count)), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-6)
+    strengths = jnp.where(index < 25, 1e-3, 100.0)
+    own = np.diagonal(np.asarray(aug.mixup(KEY, images, jnp.eye(count), strengths)[1]))
+    assert np.mean((own[:25] < 0.01) | (own[:25] > 0.99)) > 0.9  # Beta(a, a) goes to the ends for small a
+    assert np.all(np.abs(own[25:] - 0.5) < 0.25)
