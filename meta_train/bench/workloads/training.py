@@ -63,7 +63,7 @@ class Program(NamedTuple):
         init: ``seed -> carry``, parameters and optimizer state.
         step: ``(carry, settings, seed, step's number) -> (carry, loss)``; the carry given is used up.
         valid: ``carry -> validation loss``.
-        compile_seconds: what it took to compile.
+        compile: compiles, once, what :func:`program` only traced; the seconds that this takes.
         state_bytes: of the optimizer's state.
         num_params: of the network.
     """
@@ -72,13 +72,13 @@ class Program(NamedTuple):
     init: Callable[[Mapping[str, float], int], Any]
     step: Callable[[Any, Mapping[str, float], int, int], tuple[Any, jax.Array]]
     valid: Callable[[Any], float]
-    compile_seconds: float
+    compile: Callable[[], float]
     state_bytes: int
     num_params: int
 
 
 def program(workload: Workload, optimizer: Optimizer, device: jax.Device | None = None) -> Program:
-    """Compiles an optimizer on a workload: once for all settings and seeds.
+    """Traces an optimizer on a workload: once for all settings and seeds. It is compiled when it is first run.
 
     Args:
         workload: any.
@@ -121,28 +121,34 @@ def program(workload: Workload, optimizer: Optimizer, device: jax.Device | None 
         shapes = jax.eval_shape(init, settings, data, key)
         lowered = jax.jit(step, donate_argnums=0).lower(shapes, settings, data, key, jnp.int32(0))
         text = lowered.as_text()
-        compiled = lowered.compile()
-        start = jax.jit(init).lower(settings, data, key).compile()
-        look = jax.jit(valid).lower(shapes, data, key).compile()
-    taken = time.perf_counter() - began
+    traced = time.perf_counter() - began
     keys = list(valid_keys())
+
+    @functools.cache
+    def compiled():
+        began = time.perf_counter()
+        with jax.default_device(device):
+            stepping = lowered.compile()
+            start = jax.jit(init).lower(settings, data, key).compile()
+            look = jax.jit(valid).lower(shapes, data, key).compile()
+        return stepping, start, look, traced + time.perf_counter() - began
 
     def cast(values):
         return {name: np.float32(values[name]) for name in optimizer.setting}
 
     def mean_valid(carry):
         with jax.default_device(device):
-            return float(np.mean([np.asarray(look(carry, data, k)) for k in keys], dtype=np.float64))
+            return float(np.mean([np.asarray(compiled()[2](carry, data, k)) for k in keys], dtype=np.float64))
 
     def run_step(carry, values, seed, number):
-        return compiled(carry, cast(values), data, _key(seed, device), np.int32(number))
+        return compiled()[0](carry, cast(values), data, _key(seed, device), np.int32(number))
 
     return Program(
         key=cache.key(text=cache.text_hash(text), data=_contents(workload), workload=_facts(workload)),
-        init=lambda values, seed: start(cast(values), data, _key(seed, device)),
+        init=lambda values, seed: compiled()[1](cast(values), data, _key(seed, device)),
         step=run_step,
         valid=mean_valid,
-        compile_seconds=taken,
+        compile=lambda: compiled()[3],
         state_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes[1])),
         num_params=sum(leaf.size for leaf in jax.tree.leaves(shapes[0])),
     )
@@ -218,11 +224,11 @@ def run(
             cache.store(folder, f"{key}.part", {**leaves, **about, "train": train[:begin], "valid": valid[: index + 1]})
             saved = time.monotonic()
     arrays = {"train": train, "steps": np.asarray(looks), "valid": valid, "seconds": np.asarray(seconds)}
-    cache.store(folder, key, arrays | {"compile_seconds": np.asarray(made.compile_seconds)})
+    cache.store(folder, key, arrays | {"compile_seconds": np.asarray(made.compile())})
     if folder is not None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(folder / f"{key}.part.npz")
-    return _curves(arrays | {"compile_seconds": np.asarray(made.compile_seconds)}, made)
+    return _curves(arrays | {"compile_seconds": np.asarray(made.compile())}, made)
 
 
 @functools.lru_cache(maxsize=2)

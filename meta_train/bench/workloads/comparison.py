@@ -1,0 +1,168 @@
+"""Results on workloads as figures: by workload, and over a suite, all relative to the reference NAdamW."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .. import measures
+from . import statistics
+from .optimizers import REFERENCE
+from .protocol import Result
+
+
+def rows(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """One dict of JSON values for each workload and optimizer, workloads where learned rules do worst first.
+
+    Args:
+        results: of :func:`meta_train.bench.workloads.protocol.run_suite`.
+
+    Returns:
+        Dicts. ``valid_loss`` and ``train_loss`` are means over seeds, at the end of the budget (the training loss over
+        its last twentieth); ``ratio``, ``p`` and ``verdict`` compare the validation loss with the reference's
+        (:func:`meta_train.bench.workloads.statistics.on_workload`); ``steps_to_target`` is the median over seeds of the
+        first look at or below the target, ``None`` where it is never reached, and ``seconds_to_target`` that times
+        the milliseconds a step.
+    """
+    table = []
+    for result in results:
+        reference = _reference(results, result)
+        goal = target(results, result)
+        compared = statistics.on_workload(result.final, reference.final)
+        steps = float(np.median([_steps_to(curves.steps, curves.valid, goal) for curves in result.curves]))
+        train = [float(np.mean(curves.train[-max(len(curves.train) // 20, 1) :])) for curves in result.curves]
+        table.append(
+            {
+                "workload": result.workload.name,
+                "dataset": result.workload.dataset,
+                "optimizer": result.optimizer.name,
+                "kind": result.optimizer.kind,
+                "valid_loss": _number(float(np.mean(result.final))),
+                "train_loss": _number(float(np.mean(train))),
+                "ratio": _number(compared.ratio),
+                "ratio_low": _number(compared.low),
+                "ratio_high": _number(compared.high),
+                "p": _number(compared.p),
+                "verdict": compared.verdict,
+                "target": _number(goal),
+                "steps_to_target": _number(steps),
+                "seconds_to_target": _number(steps * result.milliseconds / 1000),
+                "milliseconds": _number(result.milliseconds),
+                "run_seconds": _number(float(np.mean([curves.seconds for curves in result.curves]))),
+                "compile_seconds": _number(float(np.mean([curves.compile_seconds for curves in result.curves]))),
+                "diverged": sum(curves.diverged for curves in result.curves),
+                "seeds": len(result.curves),
+                "trials": len(result.trials),
+                "steps_spent": result.steps_spent,
+                "on_edge": sorted(result.edges),
+                "settings": {name: _number(float(value)) for name, value in result.settings.items()},
+                "state_bytes": result.curves[0].state_bytes,
+                "num_params": result.curves[0].num_params,
+                "steps": result.workload.steps,
+            }
+        )
+    return sorted(table, key=lambda row: _worst(table, row["workload"]))
+
+
+def summary(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """One dict of JSON values for each optimizer over the suite, the lowest validation losses first.
+
+    Args:
+        results: of :func:`meta_train.bench.workloads.protocol.run_suite`.
+
+    Returns:
+        Dicts. ``ratio`` is the geometric mean, every data set weighing the same, of the validation loss over the
+        reference's, with the exact test over data sets (:func:`meta_train.bench.workloads.statistics.over_suite`);
+        ``better``, ``level`` and ``worse`` count workloads by their own test; ``reached`` counts targets;
+        ``score_steps`` and ``score_seconds`` are areas under the performance profiles; ``seconds_spent`` is from
+        nothing to a trained network, all trials included, over the suite.
+    """
+    table = rows(results)
+    names = list(dict.fromkeys(result.optimizer.name for result in results))
+    workloads = list(dict.fromkeys(row["workload"] for row in table))
+    found = {(row["workload"], row["optimizer"]): row for row in table}
+    scores = {by: _scores(found, workloads, names, by) for by in ("steps_to_target", "seconds_to_target")}
+    overall = []
+    for name in names:
+        mine = [found[workload, name] for workload in workloads]
+        logs: dict[str, list[float]] = {}
+        for row in mine:
+            logs.setdefault(row["dataset"], []).append(math.inf if row["ratio"] is None else math.log(row["ratio"]))
+        compared = statistics.over_suite(logs)
+        verdicts = [row["verdict"] for row in mine]
+        spent = [_product(row["steps_spent"], row["milliseconds"]) for row in mine]
+        overall.append(
+            {
+                "optimizer": name,
+                "kind": mine[0]["kind"],
+                "ratio": _number(compared.ratio),
+                "ratio_low": _number(compared.low),
+                "ratio_high": _number(compared.high),
+                "p": _number(compared.p),
+                "verdict": compared.verdict,
+                **{verdict: verdicts.count(verdict) for verdict in ("better", statistics.LEVEL, "worse")},
+                "reached": sum(row["steps_to_target"] is not None for row in mine),
+                "workloads": len(mine),
+                "score_steps": _number(scores["steps_to_target"][name]),
+                "score_seconds": _number(scores["seconds_to_target"][name]),
+                "step_time": _number(_mean_slower(found, workloads, name)),
+                "seconds_spent": None if None in spent else _number(sum(value for value in spent if value)),
+                "trials": sum(row["trials"] for row in mine),
+                "on_edge": sum("learning_rate" in row["on_edge"] for row in mine),
+                "diverged": sum(row["diverged"] for row in mine),
+            }
+        )
+    return sorted(overall, key=lambda row: (row["ratio"] is None, row["ratio"] or 0.0))
+
+
+def target(results: Sequence[Result], result: Result) -> float:
+    """A workload's target: the one that is set, else the reference's validation loss at the end of its budget."""
+    known = result.workload.target
+    return float(np.mean(_reference(results, result).final)) if known is None else known
+
+
+def _reference(results: Sequence[Result], result: Result) -> Result:
+    return next(
+        other for other in results if other.optimizer.name == REFERENCE and other.workload.name == result.workload.name
+    )
+
+
+def _steps_to(steps: np.ndarray, valid: np.ndarray, goal: float) -> float:
+    """The first look at or below the target; a rounding error above it counts as there."""
+    reached = valid <= goal * (1 + 1e-6) if goal > 0 else valid <= goal
+    return float(steps[np.argmax(reached)]) if reached.any() else math.inf
+
+
+def _scores(found: dict, workloads: Sequence[str], names: Sequence[str], by: str) -> dict[str, float]:
+    """Areas under the performance profiles; ``nan`` where steps were not timed."""
+    costs = [[found[workload, name][by] for workload in workloads] for name in names]
+    if by == "seconds_to_target" and any(row["milliseconds"] is None for row in found.values()):
+        return dict.fromkeys(names, math.nan)
+    matrix = np.array([[math.inf if cost is None else cost for cost in line] for line in costs])
+    return dict(zip(names, map(float, measures.profile_scores(measures.profile(matrix))), strict=True))
+
+
+def _mean_slower(found: dict, workloads: Sequence[str], name: str) -> float:
+    """A step's time over the reference's, the geometric mean over workloads."""
+    pairs = [
+        (found[workload, name]["milliseconds"], found[workload, REFERENCE]["milliseconds"]) for workload in workloads
+    ]
+    if any(own is None or other is None for own, other in pairs):
+        return math.nan
+    return math.exp(sum(math.log(own / other) for own, other in pairs) / len(pairs))
+
+
+def _worst(table: Sequence[dict[str, Any]], workload: str) -> float:
+    """Minus the highest ratio of a learned rule on the workload: what sorts the worst first."""
+    ours = [row for row in table if row["workload"] == workload and row["kind"] == "learned"]
+    return -max((math.inf if row["ratio"] is None else row["ratio"] for row in ours), default=0.0)
+
+
+def _product(steps: int, milliseconds: float | None) -> float | None:
+    return None if milliseconds is None else steps * milliseconds / 1000
+
+
+def _number(value: float) -> float | None:
+    """A JSON number; ``None`` for what is not finite."""
+    return float(f"{value:.6g}") if math.isfinite(value) else None
