@@ -39,6 +39,33 @@ class TaskFamily(NamedTuple):
     task: Callable[[Data, Cfg], Task]
 
 
+class Workload(NamedTuple):
+    """A network to train as people train it, with the rules by which optimizers are judged on it.
+
+    Attributes:
+        make: makes the :class:`Task`, or a family of which nothing is left to draw; data are read only then.
+        steps: the budget, in steps.
+        target: the validation loss to reach; ``None`` takes NAdamW's at the end of its budget.
+        every: steps between two looks at the validation loss.
+        name: what tables call it.
+        network: what kind of network it is.
+        dataset: the data set; a comparison over workloads takes those on one data set for one observation.
+
+    Example:
+        >>> from tasks.families.synthetic import quadratic
+        >>> Workload(quadratic, steps=100, target=0.1).every
+        25
+    """
+
+    make: Callable[[], TaskFamily | Task]
+    steps: int
+    target: float | None = None
+    every: int = 25
+    name: str = "own"
+    network: str = "own"
+    dataset: str = "own"
+
+
 def num_params(family: TaskFamily) -> int:
     """Count the parameters of a family's tasks, from shapes alone.
 

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..base import TaskFamily
-from .base import VALID_BATCHES, Workload, valid_keys
+from ..base import TaskFamily, Workload
+from .base import VALID_BATCHES, valid_keys
 from .images import resnet, vit
 from .language import gpt, llama, lstm
 from .molecules import message_passing
@@ -29,7 +29,7 @@ _TARGETS = Path(__file__).parent / "targets.json"
 def _on(dataset: str, label: str, factory: Callable[..., TaskFamily], steps: int, **options: Any) -> Workload:
     name = f"{dataset}/{label}"
     make = functools.partial(factory, dataset, **options)
-    return Workload(name, factory.__name__, dataset, make, steps, _targets().get(name))
+    return Workload(make, steps, _targets().get(name), name=name, network=factory.__name__, dataset=dataset)
 
 
 @functools.cache

@@ -1,7 +1,7 @@
-"""What a workload is: a network as people train it, its data, its validation batches, its budget and its target."""
+"""What the workloads share: validation batches, tasks from networks, layers."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import haiku as hk
 import jax
@@ -11,33 +11,6 @@ from ..base import Batch, Data, Task, TaskFamily
 from ..families.networks import transform
 
 VALID_BATCHES = 16
-
-
-class Workload(NamedTuple):
-    """A network to train, with the rules by which it is judged.
-
-    Attributes:
-        name: ``data set/network``.
-        network: what kind of network it is; no kind is in two of the splits.
-        dataset: the data set; intervals are clustered by it.
-        make: makes the family, a single task; data are read only then.
-        steps: the budget, in steps.
-        target: the validation loss to reach, in the task's own units; ``None`` where none is set yet.
-        every: steps between two looks at the validation loss.
-
-    Example:
-        >>> from tasks.families.synthetic import quadratic
-        >>> Workload("mine", "quadratic", "none", quadratic, steps=100, target=0.1).every
-        25
-    """
-
-    name: str
-    network: str
-    dataset: str
-    make: Callable[[], TaskFamily]
-    steps: int
-    target: float | None = None
-    every: int = 25
 
 
 def valid_keys(batches: int = VALID_BATCHES) -> jax.Array:

@@ -60,6 +60,8 @@ def rows(results: Sequence[Result]) -> list[dict[str, Any]]:
                 "state_bytes": result.curves[0].state_bytes,
                 "num_params": result.curves[0].num_params,
                 "steps": result.workload.steps,
+                "looks": [int(step) for step in result.curves[0].steps],
+                "valid_curves": [[_number(float(loss)) for loss in curves.valid] for curves in result.curves],
             }
         )
     return sorted(table, key=lambda row: _worst(table, row["workload"]))

@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from tasks.workloads import Workload
+from tasks.base import Workload
 
 from .. import cache
 from ..timing import machine
 from ..tournament import on_devices
 from . import search
 from .optimizers import REFERENCE, Optimizer
-from .training import Curves, Program, program, run
+from .training import Curves, NotFinishedError, Program, program, run
 
 RULESETS = ("nothing-set", "tuned")
 _TUNING_SEED = 1_000_000  # of the trials; the reported seeds are 0, 1, ...
@@ -62,6 +62,8 @@ class Plan(NamedTuple):
         trials: of the tuned ruleset.
         timed: whether steps are timed.
         folder: where runs are kept, or ``None``; those that it holds are not computed again.
+        only_finished: run nothing: report what is kept, leaving out what is not there and workloads without the
+            reference.
     """
 
     ruleset: str = "nothing-set"
@@ -69,6 +71,7 @@ class Plan(NamedTuple):
     trials: int = search.TRIALS
     timed: bool = True
     folder: Path | None = None
+    only_finished: bool = False
 
 
 Show = Callable[[str], Any]
@@ -101,14 +104,20 @@ def run_suite(
 
         def one(
             optimizer: Optimizer, device: jax.Device, workload: Workload = workload, programs: dict = programs
-        ) -> Result:
+        ) -> Result | None:
             show(f"{workload.name}: {optimizer.name}: tracing")
             made = programs[optimizer.name] = program(workload, optimizer, device)
-            return _result(workload, optimizer, made, plan, show)
+            try:
+                return _result(workload, optimizer, made, plan, show)
+            except NotFinishedError:
+                return None
 
-        mine = [result for _, result in sorted(on_devices(one, optimizers), key=lambda pair: pair[0])]
+        done = [result for _, result in sorted(on_devices(one, optimizers), key=lambda pair: pair[0])]
+        mine = [result for result in done if result is not None]
+        if REFERENCE not in {result.optimizer.name for result in mine}:
+            continue
         if plan.timed:
-            times = step_times(workload, optimizers, programs, plan.folder, show)
+            times = step_times(workload, [result.optimizer for result in mine], programs, plan.folder, show)
             mine = [result._replace(milliseconds=times[result.optimizer.name]) for result in mine]
         results += mine
     return results
@@ -169,7 +178,7 @@ def _result(workload: Workload, optimizer: Optimizer, made: Program, plan: Plan,
         def look(done: int, loss: float) -> None:
             show(f"{workload.name}: {optimizer.name}: {label}: step {done} of {workload.steps}, validation {loss:.4g}")
 
-        return run(made, workload, settings, seed, plan.folder, look)
+        return run(made, workload, settings, seed, plan.folder, look, plan.only_finished)
 
     trials: list[search.Trial] = []
     if plan.ruleset == "tuned" and optimizer.space:

@@ -1,0 +1,131 @@
+"""What ``learned-opt bench`` does on workloads: who takes part, the runs, the files, the table."""
+
+import platform
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+from rich.console import Console
+
+from tasks import workloads
+from tasks.base import Workload
+from tasks.workloads import manifest
+
+from ...train.config import ConfigError
+from ..benchmark import machine_of
+from . import report
+from .optimizers import REFERENCE, Optimizer, baselines, pretrained
+from .protocol import RULESETS, Plan, run_suite
+
+DEFAULT = (REFERENCE, "adamw", "muon", "soap")  # baselines, where none are named
+
+
+def choose_workloads(suite: str | None, own: Sequence[Workload] = ()) -> list[Workload]:
+    """The workloads of a suite and the user's own.
+
+    Raises:
+        ConfigError: no such suite, or two workloads of one name.
+    """
+    try:
+        chosen = list(workloads.suite(suite)) if suite else []
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return _distinct([*chosen, *own], "workload")
+
+
+def choose_optimizers(names: Sequence[str] | None, rules: Sequence[str]) -> list[Optimizer]:
+    """Baselines and saved rules with their controls.
+
+    Args:
+        names: of the baselines; ``None`` for the four main ones, ``("all",)`` for all. The reference is always one.
+        rules: names or folders of saved rules.
+
+    Raises:
+        ConfigError: no such baseline, or two optimizers of one name.
+        StoreError: as ``learned_opt.load``.
+    """
+    known = {optimizer.name: optimizer for optimizer in baselines()}
+    wanted = DEFAULT if names is None else tuple(known) if tuple(names) == ("all",) else (REFERENCE, *names)
+    for name in wanted:
+        if name not in known:
+            raise ConfigError(f"unknown baseline {name!r} on workloads; baselines: {', '.join(known)}, or all")
+    chosen = [optimizer for name, optimizer in known.items() if name in wanted]
+    for rule in rules:
+        chosen += pretrained(rule)
+    return _distinct(chosen, "optimizer")
+
+
+def run(
+    label: str,
+    chosen: Sequence[Workload],
+    optimizers: Sequence[Optimizer],
+    plan: Plan,
+    out: Path,
+    console: Console | None,
+    command: str = "",
+) -> dict[str, Any]:
+    """Runs a suite, writes its files and shows its table.
+
+    Args:
+        label: of the workloads, in titles.
+        chosen: the workloads.
+        optimizers: who takes part.
+        plan: how.
+        out: folder for the files.
+        console: where progress and the table are shown; ``None`` shows nothing but progress on stderr.
+        command: what makes the same again.
+
+    Returns:
+        ``out``, ``about``, ``summary`` and ``figures``, JSON values.
+
+    Raises:
+        ConfigError: nothing is finished, and nothing was to be run.
+    """
+    results = run_suite(chosen, optimizers, plan, _shown(console or Console(stderr=True)))
+    if not results:
+        raise ConfigError(f"nothing is finished yet of {label}: run it without --finished")
+    missing = len(chosen) * len(optimizers) - len(results)
+    about = {
+        "suite": label,
+        "ruleset": plan.ruleset,
+        "seeds": plan.seeds,
+        "trials": plan.trials if plan.ruleset == "tuned" else 0,
+        "incomplete": f"{missing} of {len(chosen) * len(optimizers)} rows are not run yet" if missing else None,
+        "frozen": manifest.frozen()["sha256"][:12] if label == manifest.SUITE else None,
+        "machine": machine_of(),
+        "versions": f"Python {platform.python_version()}, JAX {jax.__version__}, Optax {optax.__version__}",
+        "command": command,
+        "sources": {optimizer.name: optimizer.source for optimizer in optimizers},
+    }
+    document = report.write(out, results, about)
+    if console is not None:
+        shown = Console()
+        shown.print(report.table(document))
+        shown.print(report.sentence(document), highlight=False)
+        shown.print(f"written:   {out}/report.html, results.csv, results.json, curves.png", soft_wrap=True)
+    return {"out": str(out), **document}
+
+
+def check_ruleset(name: str) -> str:
+    """A ruleset's name.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    if name not in RULESETS:
+        raise ConfigError(f"unknown ruleset {name!r}; rulesets: {', '.join(RULESETS)}")
+    return name
+
+
+def _shown(console: Console) -> Callable[[str], None]:
+    return lambda text: console.print(text, highlight=False, soft_wrap=True)
+
+
+def _distinct(chosen: list, kind: str) -> list:
+    names = [one.name for one in chosen]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"two {kind}s are called {name!r}: rename a file or folder")
+    return chosen
