@@ -129,7 +129,10 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--steps", type=int, metavar="N", help="optimization steps (1000)")
     bench.add_argument("--seeds", type=int, metavar="N", help="reporting seeds (5)")
     bench.add_argument("--quick", action="store_true", help="suite quick, 300 steps, 3 seeds, the four main baselines")
-    bench.add_argument("--baselines", metavar="NAME,...", help="only these, beside Adam (all)")
+    bench.add_argument("--baselines", metavar="NAME,...", help="only these, beside the reference")
+    bench.add_argument("--ruleset", metavar="NAME", help="on workloads: nothing-set or tuned (nothing-set)")
+    bench.add_argument("--trials", type=int, metavar="N", help="on workloads, tuned: trials of each optimizer (12)")
+    bench.add_argument("--finished", action="store_true", help="on workloads: run nothing, report what is finished")
     for kind, more in (
         ("task", "instead of the suite, or beside the one named"),
         ("optimizer", "beside the rules named"),

@@ -43,7 +43,7 @@ class Workload(NamedTuple):
     """A network to train as people train it, with the rules by which optimizers are judged on it.
 
     Attributes:
-        make: makes the :class:`Task`, or a family of which nothing is left to draw; data are read only then.
+        make: makes the :class:`Task`, or a family, of which one task is drawn; data are read only then.
         steps: the budget, in steps.
         target: the validation loss to reach; ``None`` takes NAdamW's at the end of its budget.
         every: steps between two looks at the validation loss.

@@ -30,5 +30,5 @@ def test_finetune():
 def test_no_example_goes_untested():
     tested = {"haiku_loop.py", "flax_loop.py", "equinox_loop.py", "finetune.py"}
     # tests/learned_opt/local_sgd/test_multihost.py, tests/meta_train/bench/test_user_code.py
-    elsewhere = {"local_sgd_multihost.py", "my_task.py", "my_optimizer.py"}
+    elsewhere = {"local_sgd_multihost.py", "my_task.py", "my_workload.py", "my_optimizer.py"}
     assert {path.name for path in (ROOT / "examples").glob("*.py")} == tested | elsewhere

@@ -25,22 +25,21 @@ from .tournament import Contender, Plan, run_suite
 __all__ = ["FEW", "QUICK", "choose_contenders", "choose_tasks", "run"]
 
 
-def choose_tasks(suite: str | None, tasks: Sequence[str] = ()) -> list[Entry]:
+def choose_tasks(suite: str | None, own: Sequence[Entry] = ()) -> list[Entry]:
     """The tasks of a held-out suite and the user's user_code.
 
     Args:
         suite: its name; ``None`` for the user's own tasks alone.
-        tasks: ``FILE.py:FUNCTION``, see :func:`meta_train.bench.user_code.task`.
+        own: of :func:`meta_train.bench.user_code.task`.
 
     Raises:
-        ConfigError: no such suite, or a mistake in a user's file.
+        ConfigError: no such suite, or two tasks of one name.
     """
     try:
         entries = list(suites.suite(suite, held_out=True)) if suite else []
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    entries += [user_code.task(spec) for spec in tasks]
-    return _distinct(entries, "task")
+    return _distinct([*entries, *own], "task")
 
 
 def choose_contenders(
@@ -111,7 +110,7 @@ def _run(label, entries, contenders, plan, out: Path, console: Console | None, c
         "tuning_seeds": plan.tuning_seeds,
         "rules": list(rules),
         "manifest": _frozen(label, entries),
-        "machine": _machine(),
+        "machine": machine_of(),
         "jax": jax.__version__,
         "versions": f"Python {platform.python_version()}, JAX {jax.__version__}, Optax {optax.__version__}",
         "command": command,
@@ -146,6 +145,7 @@ def _frozen(suite: str, entries: Sequence[Entry]) -> str | None:
     return frozen["sha256"] if same else None
 
 
-def _machine() -> str:
+def machine_of() -> str:
+    """The devices, in words."""
     device = jax.local_devices()[0]
     return f"{jax.local_device_count()} × {device.device_kind} ({platform.machine()})"

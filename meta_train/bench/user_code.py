@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from tasks.base import Task, TaskFamily
+from tasks.base import Task, TaskFamily, Workload
 from tasks.suites import Entry
 
 from ..train.config import ConfigError
@@ -22,25 +22,35 @@ class UserCodeError(ConfigError):
     """A user's file is missing, does not run, or its function gives something else than what it should."""
 
 
-def task(spec: str) -> Entry:
-    """The benchmark's entry for a user's task.
+def task(spec: str) -> Entry | Workload:
+    """The benchmark's entry for a user's task, or a user's workload.
 
     Args:
         spec: ``FILE.py:FUNCTION``; the function takes nothing and returns a :class:`tasks.base.TaskFamily`, or a
-            :class:`tasks.base.Task` where there is nothing to draw.
+            :class:`tasks.base.Task` where there is nothing to draw, or a :class:`tasks.base.Workload` with a budget
+            and a validation target of its own.
 
     Returns:
-        An entry called after the file (and the function, unless that is ``make``).
+        An entry or a workload called after the file (and the function, unless that is ``make``).
 
     Raises:
         UserCodeError: as it says.
     """
     name, make = _function(spec)
     made = _call(spec, make)
+    workload = made if isinstance(made, Workload) else None
+    if workload is not None:
+        for field in ("steps", "every"):
+            if not isinstance(getattr(workload, field), int) or getattr(workload, field) < 1:
+                raise UserCodeError(
+                    f"{spec}: a workload's {field} is a whole number from 1, not {getattr(workload, field)!r}"
+                )
+        made = _call(spec, workload.make)
     if isinstance(made, Task):
         made = _family(made)
     if not isinstance(made, TaskFamily):
-        raise UserCodeError(f"{spec} returned {type(made).__name__}, not a tasks.Task or tasks.TaskFamily")
+        kinds = "a tasks.Task, tasks.TaskFamily or tasks.Workload"
+        raise UserCodeError(f"{spec} returned {type(made).__name__}, not {kinds}")
 
     def losses(data: Any, key: jax.Array) -> list[jax.Array]:
         built = made.task(data, made.sample(key))
@@ -50,6 +60,8 @@ def task(spec: str) -> Entry:
     for loss in _call(spec, jax.eval_shape, losses, made.data, jax.random.PRNGKey(0)):
         if loss.shape or not jnp.issubdtype(loss.dtype, jnp.floating):
             raise UserCodeError(f"{spec}: the loss is {loss.dtype}{list(loss.shape)}, not a float scalar")
+    if workload is not None:
+        return workload._replace(make=lambda: made, name=name, dataset=spec)
     return Entry(name, "own", spec, lambda: made)
 
 

@@ -2,22 +2,38 @@
 
 import argparse
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 import learned_opt
 from learned_opt import store
+from tasks import Workload
 from tasks.data import data_dir
+from tasks.suites import Entry
+from tasks.workloads import SUITES
 
-from ..bench import benchmark
+from ..bench import benchmark, user_code
 from ..bench.tournament import Plan
+from ..bench.workloads import command, search
+from ..bench.workloads.protocol import RULESETS
 from ..errors import UsageError
 from . import shared
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; returns the exit code."""
+    shared.use_cores(arguments.devices)  # before a user's file may call JAX
+    shared.keep_compiled()
+    tasks = [user_code.task(spec) for spec in arguments.task]
+    own = [task for task in tasks if isinstance(task, Workload)]
+    if own or arguments.suite in SUITES:
+        return _on_workloads(arguments, own, tasks)
+    for flag in ("ruleset", "finished", "trials"):
+        if getattr(arguments, flag):
+            raise UsageError(f"--{flag} is for workloads: --suite {', '.join(SUITES)}, or a --task that is one")
     quick = arguments.quick
     rules = arguments.rules or ([] if arguments.optimizer else _optimizers())
     suite = arguments.suite or (None if arguments.task else "quick" if quick else "held_out")
@@ -26,17 +42,43 @@ def run(arguments: argparse.Namespace) -> int:
     for name, value in (("steps", steps), ("seeds", seeds)):
         if value < 1:
             raise UsageError(f"--{name} must be at least 1")
-    shared.use_cores(arguments.devices)
-    shared.keep_compiled()
     names = arguments.baselines.split(",") if arguments.baselines else list(benchmark.QUICK) if quick else None
     plan = Plan(steps, seeds, 1 if quick else 2, timed=True, folder=data_dir() / "bench")
     out = arguments.out or Path("runs") / f"bench-{time.strftime('%Y%m%d-%H%M%S')}"
 
-    entries = benchmark.choose_tasks(suite, arguments.task)
+    entries = benchmark.choose_tasks(suite, [task for task in tasks if isinstance(task, Entry)])
     contenders = benchmark.choose_contenders(names, rules, arguments.optimizer)
     shown = None if arguments.json else Console(stderr=True)
     label = suite or "own tasks"
     result = benchmark.run(label, entries, contenders, plan, out, shown, command=arguments.typed, rules=rules)
+    if arguments.json:
+        shared.print_json(result)
+    return 0
+
+
+def _on_workloads(arguments: argparse.Namespace, own: Sequence[Workload], tasks: Sequence[Any]) -> int:
+    if len(own) < len(tasks) or (arguments.suite and arguments.suite not in SUITES):
+        raise UsageError("workloads and small tasks are compared in different ways: bench them one after the other")
+    for flag in ("quick", "steps"):
+        if getattr(arguments, flag):
+            raise UsageError(f"--{flag} is for small tasks: a workload has its own budget")
+    seeds, trials = arguments.seeds or 1, arguments.trials or search.TRIALS
+    for name, value in (("seeds", seeds), ("trials", trials)):
+        if value < 1:
+            raise UsageError(f"--{name} must be at least 1")
+    ruleset = command.check_ruleset(arguments.ruleset or RULESETS[0])
+    rules = arguments.rules or ([] if arguments.optimizer else _optimizers())
+    out = arguments.out or Path("runs") / f"bench-{time.strftime('%Y%m%d-%H%M%S')}"
+    chosen = command.choose_workloads(arguments.suite, own)
+    names = arguments.baselines.split(",") if arguments.baselines else None
+    optimizers = command.choose_optimizers(names, rules, arguments.optimizer)
+    plan = command.Plan(
+        ruleset, seeds, trials, timed=True, folder=data_dir() / "bench", only_finished=arguments.finished
+    )
+    shown = None if arguments.json else Console(stderr=True)
+    result = command.run(
+        arguments.suite or "own workloads", chosen, optimizers, plan, out, shown, command=arguments.typed
+    )
     if arguments.json:
         shared.print_json(result)
     return 0

@@ -14,9 +14,11 @@ from tasks.base import Workload
 from tasks.workloads import manifest
 
 from ...train.config import ConfigError
+from .. import user_code
 from ..benchmark import machine_of
+from ..contenders import Contender
 from . import report
-from .optimizers import REFERENCE, Optimizer, baselines, pretrained
+from .optimizers import REFERENCE, Optimizer, Range, Settings, baselines, pretrained
 from .protocol import RULESETS, Plan, run_suite
 
 DEFAULT = (REFERENCE, "adamw", "muon", "soap")  # baselines, where none are named
@@ -35,15 +37,16 @@ def choose_workloads(suite: str | None, own: Sequence[Workload] = ()) -> list[Wo
     return _distinct([*chosen, *own], "workload")
 
 
-def choose_optimizers(names: Sequence[str] | None, rules: Sequence[str]) -> list[Optimizer]:
+def choose_optimizers(names: Sequence[str] | None, rules: Sequence[str], own: Sequence[str] = ()) -> list[Optimizer]:
     """Baselines and saved rules with their controls.
 
     Args:
         names: of the baselines; ``None`` for the four main ones, ``("all",)`` for all. The reference is always one.
         rules: names or folders of saved rules.
+        own: ``FILE.py:FUNCTION``, see :func:`meta_train.bench.user_code.optimizer`; without our schedule.
 
     Raises:
-        ConfigError: no such baseline, or two optimizers of one name.
+        ConfigError: no such baseline, a mistake in a user's file, or two optimizers of one name.
         StoreError: as ``learned_opt.load``.
     """
     known = {optimizer.name: optimizer for optimizer in baselines()}
@@ -54,6 +57,7 @@ def choose_optimizers(names: Sequence[str] | None, rules: Sequence[str]) -> list
     chosen = [optimizer for name, optimizer in known.items() if name in wanted]
     for rule in rules:
         chosen += pretrained(rule)
+    chosen += [_own(user_code.optimizer(spec)) for spec in own]
     return _distinct(chosen, "optimizer")
 
 
@@ -117,6 +121,19 @@ def check_ruleset(name: str) -> str:
     if name not in RULESETS:
         raise ConfigError(f"unknown ruleset {name!r}; rulesets: {', '.join(RULESETS)}")
     return name
+
+
+def _own(contender: Contender) -> Optimizer:
+    """A user's optimizer, a decade about its default rate being its space."""
+
+    def make(s: Settings, num_steps: int) -> optax.GradientTransformation:
+        return contender.make(s.get("learning_rate", 1.0), num_steps)
+
+    if not contender.grid:
+        return Optimizer(contender.name, make, {}, {}, contender.about, "learned")
+    usual = contender.default or contender.grid[len(contender.grid) // 2]
+    space = {"learning_rate": Range(usual / 10, usual * 10)}
+    return Optimizer(contender.name, make, {"learning_rate": usual}, space, contender.about, "learned")
 
 
 def _shown(console: Console) -> Callable[[str], None]:

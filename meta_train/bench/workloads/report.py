@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
-from ..report.files import replace
+from learned_opt.files import write_atomically
+
 from .comparison import rows, summary
 from .optimizers import REFERENCE
 from .protocol import Result
@@ -54,10 +55,10 @@ def write_document(folder: Path, document: Mapping[str, Any]) -> None:
     writer = csv.DictWriter(text, fieldnames=fields, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(flat)
-    replace(folder / "results.csv", text.getvalue().encode())
-    replace(folder / "results.json", (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
-    replace(folder / "curves.png", _image(document, "png", "steps"))
-    replace(folder / "report.html", page(document).encode())
+    write_atomically(folder / "results.csv", text.getvalue().encode())
+    write_atomically(folder / "results.json", (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
+    write_atomically(folder / "curves.png", _image(document, "png", "steps"))
+    write_atomically(folder / "report.html", page(document).encode())
 
 
 def page(document: Mapping[str, Any]) -> str:
@@ -180,8 +181,9 @@ def _image(document: Mapping[str, Any], kind: str, against: str) -> bytes:
             panel.set_title(name, fontsize=10)
         for panel in panels:
             panel.axis("off")
-        handles, labels = figure.axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5), frameon=False)
+        if kind == "png":  # the page has the colours in its table
+            handles, labels = figure.axes[0].get_legend_handles_labels()
+            figure.legend(handles, labels, loc="outside lower center", ncols=2 * columns, frameon=False)
         return _saved(figure, kind)
 
 
@@ -235,6 +237,10 @@ def _draw(panel: Any, document: Mapping[str, Any], workload: str, against: str) 
     values = np.concatenate(ends)
     if values.size:
         low, high = values.min(), np.percentile([end[0] for end in ends if end.size], 75)
-        panel.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+        if low > 0 and high > 20 * low:
+            panel.set_yscale("log")
+            panel.set_ylim(low / 1.2, high * 1.2)
+        elif high > low:
+            panel.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
     panel.set_xlabel("seconds of training steps" if against == "seconds" else "step")
     panel.set_ylabel("validation loss")

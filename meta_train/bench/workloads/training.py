@@ -95,17 +95,18 @@ def program(workload: Workload, optimizer: Optimizer, device: jax.Device | None 
     """
     device = device or jax.local_devices()[0]
     family, steps = family_of(workload), workload.steps
+    cfg = family.sample(jax.random.key(0))  # the one task that all meet, where the family leaves something to draw
 
     def transform(settings):
         return optax.with_extra_args_support(optimizer.make(settings, steps))
 
     def init(settings, data, key):
-        params = family.task(data, {}).init(jax.random.fold_in(key, 0))
+        params = family.task(data, cfg).init(jax.random.fold_in(key, 0))
         return params, transform(settings).init(params)
 
     def step(carry, settings, data, key, number):
         params, state = carry
-        task = family.task(data, {})
+        task = family.task(data, cfg)
         k_batch, k_loss = jax.random.split(jax.random.fold_in(key, number + 1))
         batch = task.batch(k_batch, "train")
         loss, grads = jax.value_and_grad(lambda p: task.loss(p, k_loss, batch)[0])(params)
@@ -114,7 +115,7 @@ def program(workload: Workload, optimizer: Optimizer, device: jax.Device | None 
 
     def valid(carry, data, key):
         params = carry[0] if optimizer.evaluate is None else optimizer.evaluate(carry[1], carry[0])
-        task = family.task(data, {})
+        task = family.task(data, cfg)
         k_batch, k_loss = jax.random.split(key)
         return task.loss(params, k_loss, task.batch(k_batch, "valid"))[0]
 

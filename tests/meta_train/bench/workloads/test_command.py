@@ -1,0 +1,120 @@
+"""``learned-opt bench`` on workloads, from the command line to the files."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from support import ROOT
+
+from meta_train.bench import user_code
+from meta_train.bench.workloads import command
+from meta_train.errors import UserError
+from tasks import Workload
+
+
+def bench(tmp_path, *arguments):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "LEARNED_OPT_DATA": str(tmp_path / "data")}
+    line = [sys.executable, "-m", "meta_train.cli", "bench", *map(str, arguments), "--devices", "1"]
+    return subprocess.run(line, capture_output=True, text=True, env=environment, timeout=600, cwd=tmp_path)
+
+
+OWN = """
+import jax.numpy as jnp, jax
+from tasks import Task, Workload
+
+def make():
+    task = Task(
+        lambda key: {"w": jax.random.normal(key, (4, 3)), "b": jnp.zeros((1, 3))},
+        lambda key, split: jax.random.normal(key, (8, 4)),
+        lambda params, key, x: (jnp.mean((x @ params["w"] + params["b"] - x[:, :3]) ** 2), {}),
+    )
+    return Workload(lambda: task, steps=20, every=10, target=0.5)
+
+def bad():
+    return Workload(lambda: 3, steps=20)
+
+def none():
+    return Workload(make, steps=0)
+"""
+
+
+@pytest.fixture
+def own(tmp_path):
+    path = tmp_path / "own.py"
+    path.write_text(OWN)
+    return path
+
+
+def test_a_users_workload_from_nothing_and_again_from_what_is_kept(tmp_path, own):
+    arguments = ("adafac-mlp", "--task", f"{own}:make", "--baselines", "adamw")
+    out = tmp_path / "out"
+    nothing = bench(tmp_path, *arguments, "--out", out, "--finished")
+    assert nothing.returncode == 2
+    assert nothing.stderr.strip().splitlines()[-1].startswith("learned-opt: nothing is finished yet")
+    assert not out.exists()
+    done = bench(tmp_path, *arguments, "--out", out, "--ruleset", "tuned", "--trials", "2", "--seeds", "2", "--json")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert {row["optimizer"] for row in document["summary"]} == {"nadamw", "adamw", "adafac-mlp"}
+    row = next(row for row in document["figures"] if row["optimizer"] == "nadamw")
+    assert row["target"] == 0.5
+    assert row["trials"] >= 2
+    assert row["seeds"] == 2
+    assert row["milliseconds"] > 0
+    assert (out / "report.html").is_file()
+    again = bench(tmp_path, *arguments, "--out", tmp_path / "b", "--ruleset", "tuned", "--trials", "2", "--seeds", "2")
+    assert again.returncode == 0
+    assert "step" not in again.stderr
+    figures = json.loads((tmp_path / "b" / "results.json").read_text())["figures"]
+    assert figures == document["figures"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--suite", "workloads_small", "--ruleset", "guessed"), "guessed"),
+        (("--suite", "workloads_small", "--baselines", "nonsense"), "nonsense"),
+        (("--suite", "workloads_small", "--steps", "5"), "--steps"),
+        (("--suite", "workloads_small", "--seeds", "-1"), "--seeds"),
+        (("--suite", "quick", "--ruleset", "tuned"), "--ruleset"),
+        (("--suite", "workloads_small", "--baselines", "muon"), "data fetch moby_dick"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, arguments, said):
+    done = bench(tmp_path, "adafac-mlp", *arguments)
+    assert done.returncode == 2, done.stderr
+    line = done.stderr.strip().splitlines()[-1]
+    assert line.startswith("learned-opt: ")
+    assert said in line
+    assert "Traceback" not in done.stderr
+
+
+def test_workloads_and_tasks_are_not_mixed(tmp_path, own):
+    done = bench(tmp_path, "adafac-mlp", "--task", f"{own}:make", "--suite", "quick")
+    assert done.returncode == 2
+    assert "one after the other" in done.stderr
+
+
+def test_a_users_workload_is_checked(own):
+    assert isinstance(user_code.task(f"{own}:make"), Workload)
+    assert user_code.task(f"{own}:make").name == "own"
+    for function in ("bad", "none"):
+        with pytest.raises(UserError, match=function):
+            user_code.task(f"{own}:{function}")
+
+
+def test_a_users_optimizer_takes_part(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("import optax\n\ndef make(learning_rate=0.1):\n    return optax.sgd(learning_rate)\n")
+    chosen = command.choose_optimizers(["adamw"], [], [f"{path}:make"])
+    assert [optimizer.name for optimizer in chosen] == ["nadamw", "adamw", "mine"]
+    assert chosen[-1].setting == {"learning_rate": 0.1}
+
+
+def test_the_example_is_a_workload_of_at_most_thirty_lines():
+    path = ROOT / "examples" / "my_workload.py"
+    assert isinstance(user_code.task(f"{path}:make"), Workload)
+    lines = [line for line in path.read_text().splitlines() if line.strip()]
+    assert len(lines) <= 22

@@ -1,0 +1,128 @@
+"""The optimizers on workloads: schedule, what is decayed and orthogonalised, controls, one program for all settings."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import learned_opt
+from meta_train.bench.workloads import optimizers
+from meta_train.bench.workloads.optimizers import baselines, schedule
+
+PARAMS = {
+    "~": {"embed": jnp.ones((5, 4))},
+    "layer": {"w": jnp.ones((4, 6)), "b": jnp.ones(6)},
+    "output": {"w": jnp.ones((6, 3))},
+}
+GRADS = jax.tree.map(lambda p: jax.random.normal(jax.random.key(p.size), p.shape), PARAMS)
+
+
+def test_the_schedule_rises_to_the_rate_and_falls_to_nothing():
+    rate = schedule({"learning_rate": 2.0, "warmup": 0.1}, 100)
+    values = np.array([float(rate(count)) for count in range(101)])
+    np.testing.assert_allclose(values[:10], 2.0 * np.arange(1, 11) / 10)
+    assert values.argmax() in (9, 10)
+    np.testing.assert_allclose(values[55], 1.0, atol=1e-6)  # half way down
+    assert values[100] == pytest.approx(0.0, abs=1e-6)
+    assert (np.diff(values[10:]) <= 0).all()
+
+
+@pytest.mark.parametrize("optimizer", baselines(), ids=lambda optimizer: optimizer.name)
+def test_baselines_take_traced_settings_and_go_downhill(optimizer):
+    assert set(optimizer.space) <= set(optimizer.setting)
+    for name, bounds in optimizer.space.items():
+        assert bounds.low <= optimizer.setting[name] <= bounds.high, name
+    assert optimizer.source
+
+    @jax.jit
+    def update(settings):
+        transform = optax.with_extra_args_support(optimizer.make(settings, 100))
+        state = transform.init(PARAMS)
+        for _ in range(3):
+            updates, state = transform.update(GRADS, state, PARAMS, value=jnp.float32(1.0))
+        return updates
+
+    settings = {name: jnp.float32(value) for name, value in optimizer.setting.items()}
+    updates = update(settings)
+    slope = sum(jnp.vdot(u, g) for u, g in zip(jax.tree.leaves(updates), jax.tree.leaves(GRADS), strict=True))
+    assert slope < 0
+    assert update._cache_size() == 1
+    update({name: value * 0.9 for name, value in settings.items()})
+    assert update._cache_size() == 1
+
+
+def test_weight_decay_spares_vectors():
+    nadamw = baselines()[0]
+    zero = jax.tree.map(jnp.zeros_like, PARAMS)
+    transform = nadamw.make({**nadamw.setting, "weight_decay": 0.5}, 100)
+    updates, _ = transform.update(zero, transform.init(PARAMS), PARAMS)
+    rate = float(schedule(nadamw.setting, 100)(0))
+    np.testing.assert_allclose(updates["layer"]["w"], -0.5 * rate, rtol=1e-5)
+    assert not updates["layer"]["b"].any()
+
+
+def test_muon_orthogonalises_hidden_matrices_alone():
+    names = [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, leaf in jax.tree_util.tree_leaves_with_path(PARAMS)
+        if optimizers.is_hidden(path, leaf)
+    ]
+    assert names == ["layer/w"]
+    muon = next(optimizer for optimizer in baselines() if optimizer.name == "muon")
+    transform = muon.make({**muon.setting, "weight_decay": 0.0}, 100)
+    updates, _ = transform.update(GRADS, transform.init(PARAMS), PARAMS)
+    sizes = np.linalg.svd(updates["layer"]["w"], compute_uv=False)
+    assert sizes.max() < 2.5 * sizes.min()
+    raw = np.linalg.svd(updates["output"]["w"], compute_uv=False)  # Adam's signs
+    np.testing.assert_allclose(np.abs(updates["output"]["w"]), np.abs(updates["output"]["w"]).max(), rtol=1e-3)
+    assert raw.max() > 0
+
+
+def test_cautious_keeps_what_agrees_with_the_gradient():
+    transform = optimizers.cautious(optax.stateless(lambda u, p: jnp.array([1.0, -2.0, 3.0, 4.0])))
+    updates, _ = transform.update(jnp.array([1.0, 1.0, 1.0, -1.0]), transform.init(jnp.ones(4)))
+    np.testing.assert_allclose(updates, [2.0, 0.0, 6.0, 0.0])  # half of them agree
+
+
+def test_the_identity_control_is_soap_orthogonalised_at_unit_rms():
+    control = optimizers.identity("control", 0.1)
+    settings = {**control.setting, "warmup": 0.01}
+    transform = control.make(settings, 1000)
+    updates, _ = transform.update(GRADS, transform.init(PARAMS), PARAMS)
+    rate = float(schedule(settings, 1000)(0))
+    for leaf in jax.tree.leaves(updates):
+        np.testing.assert_allclose(jnp.sqrt(jnp.mean(leaf**2)), rate, rtol=1e-4)
+    direction = optimizers.soap_direction({"one_minus_b1": 0.05, "one_minus_b2": 0.05})
+    plain, _ = direction.update(GRADS, direction.init(PARAMS), PARAMS)
+    left, _, right = np.linalg.svd(plain["layer"]["w"], full_matrices=False)
+    found = updates["layer"]["w"] / np.linalg.norm(updates["layer"]["w"])
+    nearest = -(left @ right) / np.linalg.norm(left @ right)
+    assert (found * nearest).sum() > 0.95
+
+
+def test_a_flagship_brings_its_controls():
+    names = [optimizer.name for optimizer in optimizers.pretrained("flagship")]
+    assert names == ["flagship", "flagship:identity", "flagship:untrained", "flagship:no-newton-schulz"]
+    kinds = [optimizer.kind for optimizer in optimizers.pretrained("flagship")]
+    assert kinds == ["learned", "control", "control", "control"]
+
+
+def test_a_rule_that_sets_its_own_step_size_has_nothing_to_search():
+    (adafac,) = optimizers.pretrained("adafac-mlp")
+    assert adafac.setting == {}
+    assert adafac.space == {}
+
+
+def test_a_learned_rule_follows_the_schedule():
+    rule = learned_opt.RULES["celo2"]()
+    theta = rule.init(jax.random.key(0))
+    optimizer = optimizers.learned("mine", rule, theta, 0.01)
+    settings = {**optimizer.setting, "weight_decay": 0.1}
+    transform = optimizer.make(settings, 10)
+    updates, _ = transform.update(GRADS, transform.init(PARAMS), PARAMS)
+    plain = rule.build(theta)
+    direction, _ = plain.update(GRADS, plain.init(PARAMS), PARAMS)
+    rate = float(schedule(settings, 10)(0))
+    np.testing.assert_allclose(updates["layer"]["w"], rate * (direction["layer"]["w"] - 0.1), rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(updates["layer"]["b"], rate * direction["layer"]["b"], rtol=1e-4, atol=1e-7)
