@@ -208,7 +208,7 @@ def _saved(figure: Figure, kind: str) -> bytes:
     if kind == "png":
         figure.savefig(buffer, format="png", dpi=100)
         return buffer.getvalue()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = buffer.getvalue().decode()
     return text[text.index("<svg") :].encode()
 
