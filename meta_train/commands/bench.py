@@ -11,7 +11,6 @@ from rich.console import Console
 import learned_opt
 from learned_opt import store
 from tasks import Workload
-from tasks.data import data_dir
 from tasks.suites import Entry
 from tasks.workloads import SUITES
 
@@ -43,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
         if value < 1:
             raise UsageError(f"--{name} must be at least 1")
     names = arguments.baselines.split(",") if arguments.baselines else list(benchmark.QUICK) if quick else None
-    plan = Plan(steps, seeds, 1 if quick else 2, timed=True, folder=data_dir() / "bench")
+    plan = Plan(steps, seeds, 1 if quick else 2, timed=True, folder=shared.cache("bench"))
     out = arguments.out or Path("runs") / f"bench-{time.strftime('%Y%m%d-%H%M%S')}"
 
     entries = benchmark.choose_tasks(suite, [task for task in tasks if isinstance(task, Entry)])
@@ -73,7 +72,7 @@ def _on_workloads(arguments: argparse.Namespace, own: Sequence[Workload], tasks:
     names = arguments.baselines.split(",") if arguments.baselines else None
     optimizers = command.choose_optimizers(names, rules, arguments.optimizer)
     plan = command.Plan(
-        ruleset, seeds, trials, timed=True, folder=data_dir() / "bench", only_finished=arguments.finished
+        ruleset, seeds, trials, timed=True, folder=shared.cache("bench"), only_finished=arguments.finished
     )
     shown = None if arguments.json else Console(stderr=True)
     result = command.run(

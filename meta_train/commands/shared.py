@@ -54,11 +54,25 @@ def use_cores(devices: int | None, particles: int | None = None) -> None:
     jax.config.update("jax_num_cpu_devices", number)
 
 
+def cache(name: str) -> Path:
+    """A folder in that of the data sets, made if missing.
+
+    Raises:
+        DataError: it cannot be made.
+    """
+    folder = data_dir() / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"cannot make {folder} ({error.strerror}): set LEARNED_OPT_DATA to another folder") from None
+    return folder
+
+
 def keep_compiled() -> None:
     """What one command has compiled, the next one reads: most of the time before a run's first step."""
     if jax.config.values["jax_compilation_cache_dir"] is None:  # JAX_COMPILATION_CACHE_DIR says where
         try:
-            folder = data_dir() / "compiled"
+            folder = cache("compiled")
         except DataError as error:
             print(f"learned-opt: what is compiled is not kept: {error}", file=sys.stderr)
             return

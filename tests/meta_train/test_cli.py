@@ -125,6 +125,13 @@ def test_without_a_home_folder(command, capsys, monkeypatch):
     assert "set LEARNED_OPT_DATA" in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_a_folder_of_data_that_cannot_be_made(capsys, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LEARNED_OPT_DATA", str(tmp_path / "file" / "data"))
+    assert cli.main(["bench", "--suite", "small"]) == 2
+    assert "set LEARNED_OPT_DATA to another folder" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_data(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("LEARNED_OPT_DATA", str(tmp_path / "data"))
     assert cli.main(["data", "list"]) == 0

@@ -13,6 +13,7 @@ from tasks import workloads
 from tasks.base import Workload
 from tasks.workloads import manifest
 
+from ... import claim
 from ...train.config import ConfigError
 from .. import user_code
 from ..benchmark import machine_of
@@ -77,7 +78,7 @@ def run(
         chosen: the workloads.
         optimizers: who takes part.
         plan: how.
-        out: folder for the files.
+        out: folder for the files, made if missing, and claimed while the run lives.
         console: where progress and the table are shown; ``None`` shows nothing but progress on stderr.
         command: what makes the same again.
 
@@ -86,7 +87,13 @@ def run(
 
     Raises:
         ConfigError: nothing is finished, and nothing was to be run.
+        ClaimError: another process holds ``out``.
     """
+    with claim.claim(out):
+        return _run(label, chosen, optimizers, plan, out, console, command)
+
+
+def _run(label, chosen, optimizers, plan: Plan, out: Path, console: Console | None, command: str) -> dict[str, Any]:
     results = run_suite(chosen, optimizers, plan, _shown(console or Console(stderr=True)))
     if not results:
         raise ConfigError(f"nothing is finished yet of {label}: run it without --finished")
