@@ -30,7 +30,7 @@ def rule_facts(rule: str, **kwargs: Any) -> dict[str, Any]:
     kind = KNOWN[rule]
     factory = kind.rules[rule]
     made = factory(**kwargs)
-    theta = jax.eval_shape(kind.init(made), jax.random.key(0))
+    theta = jax.eval_shape(kind.init(made), jax.eval_shape(jax.random.key, 0))
     facts = {
         "rule": rule,
         "summary": (inspect.getdoc(factory) or "").partition("\n")[0],
@@ -40,10 +40,10 @@ def rule_facts(rule: str, **kwargs: Any) -> dict[str, Any]:
     if kind is not OPTIMIZER:
         return facts
 
-    def initial_state(theta):
-        return made.build(theta, num_steps=1000).init({"w": jnp.zeros((_SIDE, _SIDE))})
+    def initial_state(theta, matrix):
+        return made.build(theta, num_steps=1000).init({"w": matrix})
 
-    state = jax.eval_shape(initial_state, theta)
+    state = jax.eval_shape(initial_state, theta, jax.ShapeDtypeStruct((_SIDE, _SIDE), jnp.float32))
     size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     return facts | {
         "needs": list(made.needs),

@@ -26,6 +26,7 @@ import safetensors.numpy
 from .base import Theta
 from .files import write_folder_atomically
 from .kinds import FEATURES, KNOWN, OPTIMIZER, Kind
+from .loaded import Mask, check_rate, decay_weights, late
 
 FORMAT_VERSION = 1
 _WEIGHTS, _RULE, _CARD = "weights.safetensors", "rule.json", "README.md"
@@ -43,7 +44,7 @@ class SavedRule(NamedTuple):
     Attributes:
         rule: made of ``kwargs``: a :class:`learned_opt.LearnedOptimizer`, or a
             :class:`learned_opt.unsupervised.UnsupervisedRule`.
-        theta: its meta-parameters, with the tree, shapes and dtypes of the rule's ``init``.
+        theta: its meta-parameters, with the tree, shapes and dtypes of the rule's ``init``; NumPy arrays.
         name: of the rule, in :data:`learned_opt.RULES` or :data:`learned_opt.unsupervised.RULES`.
         kwargs: the factory's arguments.
         learning_rate: the default of :func:`load`, where one is recorded.
@@ -108,27 +109,32 @@ def load(
     name_or_path: str | os.PathLike[str],
     *,
     learning_rate: optax.ScalarOrSchedule | None = None,
-    weight_decay: float = 0.0,
-    num_steps: int | None = None,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    mask: Mask | None = None,
+    num_steps: int | jax.Array | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""A trained rule as an Optax transform.
 
     With :math:`u_t` the rule's (downhill) update and :math:`p_t` the parameters, the transform's updates are
-    :math:`\eta_t (u_t - \lambda p_t)`.
+    :math:`\eta_t (u_t - \lambda_t p_t)`. Like Optax's constructors it touches no device: the first ``init`` or
+    ``update`` does.
 
     Args:
         name_or_path: one of :func:`available`, or the path of a folder that :func:`save` wrote.
         learning_rate: :math:`\eta_t`, a float, a traced scalar or an Optax schedule. A rule with a free step size
             (updates of unit RMS) defaults to the one recorded in its ``rule.json``; for any other rule this is a
             factor on its own step, 1 by default.
-        weight_decay: :math:`\lambda`, decoupled as in AdamW.
-        num_steps: the planned number of updates, for a rule that wants it; may be traced.
+        weight_decay: :math:`\lambda_t`, decoupled as in AdamW: a float, a traced scalar or a schedule.
+        mask: which parameters decay, as for ``optax.adamw``: a pytree of bools, a prefix of the parameters', or a
+            function of them that gives one. All by default.
+        num_steps: the planned number of updates, at least 1, for a rule that wants it; may be traced.
 
     Returns:
         An Optax transform. A rule that needs the loss takes it as ``update(grads, state, params, value=loss)``.
 
     Raises:
         StoreError: no such rule, or its files are damaged or of an unknown version.
+        ValueError: an argument is no number, or out of range.
 
     Example:
         >>> import jax.numpy as jnp, learned_opt, optax
@@ -140,10 +146,13 @@ def load(
         >>> params = optax.apply_updates(params, updates)
     """
     saved = load_rule(name_or_path)
+    check_rate("weight_decay", weight_decay)
     parts = [saved.rule.build(saved.theta, num_steps=num_steps)]
     if not (isinstance(weight_decay, int | float) and weight_decay == 0.0):
-        parts.append(optax.add_decayed_weights(-weight_decay))  # the updates already point downhill
-    if learning_rate is None:
+        parts.append(decay_weights(weight_decay, mask))
+    if learning_rate is not None:
+        check_rate("learning_rate", learning_rate)
+    else:
         learning_rate = saved.learning_rate
     if learning_rate is not None:
         parts.append(optax.scale_by_learning_rate(learning_rate, flip_sign=False))
@@ -299,6 +308,8 @@ def _is_rate(value: Any) -> bool:
 
 def _resolve(name_or_path: str | os.PathLike[str]) -> Path:
     """The folder of a saved rule; a bare name means a pretrained rule first, then a folder of that name."""
+    if not isinstance(name_or_path, str | os.PathLike):
+        raise StoreError(f"a rule is loaded by its name or folder, not by {name_or_path!r}")
     path = Path(name_or_path)
     names = _names()
     if str(name_or_path) in names:
@@ -346,7 +357,9 @@ def read(name_or_path: str | os.PathLike[str]) -> SavedRule:
     if described != stored:
         raise StoreError(f"{folder / _RULE} describes another theta than {_WEIGHTS} holds; export the rule again")
     _check_shapes(_named(template), stored, str(folder / _WEIGHTS))
-    leaves = [jax.numpy.asarray(arrays[name]) for name in _named(template)]
+    leaves = [arrays[name] for name in _named(template)]  # on the host: reading starts no backend
+    if KNOWN[record["rule"]] is OPTIMIZER:
+        rule = rule._replace(build=late(rule.build))
     theta = jax.tree.unflatten(jax.tree.structure(template), leaves)
     return SavedRule(rule, theta, record["rule"], record["kwargs"], record.get("learning_rate"))
 
@@ -361,7 +374,7 @@ def _make(rule: str, kwargs: Mapping[str, Any]) -> Any:
 
 
 def _theta_shapes(name: str, rule: Any) -> Theta:
-    return jax.eval_shape(KNOWN[name].init(rule), jax.random.key(0))
+    return jax.eval_shape(KNOWN[name].init(rule), jax.eval_shape(jax.random.key, 0))  # of no key, but its shape
 
 
 def _named(tree: Theta) -> dict[str, Any]:

@@ -1,7 +1,10 @@
 """Saved rules: exact round trips, and one documented error for everything that can be wrong with them."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +13,7 @@ import optax
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support import ROOT
 
 import learned_opt
 from learned_opt import StoreError, store
@@ -308,3 +312,133 @@ def test_with_sharded_params(saved):
     placed = jax.device_put(params, sharding)
     split, _ = jax.jit(transform.update)(jax.device_put(grads, sharding), jax.jit(transform.init)(placed), placed)
     _close(split, whole)
+
+
+# ---- step size, decay, number of updates
+
+
+def test_weight_decay_may_be_a_schedule_and_have_a_mask(saved):
+    def decayed(**options):
+        tx = learned_opt.load(saved, learning_rate=0.5, **options)
+        state, states = tx.init(PARAMS), []
+        for _ in range(2):
+            updates, state = tx.update(GRADS, state, PARAMS)
+            states.append(updates)
+        return states
+
+    bare = decayed()
+    for options, factors in (
+        ({"weight_decay": 0.1}, [0.1, 0.1]),
+        ({"weight_decay": jnp.float32(0.1)}, [0.1, 0.1]),
+        ({"weight_decay": lambda step: 0.1 * (step + 1)}, [0.1, 0.2]),
+    ):
+        for name, kept in (("w", ("w", "b")), ("masked", ("w",))):
+            more = {"mask": {"w": True, "b": False}} if name == "masked" else {}
+            for updates, without, factor in zip(decayed(**options, **more), bare, factors, strict=True):
+                for leaf, start in PARAMS.items():
+                    expected = without[leaf] - 0.5 * factor * start * (leaf in kept)
+                    np.testing.assert_allclose(updates[leaf], expected, rtol=1e-4, atol=1e-6)
+    function = decayed(weight_decay=0.1, mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params))
+    jax.tree.map(np.testing.assert_array_equal, function, decayed(weight_decay=0.1, mask={"w": True, "b": False}))
+
+
+def test_decay_keeps_the_dtype_of_the_updates(saved):
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
+    for decay in (0.1, jnp.float32(0.1), lambda step: jnp.float32(0.1)):
+        tx = learned_opt.load(saved, weight_decay=decay)
+        updates, _ = tx.update(params, tx.init(params), params)
+        assert {u.dtype for u in jax.tree.leaves(updates)} == {jnp.dtype(jnp.bfloat16)}
+    with pytest.raises(ValueError, match="params"):
+        learned_opt.load(saved, weight_decay=0.1).update(PARAMS, tx.init(PARAMS))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"weight_decay": None}, "weight_decay must be a number, a scalar array or a schedule, not None"),
+        ({"weight_decay": "0.1"}, "weight_decay must be a number, a scalar array or a schedule, not '0.1'"),
+        ({"weight_decay": jnp.ones(8)}, "weight_decay must be .* not an array of shape"),
+        ({"learning_rate": "1e-3"}, "learning_rate must be a number, a scalar array or a schedule, not '1e-3'"),
+        ({"learning_rate": np.ones(2)}, "learning_rate must be .* not an array of shape"),
+        ({"learning_rate": True}, "learning_rate must be .* not True"),
+        ({"learning_rate": [1e-3]}, "learning_rate must be"),
+        ({"num_steps": "100"}, "num_steps must be an integer of at least 1, not '100'"),
+        ({"num_steps": -5}, "num_steps must be at least 1, not -5"),
+        ({"num_steps": 0}, "num_steps must be at least 1, not 0"),
+        ({"num_steps": jnp.int32(-5)}, "num_steps must be at least 1, not -5"),
+        ({"num_steps": 100.0}, "num_steps must be an integer"),
+        ({"num_steps": True}, "num_steps must be an integer"),
+        ({"num_steps": jnp.arange(3)}, "num_steps must be an integer scalar"),
+    ],
+)
+def test_arguments_that_cannot_be_meant(saved, arguments, message):
+    with pytest.raises(ValueError, match=message) as raised:
+        learned_opt.load(saved, **arguments)
+    assert "\n" not in str(raised.value)
+    if "num_steps" in arguments:
+        rule, theta, *_ = learned_opt.load_rule(saved)
+        with pytest.raises(ValueError, match=message):
+            rule.build(theta, **arguments)
+
+
+@pytest.mark.parametrize("name", [None, 3, b"flagship"])
+def test_what_is_no_name(name):
+    for load in (learned_opt.load, learned_opt.load_rule, learned_opt.unsupervised.load):
+        with pytest.raises(StoreError, match="by its name or folder"):
+            load(name)
+
+
+def test_arguments_may_be_traced(saved):
+    @jax.jit
+    def update(rate, decay, steps):
+        return _update(learned_opt.load(saved, learning_rate=rate, weight_decay=decay, num_steps=steps))
+
+    traced = update(0.5, 0.1, 10)
+    plain = _update(learned_opt.load(saved, learning_rate=0.5, weight_decay=0.1, num_steps=10))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), traced, plain)
+
+
+# ---- devices
+
+
+def test_nothing_touches_a_device_before_the_first_use():
+    """The backend is not there after all of this: processes may still be joined, and devices still be chosen."""
+    program = """
+import socket
+import jax
+import learned_opt
+from learned_opt import facts, local_sgd, mup, schedules, self_tuning, unsupervised
+
+loaded = [learned_opt.load(name, num_steps=10, weight_decay=0.1) for name in learned_opt.available()]
+saved = [learned_opt.load_rule(name) for name in learned_opt.available()]
+built = [rule.rule.build(rule.theta, num_steps=10) for rule in saved]
+unsupervised.load(unsupervised.available()[0])
+for name in learned_opt.RULES:
+    facts.rule_facts(name)
+inner = learned_opt.bfloat16_state(loaded[0])
+local_sgd.local_sgd(inner, built[0], sync_every=schedules.adacomm(8), compression="int8")
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    address = f"127.0.0.1:{free.getsockname()[1]}"
+jax.distributed.initialize(address, 1, 0)
+jax.config.update("jax_num_cpu_devices", 3)
+assert jax.local_device_count() == 3
+params = {"w": jax.numpy.ones((3, 2))}
+loaded[0].update(params, loaded[0].init(params), params)
+print("fine")
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.stdout == "fine\n", done.stderr
+
+
+def test_a_loaded_rule_is_of_use_in_one_trace_after_another(saved):
+    """What is made while one function is traced is not kept for the next."""
+    tx = learned_opt.load(saved)
+    first = jax.jit(lambda p: _update(tx, p))(PARAMS)
+    again = jax.jit(lambda p: _update(tx, p), donate_argnums=0)(jax.tree.map(jnp.copy, PARAMS))
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), first, _update(tx))
