@@ -204,7 +204,12 @@ def local_sgd(
         _check_replicated(state, tracked)
         local, inner_new = inner.update(grads, state.inner, params, **extra)
         local = jax.tree.map(_local_update, params, local)
-        value_sum = state.value_sum + jnp.asarray(extra.get("value", 0.0), state.value_sum.dtype)
+        value = extra.get("value")  # None where it is not passed
+        if value is not None and jnp.shape(value):
+            raise ValueError(
+                f"local_sgd: value must be the loss of one worker, a scalar, not of shape {jnp.shape(value)}"
+            )
+        value_sum = state.value_sum + jnp.asarray(0.0 if value is None else value, state.value_sum.dtype)
         state = state._replace(
             step=state.step + 1, since_sync=state.since_sync + 1, inner=inner_new, value_sum=value_sum
         )
@@ -223,9 +228,9 @@ def local_sgd(
                 *(anchor, pick(params, labels, part), pick(local, labels, part)),
             )
 
-            value = state.value_sum / state.since_sync if "value" in extra else jnp.full_like(state.value_sum, jnp.nan)
+            loss = jnp.full_like(state.value_sum, jnp.nan) if value is None else state.value_sum / state.since_sync
             size = jnp.asarray(optax.tree.norm(deltas, squared=True), state.value_sum.dtype)
-            total, scalars = send.scalars(jnp.stack([value, size]))
+            total, scalars = send.scalars(jnp.stack([loss, size]))
 
             if code is None:
                 mean, error = send.mean(deltas, total), state.error

@@ -1,6 +1,7 @@
 """Loading and fetching data sets by name."""
 
 import functools
+import shlex
 from pathlib import Path
 
 from . import sklearn_sets, sources
@@ -37,7 +38,7 @@ def _load(name: str, folder: Path | None) -> Splits:
     elif (path := folder / f"{file_name(name)}.npz").exists():
         splits = read_npz(path)
     elif known:
-        raise DataError(f"the data set {name!r} is not here yet: run `learned-opt data fetch {name}`")
+        raise DataError(f"the data set {name!r} is not here yet: run `learned-opt data fetch {shlex.quote(name)}`")
     else:
         from . import tfds_io  # imports tensorflow-datasets
 

@@ -3,6 +3,7 @@
 import numpy as np
 
 from .sources import DataError, Splits
+from .tables import standardise
 
 
 def read(name: str) -> Splits:
@@ -23,9 +24,10 @@ def read(name: str) -> Splits:
     if name == "digits":
         image = np.round(table.images * (255 / 16)).astype(np.uint8)
         return {s: {"image": image[r], "label": table.target[r].astype(np.uint8)} for s, r in rows.items()}
-    features = _standardise(table.data, rows["train"])
-    label = _standardise(table.target, rows["train"]) if name == "diabetes" else table.target.astype(np.uint8)
-    return {s: {"features": features[r], "label": label[r]} for s, r in rows.items()}
+    features = standardise(*(table.data[r] for r in rows.values()))
+    targets = [table.target[r] for r in rows.values()]
+    labels = standardise(*targets) if name == "diabetes" else [part.astype(np.uint8) for part in targets]
+    return {s: {"features": x, "label": y} for s, x, y in zip(rows, features, labels, strict=True)}
 
 
 def _split(num: int) -> dict[str, np.ndarray]:
@@ -43,8 +45,3 @@ def _tiles(pictures: list[np.ndarray], side: int, strips: int) -> tuple[np.ndarr
         images.append(grid.reshape(-1, side, side, 3))
         labels.append(np.tile(number * strips + np.arange(columns) * strips // columns, rows))
     return np.concatenate(images), np.concatenate(labels).astype(np.uint8)
-
-
-def _standardise(table: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    mean, scale = table[rows].mean(axis=0), table[rows].std(axis=0)
-    return ((table - mean) / np.where(scale > 0, scale, 1.0)).astype(np.float32)

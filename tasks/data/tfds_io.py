@@ -4,6 +4,7 @@ None of it needs TensorFlow: the builders prepare ``array_record`` files, read b
 of the *other* builders of tensorflow-datasets need TensorFlow to download and prepare: the extra ``tfds``.)
 """
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 from . import files
 from .registry import SETS
 from .sources import DataError, Splits, ascii_text, decode_text, encode_text
+from .tables import standardise
 
 try:
     import tensorflow_datasets as tfds
@@ -129,7 +131,7 @@ def load_prepared(name: str, folder: Path) -> Splits:
     """
     made = builder(name, folder)
     if not made.is_prepared():
-        raise DataError(f"the data set {name!r} is not here yet: run `learned-opt data fetch {name}`")
+        raise DataError(f"the data set {name!r} is not here yet: run `learned-opt data fetch {shlex.quote(name)}`")
     return _stack(name, _read(name, made))
 
 
@@ -169,18 +171,23 @@ def _reason(error: Exception) -> str:
 
 
 def _stack(name: str, found: dict) -> Splits:
-    """Choose the splits; without one for validation, the last tenth of the training split."""
+    """Choose the splits; without one for validation, the last tenth of the training split. Standardise numbers."""
     if "train" not in found:
         raise DataError(f"the data set {name!r} has no split 'train'")
     valid = next((split for split in ("validation", "valid", "test") if split in found), None)
     train = _arrays(name, found["train"])
     if valid is not None:
-        return {"train": train, "valid": _arrays(name, found[valid])}
-    cut = {field: len(array) - max(1, len(array) // 10) for field, array in train.items()}
-    return {
-        "train": {field: array[: cut[field]] for field, array in train.items()},
-        "valid": {field: array[cut[field] :] for field, array in train.items()},
-    }
+        splits = {"train": train, "valid": _arrays(name, found[valid])}
+    else:
+        cut = {field: len(array) - max(1, len(array) // 10) for field, array in train.items()}
+        splits = {
+            "train": {field: array[: cut[field]] for field, array in train.items()},
+            "valid": {field: array[cut[field] :] for field, array in train.items()},
+        }
+    for field, array in splits["train"].items():
+        if array.dtype.kind == "f":
+            splits["train"][field], splits["valid"][field] = standardise(array, splits["valid"][field])
+    return splits
 
 
 def _arrays(name: str, examples) -> dict[str, np.ndarray]:
@@ -192,7 +199,7 @@ def _arrays(name: str, examples) -> dict[str, np.ndarray]:
             image = image[..., 0] if image.shape[-1] == 1 else image
             arrays = {"image": image.astype(np.uint8)}
         elif "features" in fields:
-            arrays = {"features": np.stack([example["features"] for example in examples]).astype(np.float32)}
+            arrays = {"features": np.stack([example["features"] for example in examples]).astype(np.float64)}
         elif "text" in fields:
             texts = (example["text"] for example in examples)
             plain = [ascii_text(text.decode("utf-8", "replace") if isinstance(text, bytes) else text) for text in texts]
@@ -202,7 +209,7 @@ def _arrays(name: str, examples) -> dict[str, np.ndarray]:
         if "label" in fields:
             label = np.asarray([example["label"] for example in examples])
             small = label.dtype.kind != "f" and label.min() >= 0 and label.max() < 256
-            arrays["label"] = label.astype(np.uint8 if small else np.float32 if label.dtype.kind == "f" else np.int32)
+            arrays["label"] = label if label.dtype.kind == "f" else label.astype(np.uint8 if small else np.int32)
     except (TypeError, ValueError) as error:
         if isinstance(error, DataError):
             raise

@@ -175,6 +175,18 @@ def test_statistics_are_those_of_the_round():
     np.testing.assert_allclose(state.statistics.custom["square"], np.sum(deltas.mean(0) ** 2), rtol=1e-6)
 
 
+def test_no_loss_is_none_and_many_are_an_error():
+    opt = local_sgd(optax.sgd(0.5), sync_every=1)
+    _, without = run(opt, lambda w, c: w, jnp.ones(2), np.zeros((1, K, 1)), 1)
+    opt = opt._replace(update=functools.partial(opt.update, value=None))
+    _, none = run(opt, lambda w, c: w, jnp.ones(2), np.zeros((1, K, 1)), 1)
+    assert bool(jnp.isnan(none.statistics.value))
+    jax.tree.map(np.testing.assert_array_equal, none, without)
+    opt = local_sgd(optax.sgd(0.5), sync_every=1)
+    with pytest.raises(ValueError, match=r"a scalar, not of shape \(8,\)"):
+        run(opt, lambda w, c: w, jnp.ones(2), np.zeros((1, K, 1)), 1, value=jnp.ones((K, 8)))
+
+
 def test_the_loss_drives_adacomm():
     """The loss of round j is 4^-j, so tau halves every round: 8, 8 (loss of round 0 is F_0), 4, 2, 1."""
     opt = local_sgd(optax.sgd(0.1), sync_every=schedules.adacomm(8))

@@ -457,3 +457,21 @@ def test_builders_prepare_and_read_without_tensorflow(tmp_path):
     with pytest.raises(DataError, match="has no data set 'no_such_set'") as error:
         tfds_io.load_prepared("no_such_set", tmp_path)
     one_line(error)
+
+
+@pytest.mark.parametrize("split", ["validation", None])
+def test_tables_of_tensorflow_datasets_are_standardised_from_what_they_were(split):
+    """Timestamps: cast to float32 before they are centred, all rows would be one."""
+    from tasks.data import tfds_io
+
+    times = 1_700_000_000 + np.arange(40)
+    rows = [{"features": np.array([time, 5]), "label": float(time)} for time in times]
+    found = {"train": rows[:30] if split else rows, **({split: rows[30:]} if split else {})}
+    splits = tfds_io._stack("times", found)
+    train = times[: len(splits["train"]["label"])]
+    expected = (times - train.mean()) / train.std()
+    for field, column in (("features", 0), ("label", ...)):
+        together = np.concatenate([splits[name][field] for name in ("train", "valid")])
+        assert together.dtype == np.float32
+        np.testing.assert_allclose(together[:, column] if field == "features" else together, expected, rtol=1e-6)
+    assert not splits["train"]["features"][:, 1].any()  # a constant column
