@@ -146,8 +146,9 @@ def _parser() -> argparse.ArgumentParser:
 
     tune = command("tune", "tune a network's hyperparameters while it trains, by a self-tuning network")
     tune.add_argument(
-        "problem", metavar="PRESET", help="char-lstm, cifar-cnn (after `data fetch cifar10`), fashion-cnn"
+        "problem", nargs="?", metavar="PRESET", help="char-lstm, cifar-cnn (after `data fetch cifar10`), fashion-cnn"
     )
+    tune.add_argument("--network", metavar="FILE.py:FUNCTION", help="one of your own, instead of a preset")
     tune.add_argument("--dataset", metavar="NAME", help="another data set of the same kind, such as fashion_mnist")
     tune.add_argument("--optimizer", metavar="RULE", help="a pretrained rule to train the weights with (Adam)")
     tune.add_argument("--cycles", type=int, default=600, metavar="N", help="of 5 training steps each (%(default)s)")
@@ -155,7 +156,10 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--method", choices=("delta_stn", "stn"), default="delta_stn", help="(%(default)s)")
     tune.add_argument("--seed", type=int, default=0, metavar="N", help="of everything random (%(default)s)")
     tune.add_argument(
-        "--out", type=Path, metavar="DIR", help="folder for result.json, schedule.json, curves.png (runs/tune-TIME)"
+        "--out", type=Path, metavar="DIR", help="folder for result.json, schedule.json, report.html (runs/tune-TIME)"
+    )
+    tune.add_argument(
+        "--constants", action="store_true", help="train twice more, at the first and the last values, to compare with"
     )
     _json(tune)
 

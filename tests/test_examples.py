@@ -2,17 +2,21 @@
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from support import ROOT
 
+from learned_opt import self_tuning
 
-def run(name, *arguments):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+def run(name, *arguments, folder=ROOT):
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
     command = [sys.executable, str(ROOT / "examples" / name), *arguments]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    found = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=folder)
     assert found.returncode == 0, found.stderr
     return found.stdout
 
@@ -27,8 +31,22 @@ def test_finetune():
     assert "saved and loaded again: mine" in run("finetune.py", "--meta-steps", "2")
 
 
+def test_a_schedule_trains_without_the_package(tmp_path):
+    """On what the JSON holds: learned-opt cannot even be imported."""
+    specs = runpy.run_path(str(ROOT / "examples" / "my_network.py"))["SPECS"]
+    mean, sigma = (np.asarray(x)[None].repeat(2, 0) for x in self_tuning.hyperparameters.start(specs))
+    schedule = self_tuning.Schedule(specs, np.array([0, 150]), mean, sigma)
+    (tmp_path / "schedule.json").write_text(self_tuning.schedule_to_json(schedule))
+    (tmp_path / "learned_opt.py").write_text("raise ImportError")
+    before, after = (
+        float(number)
+        for number in re.findall(r": ([\d.]+)", run("replay_schedule.py", "schedule.json", folder=tmp_path))
+    )
+    assert after < 0.15 < before
+
+
 def test_no_example_goes_untested():
-    tested = {"haiku_loop.py", "flax_loop.py", "equinox_loop.py", "finetune.py"}
-    # tests/learned_opt/local_sgd/test_multihost.py, tests/meta_train/bench/test_user_code.py
-    elsewhere = {"local_sgd_multihost.py", "my_task.py", "my_workload.py", "my_optimizer.py"}
+    tested = {"haiku_loop.py", "flax_loop.py", "equinox_loop.py", "finetune.py", "replay_schedule.py"}
+    # tests/learned_opt/local_sgd/test_multihost.py, tests/meta_train/bench/test_user_code.py, .../train/test_tune.py
+    elsewhere = {"local_sgd_multihost.py", "my_task.py", "my_workload.py", "my_optimizer.py", "my_network.py"}
     assert {path.name for path in (ROOT / "examples").glob("*.py")} == tested | elsewhere

@@ -1,4 +1,4 @@
-"""A user's own task or optimizer for the benchmark, from one function in a file of theirs."""
+"""A user's own task or optimizer for the benchmark, or network to tune, from one function in a file of theirs."""
 
 import inspect
 import runpy
@@ -15,6 +15,7 @@ from tasks.base import Task, TaskFamily, Workload
 from tasks.suites import Entry
 
 from ..train.config import ConfigError
+from ..train.problems import Problem, make_tuner
 from .contenders import GRID, Contender, around
 
 
@@ -106,6 +107,36 @@ def optimizer(spec: str) -> Contender:
     if not isinstance(default, int | float) or not default > 0:
         return Contender(name, make, GRID, about=spec)
     return Contender(name, make, around(default), default=float(default), about=spec)
+
+
+def network(spec: str) -> tuple[str, Problem]:
+    """A user's network to tune.
+
+    Args:
+        spec: ``FILE.py:FUNCTION``; the function takes nothing and returns a
+            :class:`~meta_train.train.problems.Problem`.
+
+    Returns:
+        A name for tables, and the problem.
+
+    Raises:
+        UserCodeError: the file or the function is missing, gives something else, or fails in a cycle of the tuner.
+    """
+    name, make = _function(spec)
+    made = _call(spec, make)
+    if not isinstance(made, Problem):
+        raise UserCodeError(f"{spec} returned {type(made).__name__}, not a meta_train.train.problems.Problem")
+    for split in ("train", "valid", "test"):
+        if split not in made.data:
+            raise UserCodeError(f"{spec}: its data have no {split!r} among {', '.join(map(repr, made.data))}")
+
+    def begin(data: Any, key: jax.Array) -> Any:
+        tuner = make_tuner(made, weights=made.weights or optax.adam(1e-3))
+        state, info = tuner.cycle(tuner.init(*made.init(key)), key, data)
+        return made.metrics(state.params, made.batch(data["test"], key))["loss"], info
+
+    _call(spec, jax.eval_shape, begin, made.data, jax.random.key(0))
+    return name, made
 
 
 def _family(only: Task) -> TaskFamily:

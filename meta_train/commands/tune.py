@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from ..bench import user_code
 from ..errors import UsageError
 from ..train import tune
 from . import shared
@@ -13,17 +14,26 @@ from . import shared
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; returns the exit code."""
-    settings = ("problem", "dataset", "optimizer", "cycles", "learning_rate", "method", "seed")
+    if (arguments.problem is None) == (arguments.network is None):
+        raise UsageError("tune: name a preset, or one of your own by --network FILE.py:FUNCTION")
+    settings = ("dataset", "optimizer", "cycles", "learning_rate", "method", "seed", "constants")
     shared.keep_compiled()
-    config = tune.TuneConfig(**{name: getattr(arguments, name) for name in settings})
+    network = None
+    if arguments.network is not None:
+        if arguments.dataset is not None:
+            raise UsageError("tune: --dataset is for presets; a network of your own brings its data")
+        network = user_code.network(arguments.network)[1]
+    config = tune.TuneConfig(
+        problem=arguments.network or arguments.problem, **{name: getattr(arguments, name) for name in settings}
+    )
     out = arguments.out or Path("runs") / f"tune-{time.strftime('%Y%m%d-%H%M%S')}"
     try:
-        result = tune.run(config, out, Console(stderr=True))
+        result = tune.run(config, out, Console(stderr=True), network)
     except ValueError as error:
         raise UsageError(str(error)) from None
     if arguments.json:
         shared.print_json(result)
     else:
         Console().print(tune.table(result))
-        print(f"written:   {out}/result.json, schedule.json, curves.png")
+        print(f"written:   {out}/result.json, schedule.json, curves.png, report.html")
     return 0

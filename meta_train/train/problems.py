@@ -19,6 +19,14 @@ from tasks.families.vision import patches3x3
 _EVALUATED = 256  # examples of a batch of the whole-set evaluation
 
 
+def _rows(batch_size: int) -> Callable[[Data, jax.Array], Data]:
+    def batch(rows: Data, key: jax.Array) -> Data:
+        chosen = draw(key, len(jax.tree.leaves(rows)[0]), batch_size)
+        return jax.tree.map(lambda x: take(x, chosen), rows)
+
+    return batch
+
+
 class Problem(NamedTuple):
     """A network, its hyperparameters, its data and losses.
 
@@ -29,7 +37,8 @@ class Problem(NamedTuple):
         train_loss: ``(params, hparams, key, batch) -> [B]``, for :func:`learned_opt.self_tuning.tuner`.
         valid_loss: ``(params, batch) -> [B]``, unregularised.
         metrics: ``(params, batch) -> {name: [B]}``, what is reported of the validation and the test set; has ``loss``.
-        batch: ``(rows of a split, key) -> batch``.
+        batch: ``(rows of a split, key) -> batch``; by default 64 random rows.
+        weights: ``hparams -> Optax transform`` of the weights, where hyperparameters are tuned by hypergradient.
     """
 
     specs: st.hyperparameters.Specs
@@ -38,7 +47,8 @@ class Problem(NamedTuple):
     train_loss: Callable[..., jax.Array]
     valid_loss: Callable[..., jax.Array]
     metrics: Callable[..., dict[str, jax.Array]]
-    batch: Callable[[Data, jax.Array], Data]
+    batch: Callable[[Data, jax.Array], Data] = _rows(64)
+    weights: Callable[[Any], optax.GradientTransformation] | None = None
 
 
 def first_half(batch: Data) -> Data:
@@ -115,14 +125,6 @@ def _images(dataset: str) -> Data:
         split: {"x": rows["image"].reshape(*rows["image"].shape[:3], -1), "y": rows["label"].astype(np.int32)}
         for split, rows in data.items()
     }
-
-
-def _rows(batch_size: int) -> Callable[[Data, jax.Array], Data]:
-    def batch(rows: Data, key: jax.Array) -> Data:
-        chosen = draw(key, len(jax.tree.leaves(rows)[0]), batch_size)
-        return jax.tree.map(lambda x: take(x, chosen), rows)
-
-    return batch
 
 
 def _pixels(x: jax.Array) -> jax.Array:

@@ -19,6 +19,7 @@ from learned_opt import self_tuning as st
 from learned_opt.files import write_atomically
 
 from .. import claim
+from . import tune_page
 from .config import check_seed
 from .problems import PROBLEMS, Problem, evaluate, make_tuner, standing
 from .progress import progress
@@ -41,6 +42,7 @@ class TuneConfig:
         warmup: cycles before the first validation step.
         seed: of everything random, 0 to 2^32 - 1.
         report_every: cycles between two lines of progress.
+        constants: whether to train twice more, at the first and at the last values held constant.
     """
 
     problem: str
@@ -53,15 +55,17 @@ class TuneConfig:
     warmup: int = 40
     seed: int = 0
     report_every: int = 20
+    constants: bool = False
 
 
-def run(config: TuneConfig, out: Path, console: Console) -> dict[str, Any]:
-    """Tune a problem and write ``result.json``, ``schedule.json`` and ``curves.png``.
+def run(config: TuneConfig, out: Path, console: Console, problem: Problem | None = None) -> dict[str, Any]:
+    """Tune a problem and write ``result.json``, ``schedule.json``, ``curves.png`` and ``report.html``.
 
     Args:
         config: the run.
         out: folder of the results, made if missing, and claimed while the run lives.
         console: where progress is shown.
+        problem: one that is not among the presets.
 
     Returns:
         What ``result.json`` holds: the config, the metrics of the best and the last weights on the validation and test
@@ -73,20 +77,22 @@ def run(config: TuneConfig, out: Path, console: Console) -> dict[str, Any]:
         DataError: the data set is missing.
     """
     check_seed(config.seed)
-    if config.problem not in PROBLEMS:
+    if problem is None and config.problem not in PROBLEMS:
         raise ValueError(f"unknown problem {config.problem!r}; known: {', '.join(sorted(PROBLEMS))}")
     for name in ("cycles", "report_every"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
     with claim.claim(out):
-        return _run(config, out, console)
+        if problem is None:
+            problem = PROBLEMS[config.problem](**({"dataset": config.dataset} if config.dataset else {}))
+        return _run(config, problem, out, console)
 
 
-def _run(config: TuneConfig, out: Path, console: Console) -> dict[str, Any]:
-    problem = PROBLEMS[config.problem](**({"dataset": config.dataset} if config.dataset else {}))
+def _run(config: TuneConfig, problem: Problem, out: Path, console: Console) -> dict[str, Any]:
+    weights = _weights(config, problem)
     tuner = make_tuner(
         problem,
-        weights=_weights(config),
+        weights=weights,
         response=optax.adam(config.learning_rate),
         hyper=optax.adam(config.hyper_learning_rate),
         method=config.method,
@@ -107,31 +113,62 @@ def _run(config: TuneConfig, out: Path, console: Console) -> dict[str, Any]:
         "config": dataclasses.asdict(config),
         "best": _judged(problem, standing(config.method, state.best), state.best.hyper),
         "last": _judged(problem, standing(config.method, state), state.hyper),
+        "constants": _constants(config, problem, weights, schedule, data) if config.constants else {},
         "skipped_updates": int(sum(part.skipped.sum() for part in parts)),
         "rolled_back": int(sum(part.rolled_back.sum() for part in parts)),
         "jax": jax.__version__,
     }
     write_atomically(out / "schedule.json", st.schedule_to_json(schedule))
     write_atomically(out / "result.json", json.dumps(result, indent=1) + "\n")
-    _plot(out / "curves.png", parts, schedule)
+    losses = {
+        label: _smoothed(np.concatenate([getattr(part, field) for part in parts]))
+        for label, field in (("training", "train_loss"), ("validation", "valid_loss"))
+    }
+    matplotlib.use("Agg")
+    write_atomically(out / "curves.png", _drawn(losses, schedule, "png"))
+    write_atomically(out / "report.html", tune_page.render(result, _drawn(losses, schedule, "svg").decode()))
     return result
+
+
+def _constants(
+    config: TuneConfig, problem: Problem, weights: Any, schedule: st.Schedule, data: Any
+) -> dict[str, dict[str, Any]]:
+    """What the network comes to at the run's first and last hyperparameters, held constant for as many steps."""
+    found = {}
+    k_init, k_run = jax.random.split(jax.random.key(config.seed))
+    for name, mean in (("first", schedule.mean[0]), ("last", schedule.mean[-1])):
+        replay = st.replay(
+            st.constant(problem.specs, mean),
+            problem.train_loss,
+            lambda data, key: problem.batch(data["train"], key),
+            weights,
+        )
+        state, _ = replay.run(replay.init(problem.init(k_init)[0]), k_run, data, num_steps=config.cycles * _TRAIN_STEPS)
+        found[name] = {split: evaluate(problem, state.params, problem.data[split]) for split in ("valid", "test")}
+    return found
 
 
 def table(result: dict[str, Any]) -> Table:
     """What a run found, for the terminal."""
     shown = Table(title=f"{result['config']['problem']}: best weights by validation loss, and the last")
-    for column in ("", "best", "last"):
+    for column in ("", "best", "last", *(f"{name} values, constant" for name in result["constants"])):
         shown.add_column(column, justify="right" if column else "left")
     for split in ("valid", "test"):
         for metric in result["best"][split]:
-            shown.add_row(f"{split} {metric}", *(f"{result[which][split][metric]:.4f}" for which in ("best", "last")))
+            row = [f"{result[which][split][metric]:.4f}" for which in ("best", "last")]
+            row += [f"{constant[split][metric]:.4f}" for constant in result["constants"].values()]
+            shown.add_row(f"{split} {metric}", *row)
     shown.add_section()
     for name in result["best"]["hyperparameters"]:
         shown.add_row(name, *(f"{result[which]['hyperparameters'][name]:.4g}" for which in ("best", "last")))
     return shown
 
 
-def _weights(config: TuneConfig) -> optax.GradientTransformation:
+def _weights(config: TuneConfig, problem: Problem) -> Any:
+    if problem.weights is not None:
+        if config.optimizer is not None:
+            raise ValueError(f"{config.problem} brings its own optimizer for the weights: leave --optimizer out")
+        return problem.weights
     if config.optimizer is None:
         return optax.adam(config.learning_rate)
     return learned_opt.load(
@@ -156,19 +193,25 @@ def _judged(problem: Problem, params: Any, hyper: st.Hyper) -> dict[str, dict[st
     return judged | {"hyperparameters": _by_name(problem, hyper)}
 
 
-def _plot(path: Path, parts: list[st.CycleInfo], schedule: st.Schedule) -> None:
-    matplotlib.use("Agg")
+def _drawn(losses: dict[str, np.ndarray], schedule: st.Schedule, kind: str) -> bytes:
+    """Curves of the losses and of each hyperparameter, with a band of one sigma of its perturbations."""
     found = schedule.values()
+    low, high = (schedule._replace(mean=schedule.mean + sign * schedule.sigma).values() for sign in (-1, 1))
+    perturbed = {
+        name: spec.by == "response" for name, spec in zip(found, st.hyperparameters.tuned(schedule.specs), strict=True)
+    }
     columns = 4
     rows = -(-(len(found) + 1) // columns)
     figure = Figure(figsize=(3.2 * columns, 2.3 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flat
     first = next(axes)
-    for label, field in (("training", "train_loss"), ("validation", "valid_loss")):
-        first.plot(schedule.steps, _smoothed(np.concatenate([getattr(part, field) for part in parts])), label=label)
+    for label, values in losses.items():
+        first.plot(schedule.steps, values, label=label)
     first.set_title("loss", fontsize=9)
     first.legend(fontsize=7, frameon=False)
     for (name, values), ax in zip(found.items(), axes, strict=False):
+        if perturbed[name]:
+            ax.fill_between(schedule.steps, low[name], high[name], color="#cccccc", linewidth=0)
         ax.plot(schedule.steps, values, color="#444444")
         ax.set_title(name.replace("_", " "), fontsize=9)
     for ax in figure.axes:
@@ -179,8 +222,8 @@ def _plot(path: Path, parts: list[st.CycleInfo], schedule: st.Schedule) -> None:
     for ax in figure.axes[-columns:]:
         ax.set_xlabel("training step", fontsize=8)
     contents = io.BytesIO()
-    figure.savefig(contents, dpi=120, format="png")
-    write_atomically(path, contents.getvalue())
+    figure.savefig(contents, dpi=120, format=kind)
+    return contents.getvalue()
 
 
 def _smoothed(values: np.ndarray, share: float = 0.02) -> np.ndarray:

@@ -8,10 +8,12 @@ import jax
 import numpy as np
 import optax
 import pytest
+from support import ROOT
 from support.problems import ridge
 
 from learned_opt import self_tuning as st
 from meta_train import cli
+from meta_train.bench import user_code
 from meta_train.train import problems
 
 
@@ -73,10 +75,71 @@ def test_tune_trains_the_weights_with_a_learned_rule(small, tmp_path):
     assert losses[0] != losses[1]
 
 
+def own(folder, text):
+    path = folder / "mine.py"
+    path.write_text(text)
+    return f"{path}:make"
+
+
+def test_tune_takes_a_network_from_a_file_and_compares_it_with_constants(tmp_path, capsys):
+    spec = own(tmp_path, "from support.problems import ridge as make")
+    out = tmp_path / "out"
+    assert cli.main(["tune", "--network", spec, "--cycles", "45", "--constants", "--out", str(out), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["config"]["problem"] == spec
+    assert set(result["constants"]) == {"first", "last"}
+    page = (out / "report.html").read_text()
+    for text in ("<svg", "first values, constant", "l2", f"{result['constants']['last']['test']['loss']:.4f}", "45"):
+        assert text in page
+    assert "<script" not in page
+    # the first values' column is a plain run of as many steps
+    problem = ridge()
+    k_init, k_run = jax.random.split(jax.random.key(0))
+    w, _ = problem.init(k_init)
+    replay = st.replay(
+        st.constant(problem.specs, st.hyperparameters.start(problem.specs)[0]),
+        problem.train_loss,
+        lambda data, key: data["train"],
+        optax.adam(1e-3),
+    )
+    state, _ = replay.run(replay.init(w), k_run, problem.data, 225)
+    expected = problems.evaluate(problem, state.params, problem.data["valid"])["loss"]
+    assert result["constants"]["first"]["valid"]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_example_of_an_own_network_is_one():
+    name, problem = user_code.network(str(ROOT / "examples" / "my_network.py") + ":make")
+    assert name == "my_network"
+    assert "learning_rate" in st.names(problem.specs)
+
+
+MISTAKES = {
+    "make = 3": "has no function make",
+    "def make(): return 3": "returned int, not a meta_train.train.problems.Problem",
+    "def make(): raise KeyError('no')": "line 1: KeyError",
+    "from support.problems import ridge\ndef make(): return ridge()._replace(data={'train': 0})": "have no 'valid'",
+    "from support.problems import ridge\ndef make(): return ridge()._replace(valid_loss=lambda w, b: 1 // w)": "line 2",
+}
+
+
+@pytest.mark.parametrize("text", MISTAKES)
+def test_mistakes_in_a_file_are_one_line(text, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert cli.main(["tune", "--network", own(tmp_path, text), "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert MISTAKES[text] in error
+    assert error.count("\n") == 1
+    assert not out.exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
         (["tune", "nonsense"], "unknown problem 'nonsense'; known: char-lstm, cifar-cnn, fashion-cnn"),
+        (["tune"], "name a preset, or one of your own"),
+        (["tune", "char-lstm", "--network", "a.py:make"], "name a preset, or one of your own"),
+        (["tune", "--network", "a.py:make", "--dataset", "b"], "brings its data"),
+        (["tune", "--network", "a.py:make"], "there is no file a.py"),
         (["tune", "cifar-cnn"], "learned-opt data fetch cifar10"),
         (["tune", "char-lstm", "--cycles", "0"], "cycles must be at least 1"),
         (["tune", "char-lstm", "--optimizer", "nonsense"], "nonsense"),
