@@ -5,6 +5,7 @@ from .dense import dense_lift, dense_response
 from .hyperparameters import (
     Hyperparameter,
     describe,
+    draw,
     from_json,
     interval,
     log,
@@ -18,6 +19,7 @@ from .hyperparameters import (
 )
 from .modules import Gated
 from .objectives import Hyper, Objectives, bias_weights, make_objectives
+from .population import Population, PopulationState, RoundInfo, population
 from .regularisers import squared_norm
 from .response import BestResponse, LiftedNetwork, lift, materialise, to_dense
 from .schedule import (
@@ -44,8 +46,11 @@ __all__ = [
     "Hyperparameter",
     "LiftedNetwork",
     "Objectives",
+    "Population",
+    "PopulationState",
     "Replay",
     "ReplayState",
+    "RoundInfo",
     "Schedule",
     "Tuner",
     "TunerState",
@@ -55,6 +60,7 @@ __all__ = [
     "dense_lift",
     "dense_response",
     "describe",
+    "draw",
     "from_json",
     "from_run",
     "interpolate",
@@ -67,6 +73,7 @@ __all__ = [
     "names",
     "optax_schedules",
     "plot",
+    "population",
     "positive",
     "real",
     "regularisers",

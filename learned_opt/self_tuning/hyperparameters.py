@@ -240,6 +240,33 @@ def start(specs: Specs) -> tuple[jax.Array, jax.Array]:
     return mean, jnp.asarray([inverse_softplus(spec.scale) for spec in chosen], dtype)
 
 
+def draw(specs: Specs, key: jax.Array) -> jax.Array:
+    r"""A point of the search space: each value uniform between its bounds, or its logarithm where that is its scale.
+
+    Args:
+        specs: a pytree of :class:`Hyperparameter`, H of them tuned, all with two bounds.
+        key: a PRNG key.
+
+    Returns:
+        :math:`\ell`, floats [H], within :func:`span`.
+
+    Raises:
+        ValueError: if a hyperparameter has no bounds, by name.
+
+    Example:
+        >>> import jax
+        >>> point = draw({"l2": log(1e-3, 1e-6, 1e-1), "dropout": logit(0.1)}, jax.random.key(0))
+        >>> point.shape
+        (2,)
+    """
+    for name, spec in zip(names(specs), tuned(specs), strict=True):
+        if KINDS[spec.kind].bounds != ("low", "high"):
+            raise ValueError(f"{name} has no bounds to draw from: give it a low and a high")
+    low, high = span(specs)
+    uniform = jax.random.uniform(key, low.shape, low.dtype, minval=jax.nn.sigmoid(low), maxval=jax.nn.sigmoid(high))
+    return jnp.clip(jnp.log(uniform) - jnp.log1p(-uniform), low, high)
+
+
 def span(specs: Specs) -> tuple[jax.Array, jax.Array]:
     r"""How low and how high :math:`\ell` may go.
 
