@@ -85,7 +85,7 @@ def test_it_finds_the_optimum_of_ridge_and_resumes():
 
 
 def test_diverged_members_are_replaced():
-    specs = {"l2": st.log(0.5, 1e-4, 1e2), "rate": st.log(0.1, 1e-3, 1e30, by="hypergradient")}
+    specs = {"l2": st.log(0.01, 1e-4, 1e-1), "rate": st.log(0.1, 1e-4, 1e4, by="hypergradient")}
     population = made(specs, weights=lambda h: optax.sgd(h["rate"]), members=8, resample=0.0, explore=0.0, replaced=0.5)
     state = population.init(KEY, lambda key: jnp.zeros(D))
     after, info = population.run(state, KEY, DATA, 4)
