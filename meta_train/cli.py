@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(command=module or name)
         return added
 
-    train = command("train", "meta-train an update rule, then show what it is worth on held-out tasks")
+    train = command("train", "meta-train an update rule, then compare it on a small development suite")
     train.add_argument(
         "--preset", default="quick", help=f"settings to start from: {', '.join(configs.PRESETS)} (%(default)s)"
     )
@@ -121,11 +121,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     _json(published)
 
-    bench = command("bench", "compare learned rules with tuned optimizers on held-out tasks")
+    bench = command("bench", "compare learned rules with other optimizers, on workloads or small tasks")
     bench.add_argument(
         "rules", nargs="*", metavar="RULE", help="pretrained names or folders; by default all pretrained optimizers"
     )
-    bench.add_argument("--suite", metavar="NAME", help="see `learned-opt list suites` (held_out)")
+    bench.add_argument("--suite", metavar="NAME", help="workloads_small, or see `list suites` (held_out)")
     bench.add_argument("--steps", type=int, metavar="N", help="optimization steps (1000)")
     bench.add_argument("--seeds", type=int, metavar="N", help="reporting seeds (5)")
     bench.add_argument("--quick", action="store_true", help="suite quick, 300 steps, 3 seeds, the four main baselines")

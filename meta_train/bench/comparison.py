@@ -37,6 +37,7 @@ def rows(results: Sequence[Result]) -> list[dict[str, Any]]:
                 "final_loss_stderr": _number(_stderr(result.final)),
                 "valid_loss": _number(float(np.mean(result.valid))),
                 "valid_loss_stderr": _number(_stderr(result.valid)),
+                "valid_ratio": _valid_ratio(result, reference_of(results, result.task)),
                 "initial_loss": _number(float(np.mean(result.initial))),
                 **_relative(result, reference_of(results, result.task)),
                 "diverged": result.diverged,
@@ -58,7 +59,8 @@ def summary(results: Sequence[Result]) -> list[dict[str, Any]]:
 
     Returns:
         Dicts. ``loss``, ``steps`` and ``time`` are ``[interquartile mean, low, high]``; ``at_least_adam`` is the share
-        of tasks whose ``progress`` is at least 1; ``score`` and ``score_time`` are areas under the performance
+        of tasks whose ``progress`` is at least 1; ``valid`` is the geometric mean of the validation loss over tuned
+        Adam's, over the tasks with data; ``score`` and ``score_time`` are areas under the performance
         profiles; ``worst`` is the task with the least progress and that.
     """
     tasks, names = tasks_and_contenders(results)
@@ -74,7 +76,7 @@ def summary(results: Sequence[Result]) -> list[dict[str, Any]]:
         theirs = [found[task, REFERENCE] for task in tasks]
         pairs = list(zip(mine, theirs, strict=True))
         loss = [_per_seed(own, reference) for own, reference in pairs]
-        steps = np.stack([measures.speed_ups(own.curves, reference.curves) for own, reference in pairs])
+        steps = np.stack([measures.speed_ups(own.curves, ref.curves, floor_of(ref)) for own, ref in pairs])
         progress = {task: figures[task, name]["progress"] for task in tasks}
         worst = min(tasks, key=lambda task: -math.inf if progress[task] is None else progress[task])
         entry = {
@@ -84,6 +86,7 @@ def summary(results: Sequence[Result]) -> list[dict[str, Any]]:
             "at_least_adam": _number(float(np.mean([value is not None and value >= 1 for value in progress.values()]))),
             "steps": _interval(steps),
             "score": _number(scores[name]),
+            "valid": _geometric([figures[task, name]["valid_ratio"] for task in tasks]),
             "worst": [worst, progress[worst]],
             "diverged": sum(result.diverged for result in mine),
             "runs": sum(len(result.final) for result in mine),
@@ -107,17 +110,34 @@ def profiles(results: Sequence[Result], by_clock: bool = False) -> np.ndarray:
 
     Returns:
         ``[contenders, tasks]`` as :func:`meta_train.bench.measures.profile`, contenders in the order of the results. A
-        task's target is tuned Adam's best loss; the time to it is the median over seeds.
+        task's target is tuned Adam's best loss, not below :func:`floor_of`; the time to it is the median over seeds.
     """
     tasks, names = tasks_and_contenders(results)
     found = {(result.task, result.contender): result for result in results}
     matrix = np.full((len(names), len(tasks)), np.inf)
     for column, task in enumerate(tasks):
-        targets = measures.envelope(found[task, REFERENCE].curves)[:, -1]
+        reference = found[task, REFERENCE]
+        targets = measures.targets_of(reference.curves, floor_of(reference))
         for line, name in enumerate(names):
             cost = _slower(found[task, name]) if by_clock else 1.0
             matrix[line, column] = cost * np.median(measures.steps_to(found[task, name].curves, targets))
     return measures.profile(matrix)
+
+
+def floor_of(reference: Result) -> float:
+    """The least training loss that counts: tuned Adam's validation loss at the end, the mean over its seeds.
+
+    Below it a network only learns the examples by heart: who is sooner at a training loss of 1e-7 where validation
+    stays at 0.1 has not learned more. Where there are no data, or training losses stay above, nothing changes.
+
+    Args:
+        reference: tuned Adam's result on a task.
+
+    Returns:
+        The floor; minus infinity where the loss is a synthetic function's, or the validation loss is not finite.
+    """
+    floor = float(np.mean(reference.valid))
+    return floor if reference.has_data and math.isfinite(floor) else -math.inf
 
 
 def lost(row: Mapping[str, Any]) -> bool:
@@ -139,6 +159,19 @@ def tasks_and_contenders(results: Sequence[Result]) -> tuple[list[str], list[str
     return list(dict.fromkeys(r.task for r in results)), list(dict.fromkeys(r.contender for r in results))
 
 
+def _valid_ratio(result: Result, reference: Result | None) -> float | None:
+    """The validation loss over tuned Adam's; ``None`` without data or where one is not a positive number."""
+    if reference is None or not result.has_data:
+        return None
+    own, theirs = (float(np.mean(one.valid)) for one in (result, reference))
+    return _number(own / theirs) if own > 0 and theirs > 0 else None
+
+
+def _geometric(ratios: Sequence[float | None]) -> float | None:
+    known = [ratio for ratio in ratios if ratio is not None]
+    return _number(math.exp(sum(map(math.log, known)) / len(known))) if known else None
+
+
 def _slower(result: Result) -> float:
     """A step's time, Adam's being 1."""
     return result.timing.step / result.timing.reference if result.timing else math.nan
@@ -148,8 +181,9 @@ def _relative(result: Result, reference: Result | None) -> dict[str, float | Non
     """What is told relative to tuned Adam."""
     if reference is None:
         return {"progress": None, "speed_up": None, "speed_up_time": None}
-    means = [np.mean(values) for values in (result.initial, result.final, reference.final)]
-    steps = float(np.median(measures.speed_ups(result.curves, reference.curves)))
+    floor = floor_of(reference)
+    means = [np.mean(values) for values in (result.initial, *(np.maximum(r.final, floor) for r in (result, reference)))]
+    steps = float(np.median(measures.speed_ups(result.curves, reference.curves, floor)))
     return {
         "progress": _number(float(measures.normalised(*means))),
         "speed_up": _number(steps),
@@ -159,7 +193,9 @@ def _relative(result: Result, reference: Result | None) -> dict[str, float | Non
 
 def _per_seed(result: Result, reference: Result) -> np.ndarray:
     """``[seeds]``, normalised losses for the means; a run that diverged counts as -1, and none counts as less."""
-    values = measures.normalised(result.initial, result.final, reference.final)
+    floor = floor_of(reference)
+    ends = (np.maximum(one.final, floor) for one in (result, reference))
+    values = measures.normalised(result.initial, *ends)
     return np.maximum(np.nan_to_num(values, nan=measures.WORST), measures.WORST)
 
 

@@ -22,23 +22,31 @@ TERMS = (
         "final loss",
         "how far the training loss came down, tuned Adam's way being 1",
         "How far the training loss came down, tuned Adam's way being 1: (initial − final) / (initial − Adam's final), "
-        "the final loss a mean over the last twentieth of the steps. A run that diverged counts as −1. Where every "
-        "optimizer drives the loss to almost nothing this is 1 for all: look at the steps.",
+        "the final loss a mean over the last twentieth of the steps. A run that diverged counts as −1. No training "
+        "loss counts as less than Adam's validation loss at the end: below that a network learns examples by heart. "
+        "Where every optimizer gets there this is 1 for all: look at the steps.",
+    ),
+    Term(
+        "validation",
+        "the validation loss at the end over tuned Adam's",
+        "The validation loss after the last step over tuned Adam's, the geometric mean over the tasks with data; below "
+        "1 is better. Rates are tuned by the training loss, as everything else here goes by it.",
     ),
     Term("≥ Adam", "on how many tasks at least as far", "The share of tasks on which the final loss is at least 1."),
     Term(
         "steps",
         "in how many times fewer steps tuned Adam's best loss was reached, 0 where never",
-        "In how many times fewer steps than tuned Adam it reached the best loss that tuned Adam reached, of smoothed "
-        "curves, each seed against Adam's run of the same seed; 0 where it never did.",
+        "In how many times fewer steps than tuned Adam it reached the best loss that tuned Adam reached, or Adam's "
+        "validation loss where that is higher, of smoothed curves, each seed against Adam's run of the same seed; 0 "
+        "where it never did.",
     ),
     Term(
         "clock",
         "how many times faster by the clock",
         "The same in time: divided by what a step costs beside a step of Adam, each compiled for a single run and "
         "timed alone, turn by turn. On tasks as small as these the update is a large part of a step; where gradients "
-        "cost more, the clock comes closer to the steps. Only a few steps are timed, so that SOAP's corrections of its "
-        "basis, due at every tenth step, weigh too much, in rules of its kind too.",
+        "cost more, the clock comes closer to the steps. A turn is at least 100 steps, after the first eleven: ten "
+        "corrections of SOAP's basis.",
     ),
     Term(
         "score",
@@ -61,7 +69,8 @@ TERMS = (
     Term(
         "rate*",
         "at the edge of its grid",
-        "The chosen learning rate is at the edge of its grid: a wider one might do better.",
+        "The chosen learning rate is at the edge of its grid, which was made longer three times: a wider one might do "
+        "better.",
     ),
     Term(
         "lost",

@@ -70,18 +70,32 @@ def steps_to(curves: np.ndarray, targets: np.ndarray) -> np.ndarray:
     return np.where(reached.any(axis=-1), reached.argmax(axis=-1) + 1.0, np.inf)
 
 
-def speed_ups(curves: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """How many times fewer steps each run takes to the best loss of the reference's run of the same seed.
+def targets_of(reference: np.ndarray, floor: float = -np.inf) -> np.ndarray:
+    """The losses to reach: the reference's best of each seed, but none below a floor.
+
+    Args:
+        reference: ``[seeds, steps]``, smoothed losses.
+        floor: the least target, such as the reference's validation loss.
+
+    Returns:
+        ``[seeds]``.
+    """
+    return np.maximum(envelope(reference)[..., -1], floor if np.isfinite(floor) else -np.inf)
+
+
+def speed_ups(curves: np.ndarray, reference: np.ndarray, floor: float = -np.inf) -> np.ndarray:
+    """How many times fewer steps each run takes to the target of the reference's run of the same seed.
 
     Args:
         curves: ``[seeds, steps]``, smoothed losses.
         reference: ``[seeds, steps]``, the reference's, of the same seeds.
+        floor: the least target.
 
     Returns:
-        ``[seeds]``, the steps that the reference takes to its own least loss over the steps that the run takes to it; 0
-        where it never gets there.
+        ``[seeds]``, the steps that the reference takes to the target (:func:`targets_of`) over those that the run
+        takes; 0 where it never gets there.
     """
-    targets = envelope(reference)[..., -1]
+    targets = targets_of(reference, floor)
     own = steps_to(curves, targets)
     return np.divide(steps_to(reference, targets), own, out=np.zeros_like(own), where=np.isfinite(own))
 

@@ -12,7 +12,7 @@ from .contenders import Contender
 
 ROUNDS = 5
 _SECONDS = 0.05  # of one turn, about
-_WARM_UP = 3  # steps
+_LEAST, _MOST = 100, 20_000  # steps of one turn: at least ten periods of SOAP's basis
 FLOOR = Contender("gradient", lambda rate, num_steps: optax.sgd(rate), ())  # what a step costs without an optimizer
 
 
@@ -44,8 +44,8 @@ def take_turns(seconds: Mapping[str, Callable[[int], float]], rounds: int = ROUN
     """
     numbers = {}
     for name, run in seconds.items():
-        run(_WARM_UP)
-        numbers[name] = max(int(_SECONDS * _WARM_UP / max(run(_WARM_UP), 1e-9)), 1)
+        run(_LEAST)
+        numbers[name] = min(max(int(_SECONDS * _LEAST / max(run(_LEAST), 1e-9)), _LEAST), _MOST)
     turns = [{name: 1000 * run(numbers[name]) / numbers[name] for name, run in seconds.items()} for _ in range(rounds)]
     return {name: float(np.median([turn[name] for turn in turns])) for name in seconds}
 

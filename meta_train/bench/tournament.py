@@ -23,7 +23,8 @@ from .timing import FLOOR, Timing, machine, take_turns
 
 __all__ = ["Contender", "Plan", "Result", "baselines", "learned", "pretrained", "run_suite"]
 
-_VERSION = 2  # of what a run does: another number leaves the results kept so far unused
+_VERSION = 3  # of what a run does: another number leaves the results kept so far unused
+_EXTENSIONS = 3  # times that a grid is made longer, at most, where the best rate lies on its edge
 _AHEAD = 3  # learning rates that go on from the first tuning seed to the others
 _TUNING, _REPORTING = 1_000_000, 2_000_000  # seeds of the two start here
 
@@ -43,6 +44,7 @@ class Result(NamedTuple):
     state_bytes: int = 0  # of the optimizer's state
     num_params: int = 0
     timing: Timing | None = None
+    has_data: bool = True  # and no synthetic function
 
     @property
     def diverged(self) -> int:
@@ -57,7 +59,8 @@ class Plan(NamedTuple):
         steps: optimization steps, where a task does not fix its own.
         seeds: reporting seeds.
         tuning_seeds: seeds that choose the learning rate, by the mean of the final training loss, as is reported: the
-            first tries the whole grid, the others the three rates that did best on it.
+            first tries the whole grid, and more beyond it where the best lies on its edge; the others try the three
+            rates that did best.
         timed: whether a step of each contender is timed, too.
         folder: where results are kept, or ``None``. Those that it holds are not computed again.
     """
@@ -225,6 +228,7 @@ def _results(
             state_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)),
             num_params=sum(leaf.size for leaf in jax.tree.leaves(params)),
             timing=timing,
+            has_data=bool(jax.tree.leaves(family.data)),
         )
         for row, (label, losses) in enumerate(zip(labels, arrays["losses"].astype(np.float64), strict=True))
     ]
@@ -239,16 +243,25 @@ def _tune_and_report(run: Run, contender: Contender, plan: Plan) -> dict[str, np
         train, valid = run.losses(*zip(*pairs, strict=True))
         return train.reshape(len(rates), seeds, -1), valid.reshape(len(rates), seeds)
 
-    best, scores = 0, np.zeros((0, 1))
-    if contender.grid:
-        scores = _final(losses(contender.grid, _TUNING, 1)[0].astype(np.float64))
+    grid, best, scores = list(contender.grid), 0, np.zeros((0, 1))
+    if grid:
+        scores = _final(losses(grid, _TUNING, 1)[0].astype(np.float64))
+        for _ in range(_EXTENSIONS):
+            best = int(np.argmin(np.nan_to_num(scores[:, 0], nan=np.inf)))
+            beyond = _beyond(grid, best)
+            if not beyond:
+                break
+            more = _final(losses(beyond, _TUNING, 1)[0].astype(np.float64))
+            order = np.argsort([*grid, *beyond])
+            grid = [float(rate) for rate in np.array([*grid, *beyond])[order]]
+            scores = np.concatenate([scores, more])[order]
         if plan.tuning_seeds > 1:
             ahead = np.argsort(np.nan_to_num(scores[:, 0], nan=np.inf), kind="stable")[:_AHEAD]
-            more, _ = losses([contender.grid[i] for i in ahead], _TUNING + 1, plan.tuning_seeds - 1)
+            more, _ = losses([grid[i] for i in ahead], _TUNING + 1, plan.tuning_seeds - 1)
             scores = np.concatenate([scores, np.full((len(scores), plan.tuning_seeds - 1), np.inf)], axis=1)
             scores[ahead, 1:] = _final(more.astype(np.float64))
         best = int(np.argmin(np.nan_to_num(scores, nan=np.inf).mean(axis=1)))
-    rates = [contender.grid[best] if contender.grid else math.nan]
+    rates = [grid[best] if grid else math.nan]
     if contender.default is not None:
         rates.append(contender.default)
     distinct = list(dict.fromkeys(rates))
@@ -259,8 +272,16 @@ def _tune_and_report(run: Run, contender: Contender, plan: Plan) -> dict[str, np
         "losses": train[rows],
         "valid": valid[rows],
         "scores": scores,  # [grid, tuning seeds], inf where a rate was no longer tried
-        "on_edge": np.asarray(bool(contender.grid) and best in (0, len(contender.grid) - 1)),
+        "on_edge": np.asarray(bool(grid) and best in (0, len(grid) - 1)),
     }
+
+
+def _beyond(grid: Sequence[float], best: int) -> list[float]:
+    """Two more rates beyond the edge of a grid where the best one lies on it."""
+    if len(grid) < 2 or 0 < best < len(grid) - 1:
+        return []
+    edge, factor = (grid[0], grid[0] / grid[1]) if best == 0 else (grid[-1], grid[-1] / grid[-2])
+    return [float(f"{edge * factor**number:.3g}") for number in (1, 2)]
 
 
 def _final(losses: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ from learned_opt import store
 from learned_opt.kinds import FEATURES, OPTIMIZER
 from tasks import suites
 from tasks.families import representation
+from tasks.workloads import SUITES
 
 from ..train import config as configs
 from ..train.estimators import ESTIMATORS
@@ -18,7 +19,7 @@ def run(arguments: argparse.Namespace) -> int:
     everything = {
         "rules": sorted(OPTIMIZER.rules),
         "pretrained": list(learned_opt.available()),
-        "suites": {"train": sorted(suites.TRAIN), "held_out": sorted(suites.HELD_OUT)},
+        "suites": {"train": sorted(suites.TRAIN), "held_out": sorted(suites.HELD_OUT), "workloads": sorted(SUITES)},
         "estimators": sorted(ESTIMATORS),
         "presets": list(configs.PRESETS),
         "unsupervised": {

@@ -128,20 +128,21 @@ def _worth(held_out: Mapping[str, Any]) -> str:
     about = held_out["about"]
     rates = sorted((row["contender"] for row in held_out["summary"] if row["ours"]), key=len)  # NAME before NAME@RATE
     timed = "time" in held_out["summary"][0]
-    words = glossary.short("final loss", "≥ Adam", "steps", *(("clock",) if timed else ()), "score", "diverged")
+    words = glossary.short("final loss", "validation", "steps", *(("clock",) if timed else ()), "score", "diverged")
     lines = [
-        f"Held-out suite `{about['suite']}`, {about['steps']:,} steps, {about['seeds']} seeds"
+        f"Suite `{about['suite']}`, for development, {about['steps']:,} steps, {about['seeds']} seeds"
         + (f", frozen as `{about['manifest'][:12]}`" if about.get("manifest") else "")
         + f". Every optimizer with a learning rate is tuned on each task, on other seeds. {glossary.AVERAGES} "
         f"{glossary.LABELS} In the table, {words}",
         "",
-        f"| | final loss | ≥ Adam | steps |{' clock |' if timed else ''} score | diverged |",
+        f"| | final loss | validation | steps |{' clock |' if timed else ''} score | diverged |",
         f"|---|---|---|---|{'---|' if timed else ''}---|---|",
     ]
     for row in held_out["summary"]:
         label = f"**{row['contender']}**" if row["ours"] else row["contender"]
         clock = f" {_interval(row['time'])} |" if timed else ""
-        figures = f"{_interval(row['loss'], 3)} | {row['at_least_adam']:.0%} | {_interval(row['steps'])} |{clock}"
+        valid = "–" if row.get("valid") is None else f"{row['valid']:.2f}"
+        figures = f"{_interval(row['loss'], 3)} | {valid} | {_interval(row['steps'])} |{clock}"
         lines.append(f"| {label} | {figures} {row['score']:.2f} | {row['diverged']} of {row['runs']} |")
     lines += [
         "",

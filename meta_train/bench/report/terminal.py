@@ -25,19 +25,19 @@ def tables(figures: Sequence[dict[str, Any]], overview: Sequence[dict[str, Any]]
         A Rich renderable, at most 80 columns wide for up to four learned rows.
     """
     timed = any("time" in row for row in overview)
-    words = glossary.short("final loss", "≥ Adam", "steps", *(("clock",) if timed else ()), "score", "diverged")
+    words = glossary.short("final loss", "validation", "steps", *(("clock",) if timed else ()), "score", "diverged")
     caption = f"{glossary.AVERAGES} {words} {glossary.LABELS}"
     first = Table(
         title=title, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, caption_justify="left"
     )
     first.add_column("contender", overflow="fold", min_width=16)
-    for name in ("final\nloss", "≥ Adam", "steps", *(("clock",) if timed else ()), "score", "diverged"):
+    for name in ("final\nloss", "valid-\nation", "steps", *(("clock",) if timed else ()), "score", "diverged"):
         first.add_column(name, justify="right", no_wrap=True)
     for row in overview:
         first.add_row(
             row["contender"] if row["baseline"] else f"[bold]{row['contender']}[/]",
             _with_interval(row["loss"], 3),
-            f"{row['at_least_adam']:.0%}",
+            "–" if row["valid"] is None else f"{row['valid']:.2f}",
             _with_interval(row["steps"]),
             *((_with_interval(row["time"]),) if timed else ()),
             f"{row['score']:.2f}",

@@ -29,7 +29,7 @@ def made(task, contender, final, *, baseline=True, faster=1.0, slower=1.0):
     curves = np.stack([curve, curve, curve])
     timing = Timing(0.2 * slower, 0.2, 0.1)
     ends = np.full(3, final)
-    return Result(task, contender, baseline, 1e-3, False, curves, np.full(3, 2.0), ends, ends, 40, 5, timing)
+    return Result(task, contender, baseline, 1e-3, False, curves, np.full(3, 2.0), ends, ends / 2, 40, 5, timing)
 
 
 MADE = [
@@ -272,3 +272,24 @@ def test_results_of_another_rule_are_refused(results):
         card.own_results(two, "nonesuch")
     with pytest.raises(ConfigError, match="earlier version"):
         card.own_results({"about": ABOUT, "figures": []}, "mine")
+
+
+def test_no_target_lies_below_adams_validation_loss():
+    adam = made("t", "adam", 0.01)._replace(valid=np.full(3, 0.5))
+    deeper = made("t", "deeper", 1e-6, faster=2.0)._replace(valid=np.full(3, 1.0))
+    figures = figures_of([adam, deeper])
+    assert comparison.floor_of(adam) == 0.5
+    assert figures["t", "deeper"]["progress"] == 1.0
+    assert figures["t", "deeper"]["valid_ratio"] == 2.0
+    # from 2 down to 0.5, twice as fast: not to Adam's own 0.01
+    assert figures["t", "deeper"]["speed_up"] == pytest.approx(2.0, rel=0.1)
+    assert figures["t", "adam"]["speed_up"] == 1.0
+    (overall,) = [row for row in comparison.summary([adam, deeper]) if row["contender"] == "deeper"]
+    assert overall["valid"] == 2.0
+
+
+def test_synthetic_functions_have_no_floor_and_no_validation():
+    adam = made("t", "adam", 0.01)._replace(has_data=False)
+    assert comparison.floor_of(adam) == -np.inf
+    assert figures_of([adam])["t", "adam"]["valid_ratio"] is None
+    assert comparison.floor_of(adam._replace(has_data=True, valid=np.full(3, np.nan))) == -np.inf

@@ -70,10 +70,21 @@ def test_a_run_is_what_optax_does_by_hand(results, name, rate):
 
 def test_the_grid_is_searched_on_other_seeds(results):
     assert not results["sgd"].on_edge
-    assert results["adam"].on_edge
-    tuned = {rate: np.mean([by_hand(optax.adam(rate), 1_000_000 + s)[-1] for s in range(2)]) for rate in (1e-2, 1e-1)}
-    assert results["adam"].learning_rate == min(tuned, key=tuned.get)
+    assert not results["adam"].on_edge  # the grid went up to 0.1, and was made longer to 10
+    tuned = {rate: np.mean([by_hand(optax.adam(rate), 1_000_000 + s)[-1] for s in range(2)]) for rate in (0.1, 1, 10)}
+    assert results["adam"].learning_rate == min(tuned, key=tuned.get) == 1
     assert results["adam"].state_bytes == 4 * (3 + 3 + 1)
+
+
+def test_a_grid_grows_beyond_the_edge_that_the_best_lies_on():
+    assert tournament._beyond((0.1, 0.2, 0.4), 1) == []
+    assert tournament._beyond((0.1, 0.2, 0.4), 2) == [0.8, 1.6]
+    assert tournament._beyond((0.1, 0.2, 0.4), 0) == [0.05, 0.025]
+    assert tournament._beyond((0.1,), 0) == []
+    tiny = Contender("tiny", lambda rate, num_steps: optax.sgd(rate), (1e-8, 1e-7))
+    (result,) = run_suite([ENTRY], [tiny], PLAN._replace(tuning_seeds=1))
+    assert result.on_edge  # longer three times, and still
+    assert result.learning_rate == pytest.approx(1e-1)
 
 
 def test_a_diverging_rate_is_never_chosen_and_is_counted():
@@ -81,7 +92,7 @@ def test_a_diverging_rate_is_never_chosen_and_is_counted():
     (result,) = run_suite([ENTRY], [wild], PLAN._replace(tuning_seeds=1))
     assert result.learning_rate == 0.1
     assert result.diverged == 0
-    (result,) = run_suite([ENTRY], [wild._replace(grid=(100.0, 1e30))], PLAN._replace(tuning_seeds=1))
+    (result,) = run_suite([ENTRY], [wild._replace(grid=(1e30,))], PLAN._replace(tuning_seeds=1))
     assert result.diverged == SEEDS
 
 
