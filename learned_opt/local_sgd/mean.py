@@ -38,13 +38,13 @@ class WorkerMean(NamedTuple):
         return jax.tree.map(one, tree)
 
     def compressed_mean(
-        self, deltas: Any, error: Any, code: communication.Compression, total: jax.Array
+        self, deltas: Any, error: Any, code: communication.Compression, total: jax.Array, decay: float = 1.0
     ) -> tuple[Any, Any]:
-        """Return the mean of the deltas (and of what was left unsent before) as decoded, and what is now left."""
+        """Return the mean of the deltas (and ``decay`` of what was left unsent) as decoded, and what is now left."""
         code = communication.both_parts(code)
 
         def one(delta: jax.Array, left: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-            wanted = delta if left is None else delta + left
+            wanted = delta if left is None else delta + decay * left
             if self.weight is not None:
                 wanted = jnp.where(self.weight > 0, wanted, 0)
             like = jax.ShapeDtypeStruct(delta.shape, delta.dtype)

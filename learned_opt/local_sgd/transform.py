@@ -63,7 +63,7 @@ def local_sgd(
     axis_name: str | tuple[str, ...] = "workers",
     inner_state: str | InnerPolicy = "keep",
     compression: str | communication.Compression | None = None,
-    error_feedback: bool = True,
+    error_feedback: bool | float = True,
     fragments: int | Any = 1,
     statistic: Callable[[Params], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -100,7 +100,7 @@ def local_sgd(
             leaves are averaged, counters, keys and flags kept. ``"reset"``: ``inner.init`` at the new anchor, counters
             too. Or a function ``(inner_state, mean, anchor) -> inner_state``, ``mean(tree)`` averaging as above.
         compression: of the delta: ``None``, ``"bf16"``, ``"int8"`` or a ``communication.Compression``.
-        error_feedback: whether what compression drops is added to the worker's next delta.
+        error_feedback: whether what compression drops is added to the worker's next delta, or a factor in [0, 1].
         fragments: 1: all parameters at every synchronisation. n > 1: the leaves are dealt into n fragments of similar
             size, and synchronisation r moves fragment r mod n alone, so that a parameter's own delay is n H. Or a
             pytree of ints 0..n-1, one for each leaf of the parameters.
@@ -157,6 +157,8 @@ def local_sgd(
     policy = inner_state if callable(inner_state) else policies[inner_state]
     if isinstance(fragments, int) and fragments < 1:
         raise ValueError(f"fragments must be at least 1, got {fragments}")
+    if not 0 <= error_feedback <= 1:
+        raise ValueError(f"error_feedback must be True, False or a number within 0 to 1, got {error_feedback!r}")
 
     outer_wants_args = isinstance(outer, optax.GradientTransformationExtraArgs)
     if isinstance(inner, optax.MultiSteps):  # it passes extra arguments on, which Optax's wrapper would drop
@@ -236,7 +238,11 @@ def local_sgd(
                 mean, error = send.mean(deltas, total), state.error
             else:
                 mean, left = send.compressed_mean(
-                    deltas, pick(state.error, labels, part) if error_feedback else None, code, total
+                    deltas,
+                    pick(state.error, labels, part) if error_feedback else None,
+                    code,
+                    total,
+                    float(error_feedback),
                 )
                 error = merge(state.error, left) if error_feedback else ()
 

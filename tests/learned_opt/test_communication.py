@@ -53,6 +53,55 @@ def test_top_k():
             communication.top_k(bad)
 
 
+def chunked_top_k_reference(x, k, chunk, bits):
+    """In NumPy: the largest of each chunk, as the means of equal intervals."""
+    flat, sent = x.ravel().astype(np.float64), np.zeros(x.size)
+    length = min(chunk, x.size)
+    places = []
+    for start in range(0, x.size, length):
+        part = np.abs(flat[start : start + length])
+        places += list(start + np.argsort(-part, kind="stable")[: min(-(-k * length // chunk), len(part))])
+    places = [place for place in places if flat[place]]
+    edges = np.linspace(-1, 1, 2**bits + 1) * np.abs(flat[places]).max()
+    interval = np.clip(np.searchsorted(edges, flat[places], side="right") - 1, 0, 2**bits - 1)
+    for level in np.unique(interval):
+        chosen = np.asarray(places)[interval == level]
+        sent[chosen] = flat[chosen].mean()
+    return sent.reshape(x.shape)
+
+
+@pytest.mark.parametrize(("k", "chunk", "bits"), [(4, 16, 2), (3, 100, 2), (2, 8, 1), (5, 16, 8), (16, 16, 4)])
+def test_chunked_top_k(k, chunk, bits):
+    code = communication.chunked_top_k(k, chunk, bits=bits)
+    _, y = sent_and_received(code, X)
+    np.testing.assert_allclose(y, chunked_top_k_reference(X, k, chunk, bits), rtol=1e-5, atol=1e-6)
+    largest = np.abs(X).max()
+    assert np.max(np.abs(y - X)[y != 0]) <= largest / 2 ** (bits - 1) * (1 + 1e-5)
+    for edge in (np.zeros((2, 3), np.float32), np.zeros((0, 3), np.float32), np.float32(2.5)):
+        np.testing.assert_allclose(sent_and_received(code, edge)[1], edge, rtol=1e-6)
+    rows = X * (np.arange(6) % 3 == 0)[:, None]  # an embedding of which few rows are in use
+    received = sent_and_received(code, rows)[1]
+    assert not received[rows == 0].any()
+    np.testing.assert_allclose(received, chunked_top_k_reference(rows, k, chunk, bits), rtol=1e-5, atol=1e-6)
+
+
+def test_chunked_top_k_packs_its_bits():
+    big = jnp.asarray(np.random.default_rng(1).normal(size=(128, 128)), jnp.float32)
+    message = communication.chunked_top_k().encode(big)
+    assert communication.payload_bytes(message) == 4 * (64 * 12 + 64 * 2) / 8 + 1 + 4 * 4  # 4 chunks of 4096
+    for bad in ({"k": 0}, {"k": 5, "chunk": 4}, {"bits": 0}, {"bits": 9}):
+        with pytest.raises(ValueError, match="chunked_top_k"):
+            communication.chunked_top_k(**bad)
+
+
+@pytest.mark.parametrize(("width", "count"), [(1, 9), (2, 5), (5, 16), (12, 3), (12, 0)])
+def test_packed_numbers_come_back(width, count):
+    numbers = np.random.default_rng(0).integers(0, 2**width, count)
+    packed = communication._pack(jnp.asarray(numbers), width)
+    assert packed.size == -(-count * width // 8)
+    np.testing.assert_array_equal(communication._unpack(packed, count, width), numbers)
+
+
 def test_names():
     assert communication.resolve(None) is None
     assert communication.resolve("int8").gather

@@ -492,6 +492,7 @@ def test_bad_delays():
         ({"inner_state": "mean"}, "inner_state must be one of"),
         ({"inner_state": "average", "fragments": 2}, "with fragments use 'keep'"),
         ({"fragments": 0}, "at least 1"),
+        ({"compression": "int8", "error_feedback": 1.5}, "error_feedback must be"),
     ],
 )
 def test_bad_options(options, message):
