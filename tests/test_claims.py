@@ -1,0 +1,183 @@
+"""Every figure that README, documentation and model cards show is in a committed results file."""
+
+import bisect
+import csv
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+from support import ROOT
+
+HELD_OUT = json.loads((ROOT / "reports/held_out/results.json").read_text())
+SUMMARY = {row["contender"]: row for row in HELD_OUT["summary"]}
+with (ROOT / "reports/held_out/validation.csv").open() as _file:
+    VALIDATION = {row["contender"]: row for row in csv.DictReader(_file)}
+LABELS = {  # of README's table
+    "SOAP, tuned": "soap",
+    "flagship at its default rate": "flagship@0.005",
+    "schedule-free AdamW, tuned": "schedule-free-adamw",
+    "SGD with momentum, tuned": "sgdm",
+    "AdamW with cosine, tuned": "adamw-cosine",
+    "AdamW at one setting for all": "adamw-calibrated",
+    "Adam at 1e-3": "adam@0.001",
+}
+_NUMBER = r"-?\d+\.\d+"
+
+
+def contender(label: str) -> str:
+    plain = label.strip().strip("*").replace("`", "").strip("*")
+    return LABELS.get(plain, plain.split(",")[0].lower().replace(" ", "-"))
+
+
+def table_after(text: str, head: str) -> list[list[str]]:
+    """The rows of the Markdown table whose head begins so."""
+    lines = text[text.index(head) :].splitlines()[2:]
+    rows = []
+    for line in lines:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return rows
+
+
+def interval(values, digits=2) -> str:
+    value, low, high = values
+    return f"{value:.{digits}f} ({low:.2f}–{high:.2f})"
+
+
+def test_readmes_table_is_the_committed_one():
+    rows = table_after((ROOT / "README.md").read_text(), "| | by the clock | validation loss |")
+    shown = {}
+    for label, clock, valid, share, steps, score in rows:
+        name = contender(label)
+        found = SUMMARY[name]
+        assert clock == f"{found['time'][0]:.2f}", name
+        assert valid == f"{float(VALIDATION[name]['times_adam']):.2f}", name
+        assert share == f"{found['at_least_adam']:.0%} of tasks", name
+        assert steps == interval(found["steps"]), name
+        assert score == f"{found['score']:.2f}", name
+        shown[name] = found
+    # no row is left out but Celo's, whose weights are not in the repository
+    assert set(SUMMARY) - set(shown) == {"celo"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "pretrained").glob("*/README.md")), ids=lambda path: path.parent.name)
+def test_cards_tables_are_the_committed_ones(path):
+    text = path.read_text()
+    head = "| | final loss | ≥ Adam |"
+    if head not in text:
+        pytest.skip("no benchmark of an optimizer")
+    for label, loss, share, steps, clock, score, diverged in table_after(text, head):
+        found = SUMMARY[label.strip("*")]
+        assert loss == interval(found["loss"], 3)
+        assert share == f"{found['at_least_adam']:.0%}"
+        assert steps == interval(found["steps"])
+        assert clock == interval(found["time"])
+        assert score == f"{found['score']:.2f}"
+        assert diverged == f"{found['diverged']} of {found['runs']}"
+
+
+def test_validation_csv_is_of_the_committed_results():
+    for folder in ("held_out", "fetched_small", "quick_5000", "validation"):
+        figures = json.loads((ROOT / "reports" / folder / "results.json").read_text())["figures"]
+        found = {(row["task"], row["contender"]): row["valid_loss"] for row in figures}
+        tasks = [task for task in dict.fromkeys(row["task"] for row in figures) if "(" not in task]
+        with (ROOT / "reports" / folder / "validation.csv").open() as file:
+            for row in csv.DictReader(file):
+                ratios = [found[task, row["contender"]] / found[task, "adam"] for task in tasks]
+                mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+                assert float(row["times_adam"]) == pytest.approx(mean, abs=0.0051)
+                assert int(row["higher_on"]) == sum(ratio > 1 for ratio in ratios)
+
+
+# -- everything else: a decimal number in a section is in the reports that the section links to ----------------------
+
+
+def sections(path: Path) -> list[tuple[str, str]]:
+    """A document's sections, ``(heading, text)``."""
+    parts = re.split(r"^(#+ .*)$", path.read_text(), flags=re.MULTILINE)
+    return list(zip(["", *parts[1::2]], [parts[0], *parts[2::2]], strict=True))
+
+
+def linked(path: Path, text: str) -> list[Path]:
+    """The folders of reports that a text names."""
+    names = re.findall(r"reports/([a-z0-9_]+)", text)
+    return [ROOT / "reports" / name for name in dict.fromkeys(names) if (ROOT / "reports" / name).is_dir()]
+
+
+def numbers_in(folder: Path) -> list[float]:
+    """All numbers of a report's files, sorted."""
+    found = set()
+    for file in folder.rglob("*"):
+        if file.suffix in (".json", ".csv", ".md"):
+            text = file.read_text()
+            found |= {abs(float(n)) for n in re.findall(r"-?\d+\.?\d*(?:e[-+]?\d+)?", text)}
+    return sorted(found)
+
+
+def is_there(shown: str, known: list[float]) -> bool:
+    """Whether a committed number rounds to what is shown: as it is, in percent, as a change of so many percent, times
+    a thousand or a thousandth."""
+    half = 0.501 * 10 ** -len(shown.partition(".")[2])
+    value = abs(float(shown))
+    near = [(value / unit, half / unit) for unit in (1.0, 100.0, 1000.0, 1e-3)]
+    near += [(1 + value / 100, half / 100), (1 - value / 100, half / 100)]
+    for middle, radius in near:
+        at = bisect.bisect_left(known, middle - radius)
+        if at < len(known) and known[at] <= middle + radius:
+            return True
+    return False
+
+
+README_USE = "## Use one in Optax"
+
+
+def test_other_numbers_of_readme_are_in_the_reports_that_it_links_to():
+    ((_, text),) = [part for part in sections(ROOT / "README.md") if part[0] == README_USE]
+    prose = "\n".join(line for line in text.splitlines() if not line.startswith("|"))
+    known = sorted(number for folder in linked(ROOT, text) for number in numbers_in(folder))
+    # how many times longer than Adam is one over what the table has
+    for longer, (folder, name) in {
+        "three times as long": ("held_out", "flagship-auto"),
+        "1.4 times": ("held_out", "soap"),
+        "SOAP 2.2 times": ("fetched_small", "soap"),
+        "Muon 1.6 times": ("fetched_small", "muon"),
+    }.items():
+        assert longer in prose
+        summary = json.loads((ROOT / "reports" / folder / "results.json").read_text())["summary"]
+        (clock,) = [row["time"][0] for row in summary if row["contender"] == name]
+        said = {"three times as long": 3}.get(longer) or float(re.search(_NUMBER, longer)[0])
+        assert 1 / clock == pytest.approx(said, abs=0.5 if said == 3 else 0.06)
+        prose = prose.replace(longer, "")
+    for shown in re.findall(_NUMBER, re.sub(r"`[^`]*`|\([^)]*\.csv\)", "", prose)):
+        assert is_there(shown, known), shown
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.stem)
+def test_numbers_of_documentations_tables_are_in_the_reports_that_they_link_to(path):
+    for heading, text in sections(path):
+        shown = re.findall(_NUMBER, "\n".join(line for line in text.splitlines() if line.startswith("|")))
+        if not shown:
+            continue
+        folders = linked(path, text)
+        assert folders, f"{heading}: numbers, and no report is named"
+        known = sorted(number for folder in folders for number in numbers_in(folder))
+        missing = [number for number in shown if not is_there(number, known)]
+        assert not missing, f"{heading}: {missing}"
+
+
+def test_what_readme_says_of_updates_and_gradients():
+    rows = {(row["task"], row["contender"]): row for row in HELD_OUT["figures"]}
+    tasks = list(dict.fromkeys(task for task, _ in rows))
+
+    def update_over_gradient(task, name):
+        row = rows[task, name]
+        return (row["milliseconds"] - row["gradient_milliseconds"]) / row["gradient_milliseconds"]
+
+    learned = [update_over_gradient(task, "flagship-auto") for task in tasks]
+    assert f"takes {min(learned):.1f} to {max(learned):.0f} times as long as the gradient" in (
+        (ROOT / "README.md").read_text().replace("\n", " ").replace("  ", " ")
+    )
+    assert sum(update_over_gradient(task, "adam") < 1 for task in tasks) == 17
