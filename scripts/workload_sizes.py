@@ -1,6 +1,6 @@
 """How large the workloads' networks are: ``python scripts/workload_sizes.py``, after ``learned-opt data fetch`` of all.
 
-Writes ``reports/workloads/sizes.csv``: parameters, positions that a weight meets in a step at most, steps of the budget.
+Writes ``reports/workloads/sizes.csv``: parameters, in millions too, and the steps of the budget.
 """
 
 import csv
