@@ -1,20 +1,23 @@
 """Local SGD for any Optax transform: delays, outer steps, compression, fragments, real processes."""
 
-from .hosts import Watchdog, load_anchor, load_tree, save_anchor, save_tree
+from .hosts import Watchdog, check_anchor, load_anchor, load_tree, newest_anchor, save_anchor, save_tree
 from .published import diloco, muloco, post_local, sparseloco
 from .transform import LocalSGDState, local_sgd
-from .workers import map_workers, spread_workers, worker_axes, worker_specs
+from .workers import map_workers, rescue, spread_workers, worker_axes, worker_specs
 
 __all__ = [
     "LocalSGDState",
     "Watchdog",
+    "check_anchor",
     "diloco",
     "load_anchor",
     "load_tree",
     "local_sgd",
     "map_workers",
     "muloco",
+    "newest_anchor",
     "post_local",
+    "rescue",
     "save_anchor",
     "save_tree",
     "sparseloco",

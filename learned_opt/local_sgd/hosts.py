@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
+from jax.experimental import multihost_utils
 
 from ..files import write_atomically
 from .transform import REPLICATED, LocalSGDState
@@ -125,6 +126,62 @@ def load_anchor(path: str | os.PathLike[str], state: LocalSGDState) -> tuple[Loc
     """
     shared, metadata = load_tree(path, {name: getattr(state, name) for name in REPLICATED})
     return state._replace(**shared), metadata
+
+
+def check_anchor(state: LocalSGDState) -> None:
+    """Refuse to go on when processes hold anchors of different rounds: what they share would no longer be shared.
+
+    Every process calls it, after :func:`load_anchor` say; each JAX process holds its own copy of what is replicated,
+    and nothing else compares them.
+
+    Args:
+        state: the transform's state, one copy of the replicated parts.
+
+    Raises:
+        ValueError: in every process, with the rounds; :func:`newest_anchor` mends it.
+    """
+    rounds = _rounds(state)
+    if len(set(rounds)) > 1:
+        me, newest = jax.process_index(), max(rounds)
+        raise ValueError(
+            f"the anchor of process {me} is of round {rounds[me]}, the newest of round {newest} (process "
+            f"{rounds.index(newest)}): newest_anchor(state) brings all to that"
+        )
+
+
+def newest_anchor(state: LocalSGDState) -> LocalSGDState:
+    """Bring every process to the newest anchor that one of them holds.
+
+    Every process calls it. What is each worker's own (inner state, compression error) stays, so give it fresh to a
+    process that comes back; the parameters of every worker are then ``state.anchor``.
+
+    Args:
+        state: the transform's state, one copy of the replicated parts.
+
+    Returns:
+        The state; the same where the rounds agree.
+    """
+    rounds = _rounds(state)
+    if len(set(rounds)) == 1:
+        return state
+    shared = {name: getattr(state, name) for name in REPLICATED}
+    leaves, tree = jax.tree.flatten(shared)
+    arrays = [_as_numpy(leaf) for leaf in leaves]
+    packed = np.concatenate([np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in arrays])  # of every dtype
+    source = jax.process_index() == rounds.index(max(rounds))
+    received = np.asarray(multihost_utils.broadcast_one_to_all(packed, is_source=source), np.uint8)
+    parts = np.split(received, np.cumsum([x.nbytes for x in arrays])[:-1])
+    new = [
+        _from_numpy(part.view(x.dtype).reshape(x.shape), leaf)
+        for part, x, leaf in zip(parts, arrays, leaves, strict=True)
+    ]
+    return state._replace(**jax.tree.unflatten(tree, new))
+
+
+def _rounds(state: LocalSGDState) -> list[int]:
+    """The round of each process's anchor."""
+    mine = np.asarray(state.round)
+    return [int(x) for x in np.reshape(multihost_utils.process_allgather(mine), -1)]
 
 
 def save_tree(path: str | os.PathLike[str], tree: Any, metadata: Mapping[str, Any] | None = None) -> None:

@@ -32,6 +32,7 @@ class LocalSGDState(NamedTuple):
         inner: state of the worker's inner transform.
         error: what compression has left unsent, the params' tree in float32 or wider (``()`` without compression).
         value_sum: float, sum of the round's ``value=`` so far.
+        samples: float, sum of the round's ``samples=`` so far.
     """
 
     step: jax.Array
@@ -45,6 +46,7 @@ class LocalSGDState(NamedTuple):
     inner: Any
     error: Any
     value_sum: jax.Array
+    samples: jax.Array
 
 
 REPLICATED = LocalSGDState._fields[:8]
@@ -66,6 +68,7 @@ def local_sgd(
     error_feedback: bool | float = True,
     fragments: int | Any = 1,
     statistic: Callable[[Params], Any] | None = None,
+    drop_nonfinite: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Let every worker step alone with ``inner``, and apply ``outer`` to the mean of what they did every H steps.
 
@@ -106,11 +109,16 @@ def local_sgd(
             pytree of ints 0..n-1, one for each leaf of the parameters.
         statistic: ``anchor -> pytree`` of arrays, evaluated after every synchronisation, for schedules to read at
             ``statistics.custom``.
+        drop_nonfinite: give weight 0 to a worker whose delta or mean loss is not finite, in place of passing its NaN on
+            to all. Its own parameters stay NaN, which no update can mend: see :func:`~learned_opt.local_sgd.rescue`.
 
     Returns:
         An Optax transform with state :class:`LocalSGDState`. ``update(grads, state, params, *, worker_weight=None,
-        **extra_args)``: ``worker_weight``, a scalar >= 0, is the worker's w_i (default 1); a worker of weight 0
-        counts for nothing, whatever its values, and takes the others' anchor. If all weights are 0 the anchor stays.
+        samples=None, **extra_args)``: ``worker_weight``, a scalar >= 0, is the worker's w_i (default 1); a worker of
+        weight 0 counts for nothing, whatever its values, and takes the others' anchor. If all weights are 0 the anchor
+        stays. ``samples``, a scalar >= 0, is how many samples this step's gradient is of: a worker then weighs as the
+        sum over the round says (times ``worker_weight``), and at a step of none it stays where it is, its inner state
+        too, so that a slow worker may skip steps. Give it at every step or at none.
         Updates are in float32 or wider, so that low-precision parameters land on the anchor exactly; parameters in
         float32 land within rounding of it, and the rounding does not accumulate.
 
@@ -194,10 +202,17 @@ def local_sgd(
             inner=inner.init(params),
             error=jax.tree.map(lambda p: jnp.zeros(p.shape, wide(p)), params) if code and error_feedback else (),
             value_sum=jnp.zeros(()),
+            samples=jnp.zeros(()),
         )
 
     def update(
-        grads: Any, state: LocalSGDState, params: Params = None, *, worker_weight: Any = None, **extra: Any
+        grads: Any,
+        state: LocalSGDState,
+        params: Params = None,
+        *,
+        worker_weight: Any = None,
+        samples: Any = None,
+        **extra: Any,
     ) -> tuple[Any, LocalSGDState]:
         if params is None:
             raise ValueError("local_sgd: update needs params: opt.update(grads, state, params)")
@@ -206,14 +221,23 @@ def local_sgd(
         _check_replicated(state, tracked)
         local, inner_new = inner.update(grads, state.inner, params, **extra)
         local = jax.tree.map(_local_update, params, local)
+        done = jnp.asarray(1.0 if samples is None else samples, state.samples.dtype)
+        if samples is not None:
+            inner_new = jax.tree.map(lambda new, old: jnp.where(done > 0, new, old), inner_new, state.inner)
+            local = jax.tree.map(lambda u: jnp.where(done > 0, u, jnp.zeros_like(u)), local)
         value = extra.get("value")  # None where it is not passed
         if value is not None and jnp.shape(value):
             raise ValueError(
                 f"local_sgd: value must be the loss of one worker, a scalar, not of shape {jnp.shape(value)}"
             )
-        value_sum = state.value_sum + jnp.asarray(0.0 if value is None else value, state.value_sum.dtype)
+        # at a step of no samples the loss may be anything
+        told = jnp.where(done > 0, done * jnp.asarray(0.0 if value is None else value, done.dtype), 0.0)
         state = state._replace(
-            step=state.step + 1, since_sync=state.since_sync + 1, inner=inner_new, value_sum=value_sum
+            step=state.step + 1,
+            since_sync=state.since_sync + 1,
+            inner=inner_new,
+            value_sum=state.value_sum + told,
+            samples=state.samples + done,
         )
         labels, count = fragment_labels(fragments, params)
 
@@ -223,15 +247,21 @@ def local_sgd(
         def synchronise(part: int) -> tuple[Any, LocalSGDState]:
             sent: list[int] = []
             weight = None if worker_weight is None else jnp.asarray(worker_weight, state.value_sum.dtype)
-            send = WorkerMean(axes, weight, sent)
+            if samples is not None:
+                weight = state.samples if weight is None else weight * state.samples
             anchor = pick(state.anchor, labels, part)
             deltas = jax.tree.map(
                 lambda a, p, u: a.astype(wide(p)) - (p.astype(wide(p)) + u),
                 *(anchor, pick(params, labels, part), pick(local, labels, part)),
             )
 
-            loss = jnp.full_like(state.value_sum, jnp.nan) if value is None else state.value_sum / state.since_sync
+            loss = state.value_sum / jnp.where(state.samples > 0, state.samples, 1)
             size = jnp.asarray(optax.tree.norm(deltas, squared=True), state.value_sum.dtype)
+            if drop_nonfinite:  # a sum of squares is finite only if all are
+                weight = jnp.where(jnp.isfinite(size) & jnp.isfinite(loss), 1.0 if weight is None else weight, 0.0)
+            if value is None:
+                loss = jnp.full_like(loss, jnp.nan)
+            send = WorkerMean(axes, weight, sent)
             total, scalars = send.scalars(jnp.stack([loss, size]))
 
             if code is None:
@@ -292,6 +322,7 @@ def local_sgd(
                     inner=inner_next,
                     error=error,
                     value_sum=jnp.zeros_like(state.value_sum),
+                    samples=jnp.zeros_like(state.samples),
                 ),
                 tracked,
             )

@@ -125,6 +125,44 @@ def map_workers(
     )
 
 
+def rescue(params: Any, state: LocalSGDState, inner: Any) -> tuple[Any, LocalSGDState]:
+    """Put a worker that has diverged on the anchor, with a fresh inner state; leave the others as they are.
+
+    A worker has diverged when its parameters are not all finite, or its inner state holds a NaN. To be called by the
+    worker's function after ``optax.apply_updates``. Until the next synchronisation a worker that was rescued counts
+    with the steps that it takes from the anchor; what it would send at a synchronisation itself is for
+    ``local_sgd(drop_nonfinite=True)``.
+
+    Args:
+        params: of one worker.
+        state: its state, of ``local_sgd`` itself.
+        inner: the worker's transform, as given to ``local_sgd``.
+
+    Returns:
+        ``(params, state)``.
+
+    Example:
+        >>> from learned_opt.local_sgd import local_sgd
+        >>> import optax
+        >>> inner = optax.adam(0.1)
+        >>> state = local_sgd(inner, sync_every=4).init(jnp.ones(3))
+        >>> rescue(jnp.array([0.0, jnp.nan, 0.0]), state, inner)[0]
+        Array([1., 1., 1.], dtype=float32)
+    """
+    sound = jnp.bool_(True)
+    for tree, bad in ((params, lambda x: ~jnp.isfinite(x)), (state.inner, jnp.isnan)):
+        for leaf in jax.tree.leaves(tree):
+            if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+                sound &= ~jnp.any(bad(leaf))
+
+    def choose(now: Any, fresh: Any) -> Any:
+        return jax.tree.map(lambda x, y: jnp.where(sound, x, y), now, fresh)
+
+    blank = {name: jax.tree.map(jnp.zeros_like, getattr(state, name)) for name in ("error", "value_sum", "samples")}
+    own = {"inner": inner.init(state.anchor), **blank}
+    return choose(params, state.anchor), state._replace(**{k: choose(getattr(state, k), v) for k, v in own.items()})
+
+
 def _place(x: jax.Array, sharding: NamedSharding, copies: int | None) -> jax.Array:
     # not device_put: with several processes it compares their values, and takes NaN for a difference
     if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):

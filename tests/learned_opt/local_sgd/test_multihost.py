@@ -5,14 +5,25 @@ import importlib.util
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 from support import ROOT
 
-from learned_opt.local_sgd import load_anchor, map_workers, spread_workers, worker_axes
+from learned_opt.local_sgd import (
+    load_anchor,
+    load_tree,
+    local_sgd,
+    map_workers,
+    save_anchor,
+    spread_workers,
+    worker_axes,
+)
 
 EXAMPLE = ROOT / "examples" / "local_sgd_multihost.py"
 ROUNDS, SEED, SYNC_EVERY, BATCH, WORKERS = 9, 3, 4, 16, 2
@@ -84,3 +95,60 @@ def test_faults_lose_at_most_a_round(tmp_path):
     assert last - int(state.round) <= 1
     assert int(state.round) < ROUNDS
     np.testing.assert_allclose(finish(state), finish(fresh), rtol=1e-5)
+
+
+RETURNING = """
+import sys
+from pathlib import Path
+import jax, jax.numpy as jnp, numpy as np, optax
+from learned_opt.local_sgd import check_anchor, load_anchor, local_sgd, newest_anchor, save_tree
+
+address, index, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+jax.distributed.initialize(address, 2, index)
+opt = local_sgd(optax.adam(0.1), optax.sgd(0.7, momentum=0.9), sync_every=2)
+params = {"w": jnp.zeros(3), "half": jnp.zeros(2, jnp.bfloat16), "count": jnp.int32(0)}
+state, _ = load_anchor(folder / f"anchor_{index}.safetensors", opt.init(params))
+try:
+    check_anchor(state)
+except ValueError as error:
+    (folder / f"refused_{index}").write_text(str(error))
+state = newest_anchor(state)
+check_anchor(state)
+assert newest_anchor(state) is state
+save_tree(folder / f"after_{index}.safetensors", (state.anchor, state.outer, state.round, state.bytes))
+"""
+
+
+def test_a_process_that_comes_back_with_an_old_anchor_is_refused_and_brought_up_to_date(tmp_path):
+    opt = local_sgd(optax.adam(0.1), optax.sgd(0.7, momentum=0.9), sync_every=2)
+    params = {"w": jnp.zeros(3), "half": jnp.zeros(2, jnp.bfloat16), "count": jnp.int32(0)}
+    fresh = opt.init(params)
+    axes = worker_axes(fresh)
+    step = jax.jit(map_workers(lambda p, s: _step(opt, p, s), in_axes=(0, axes), out_axes=(0, axes)))
+    p, state = spread_workers(params, 2), spread_workers(fresh, 2, axes)
+    for index in (1, 0):  # process 1 has the anchor of round 1, process 0 that of round 2
+        for _ in range(2):
+            p, state = step(p, state)
+        save_anchor(tmp_path / f"anchor_{index}.safetensors", state)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    commands = [[sys.executable, "-c", RETURNING, address, str(index), str(tmp_path)] for index in (0, 1)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": environment}
+    running = [subprocess.Popen(command, **pipes) for command in commands]
+    outputs = [process.communicate(timeout=120)[0] for process in running]
+    assert [process.returncode for process in running] == [0, 0], "\n".join(outputs)
+    for index, own in ((0, 2), (1, 1)):
+        told = (tmp_path / f"refused_{index}").read_text()
+        assert f"the anchor of process {index} is of round {own}, the newest of round 2 (process 0)" in told
+        wanted = (state.anchor, state.outer, state.round, state.bytes)
+        found, _ = load_tree(tmp_path / f"after_{index}.safetensors", wanted)
+        jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    assert int(state.round) == 2
+
+
+def _step(opt, params, state):
+    grads = jax.tree.map(lambda x: (x - 1).astype(x.dtype), params)
+    updates, state = opt.update(grads, state, params)
+    return optax.apply_updates(params, updates), state

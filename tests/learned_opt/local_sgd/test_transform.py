@@ -17,6 +17,7 @@ from learned_opt.local_sgd import (
     load_tree,
     local_sgd,
     map_workers,
+    rescue,
     save_anchor,
     save_tree,
     spread_workers,
@@ -363,6 +364,80 @@ def test_a_lost_worker_counts_for_nothing():
         assert bool(jnp.all(jnp.isfinite(w[0])))
         # its own update is from NaN to the anchor, which no addition reaches: it restarts from state.anchor
         assert bool(jnp.all(jnp.isfinite(state.error[1]))) if code else True
+
+
+def test_a_slow_worker_weighs_by_the_samples_it_has_done():
+    """Worker 0 takes 2 of 4 steps, worker 1 half batches; the steps that worker 0 skips leave its Adam as it was."""
+    samples = np.full((8, K), 8.0, np.float32)
+    samples[[1, 3, 4, 5], 0] = 0
+    samples[:, 1] = 4
+    grads = np.random.default_rng(3).normal(size=(8, K, D)).astype(np.float32)
+    values = np.where(samples > 0, np.arange(8 * K, dtype=np.float32).reshape(8, K), np.nan)
+    adam = optax.adam(0.1)
+    opt = local_sgd(adam, sync_every=4)
+    state = opt.init(jnp.zeros(D))
+    axes = worker_axes(state)
+
+    def one(w, state, datum):
+        g, count, value = datum
+        updates, state = opt.update(g, state, w, samples=count, value=value)
+        return optax.apply_updates(w, updates), state
+
+    step = map_workers(one, in_axes=(0, axes, 0), out_axes=(0, axes))
+    start = spread_workers(jnp.zeros(D), K), spread_workers(state, K, axes)
+    data = jax.tree.map(jnp.asarray, (np.where(samples[..., None] > 0, grads, np.nan), samples, values))
+    (w, state), _ = jax.jit(lambda: jax.lax.scan(lambda carry, x: (step(*carry, x), None), start, data))()
+
+    apart, moments = [np.zeros(D, np.float32)] * K, [adam.init(jnp.zeros(D)) for _ in range(K)]
+    for t in range(8):
+        for k in range(K):
+            if samples[t, k]:
+                updates, moments[k] = adam.update(jnp.asarray(grads[t, k]), moments[k])
+                apart[k] = apart[k] + updates
+        if t % 4 == 3:
+            weight = samples[t - 3 : t + 1].sum(axis=0)
+            apart = [np.average(apart, axis=0, weights=weight)] * K
+    np.testing.assert_allclose(w, np.stack(apart), atol=1e-5)
+    jax.tree.map(lambda a, *b: np.testing.assert_allclose(a, np.stack(b), atol=1e-5), state.inner, *moments)
+    last = np.where(samples > 0, values * samples, 0)[4:].sum(axis=0)
+    np.testing.assert_allclose(state.statistics.value, last.sum() / samples[4:].sum(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("code", [None, "int8"])
+def test_a_worker_that_turns_nan_is_dropped_and_rescued(code):
+    """Worker 1 meets NaN at the second of the first round's two steps; from then on it is as if it had begun there."""
+    grads = np.random.default_rng(4).normal(size=(6, K, D)).astype(np.float32)
+    grads[1, 1, 0] = np.nan
+    inner = optax.sgd(0.1, momentum=0.9)
+    opt = local_sgd(inner, sync_every=2, compression=code, drop_nonfinite=True)
+    state = opt.init(jnp.zeros(D))
+    axes = worker_axes(state)
+
+    def one(w, state, g):
+        updates, state = opt.update(g, state, w, value=jnp.sum(g))
+        return rescue(optax.apply_updates(w, updates), state, inner)
+
+    step = jax.jit(map_workers(one, in_axes=(0, axes, 0), out_axes=(0, axes)))
+    w, state = spread_workers(jnp.zeros(D), K), spread_workers(state, K, axes)
+    apart, trace = np.zeros((K, D)), np.zeros((K, D))
+    for t in range(6):
+        w, state = step(w, state, jnp.asarray(grads[t]))
+        trace = 0.9 * trace + grads[t]
+        apart = apart - 0.1 * trace
+        if t % 2:
+            alive = np.isfinite(apart).all(axis=1)
+            apart, trace = np.tile(apart[alive].mean(axis=0), (K, 1)), np.where(alive[:, None], trace, 0)
+        np.testing.assert_allclose(w, apart, atol=1e-5 if code is None else 0.05)
+    np.testing.assert_allclose(state.anchor, apart[0], atol=1e-5 if code is None else 0.05)
+    assert np.isfinite(float(state.statistics.value))
+    jax.tree.map(lambda x: np.testing.assert_array_equal(np.isfinite(x), True), (state.inner, state.error))
+
+
+def test_without_dropping_a_nan_reaches_all():
+    grads = np.ones((1, K, D), np.float32)
+    grads[0, 1, 0] = np.nan
+    _, state = run(local_sgd(optax.sgd(0.1), sync_every=1), lambda w, g: g, jnp.zeros(D), grads, 1)
+    assert np.isnan(state.anchor[0])
 
 
 def test_with_no_worker_left_the_anchor_stays():
