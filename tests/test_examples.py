@@ -13,9 +13,9 @@ from support import ROOT
 from learned_opt import self_tuning
 
 
-def run(name, *arguments, folder=ROOT):
-    environment = {**os.environ, "PYTHONPATH": str(folder)}
-    command = [sys.executable, str(ROOT / "examples" / name), *arguments]
+def run(name, *arguments, folder=ROOT, scripts="examples"):
+    environment = {**os.environ, "PYTHONPATH": str(folder), "MPLBACKEND": "Agg"}
+    command = [sys.executable, str(ROOT / scripts / name), *arguments]
     found = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=folder)
     assert found.returncode == 0, found.stderr
     return found.stdout
@@ -43,6 +43,15 @@ def test_a_schedule_trains_without_the_package(tmp_path):
         for number in re.findall(r": ([\d.]+)", run("replay_schedule.py", "schedule.json", folder=tmp_path))
     )
     assert after < 0.15 < before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "arguments"), [("use_a_rule", ("--steps", "20")), ("meta_train_a_rule", ("--meta-steps", "3"))]
+)
+def test_tutorials_draw_their_pictures(name, arguments, tmp_path):
+    run(f"{name}.py", *arguments, "--picture", str(tmp_path / "picture.png"), scripts="docs/tutorials")
+    assert (tmp_path / "picture.png").stat().st_size > 1000
 
 
 def test_no_example_goes_untested():

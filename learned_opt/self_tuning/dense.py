@@ -21,7 +21,7 @@ def dense_response(params: Params, num_hyperparameters: int) -> Response:
         num_hyperparameters: H.
 
     Returns:
-        A pytree like ``params`` of zeros [H, *p.shape].
+        A pytree like ``params`` of zeros ``[H, *p.shape]``.
     """
     return jax.tree.map(lambda p: jnp.zeros((num_hyperparameters, *p.shape), p.dtype), params)
 

@@ -321,7 +321,7 @@ def to_dense(params: Params, response: Response) -> Response:
         response: structured or already dense.
 
     Returns:
-        A pytree like ``params`` of arrays [H, *p.shape]; 0 where nothing responds.
+        A pytree like ``params`` of arrays ``[H, *p.shape]``; 0 where nothing responds.
     """
     given: Any = jax.tree.structure(response)  # JAX's stubs give the type no comparison
     if given == jax.tree.structure(params):

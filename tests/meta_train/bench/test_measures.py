@@ -1,7 +1,5 @@
 """The benchmark's measures against closed forms and their defining properties."""
 
-import doctest
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,10 +9,6 @@ from hypothesis.extra import numpy as arrays
 from meta_train.bench import measures
 
 LOSSES = arrays.arrays(float, st.tuples(st.integers(1, 4), st.integers(1, 120)), elements=st.floats(1e-3, 1e3))
-
-
-def test_examples():
-    assert doctest.testmod(measures).failed == 0
 
 
 def test_smooth_is_a_trailing_mean():
