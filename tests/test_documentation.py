@@ -1,0 +1,50 @@
+"""What README and documentation tell people to type: commands that the command line takes, scripts that are there, code
+that runs."""
+
+import re
+import shlex
+
+import pytest
+from support import ROOT
+
+from meta_train import cli
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "RELEASE.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES += sorted((ROOT / "pretrained").glob("*/README.md"))
+
+
+def commands(text: str) -> list[list[str]]:
+    """What is typed in code blocks and inline code, as words; lines that go on by a backslash are one."""
+    blocks = re.findall(r"^```(?:sh|bash|console)?\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    lines += re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE))
+    found = []
+    for line in lines:
+        for part in re.split(r"&&|(?<!&)&(?!&)", line.partition("  #")[0]):
+            try:
+                words = shlex.split(part)
+            except ValueError:  # inline code that is no command
+                continue
+            for start in ("learned-opt", "python", "python3"):
+                if start in words:
+                    found.append(words[words.index(start) :])
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_commands_are_ones_that_can_be_typed(page):
+    for words in commands(page.read_text()):
+        shown = " ".join(words)
+        if words[0] == "learned-opt":
+            if len(words) > 1 and not re.search(r"\[|\|", shown):  # a synopsis has brackets
+                cli._parser().parse_args([re.sub(r"^[NI]$", "1", word) for word in words[1:] if word != "..."])
+        elif len(words) > 1 and words[1].endswith(".py"):
+            assert (ROOT / words[1]).is_file() or page.parent.joinpath(words[1]).is_file(), shown
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/start.md", "docs/rules.md"])
+def test_code_runs(page):
+    names: dict = {}
+    for block in re.findall(r"^```python\n(.*?)^```$", (ROOT / page).read_text(), flags=re.DOTALL | re.MULTILINE):
+        exec(compile(block, page, "exec"), names)
+    assert names
