@@ -54,8 +54,18 @@ def test_tutorials_draw_their_pictures(name, arguments, tmp_path):
     assert (tmp_path / "picture.png").stat().st_size > 1000
 
 
+@pytest.mark.parametrize("name", ["local_sgd_fsdp.py", "local_sgd_maxtext.py"])
+def test_local_sgd_learns(name):
+    shown = run(name)
+    before, after = (float(number) for number in re.findall(r"loss [^:]*: ([\d.]+)", shown))
+    assert after < 0.2 * before
+    if name == "local_sgd_fsdp.py":
+        assert re.search(r"hidden: .*'workers', 'fsdp'.* its anchor: .*'fsdp'", shown)
+
+
 def test_no_example_goes_untested():
     tested = {"haiku_loop.py", "flax_loop.py", "equinox_loop.py", "finetune.py", "replay_schedule.py"}
+    tested |= {"local_sgd_fsdp.py", "local_sgd_maxtext.py"}
     # tests/learned_opt/local_sgd/test_multihost.py, tests/meta_train/bench/test_user_code.py, .../train/test_tune.py
     elsewhere = {"local_sgd_multihost.py", "my_task.py", "my_workload.py", "my_optimizer.py", "my_network.py"}
     assert {path.name for path in (ROOT / "examples").glob("*.py")} == tested | elsewhere

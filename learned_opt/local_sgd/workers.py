@@ -62,7 +62,13 @@ def worker_specs(state: Any, axis_name: str = "workers") -> Any:
 
 
 def spread_workers(
-    tree: Any, num_workers: int, axes: Any = 0, *, mesh: Mesh | None = None, axis_name: str = "workers"
+    tree: Any,
+    num_workers: int,
+    axes: Any = 0,
+    *,
+    mesh: Mesh | None = None,
+    axis_name: str = "workers",
+    within: Callable[[tuple[int, ...]], PartitionSpec] = lambda shape: PartitionSpec(),
 ) -> Any:
     """Return the tree with a leading axis of ``num_workers`` equal copies on what is each worker's own.
 
@@ -73,6 +79,8 @@ def spread_workers(
         mesh: if given, the leaves are put on its devices as :func:`map_workers` returns them, so that the first step
             is compiled for the same layout as the rest.
         axis_name: the workers' axis of the mesh.
+        within: ``shape -> spec``, how a leaf of that shape is sharded inside a worker, over the mesh's other axes; not
+            at all by default.
 
     Returns:
         The tree, leaves ``[...]`` become ``[K, ...]`` where the axis is 0.
@@ -81,8 +89,12 @@ def spread_workers(
         return _map_own(lambda x: jnp.broadcast_to(x, (num_workers, *jnp.shape(x))), axes, tree)
 
     def place(axis: int | None, part: Any) -> Any:
-        sharding = NamedSharding(mesh, PartitionSpec() if axis is None else PartitionSpec(axis_name))
-        return jax.tree.map(lambda x: _place(x, sharding, None if axis is None else num_workers), part)
+        def one(x: Any) -> jax.Array:
+            spec = within(jnp.shape(x))
+            sharding = NamedSharding(mesh, spec if axis is None else PartitionSpec(axis_name, *spec))
+            return _place(x, sharding, None if axis is None else num_workers)
+
+        return jax.tree.map(one, part)
 
     return jax.tree.map(place, axes, tree, is_leaf=lambda axis: axis is None)
 
@@ -96,7 +108,8 @@ def map_workers(
         fn: what one worker does, ``(*args) -> outputs``; collectives over ``axis_name`` are allowed.
         in_axes: a tuple with a prefix of each argument: 0 where the leaves have a leading axis of workers, else None.
         out_axes: the same for the outputs. What is None must be equal on all workers.
-        mesh: None for ``jax.vmap``; else a mesh with the axis ``axis_name``, for ``jax.shard_map``.
+        mesh: None for ``jax.vmap``; else a mesh with the axis ``axis_name``, for ``jax.shard_map``. What its other axes
+            do is left to XLA, as the arrays' shardings say: a worker may be many devices.
         axis_name: the workers' axis.
 
     Returns:
@@ -120,9 +133,8 @@ def map_workers(
         outputs = fn(*_map_own(own_row, tuple(in_axes), args))
         return _map_own(lambda x: x[None], out_axes, outputs)
 
-    return jax.shard_map(
-        block, mesh=mesh, in_specs=_specs(tuple(in_axes), axis_name), out_specs=_specs(out_axes, axis_name)
-    )
+    in_specs, out_specs = _specs(tuple(in_axes), axis_name), _specs(out_axes, axis_name)
+    return jax.shard_map(block, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names={axis_name})
 
 
 def rescue(params: Any, state: LocalSGDState, inner: Any) -> tuple[Any, LocalSGDState]:

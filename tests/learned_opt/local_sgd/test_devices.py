@@ -74,6 +74,31 @@ def test_devices_equal_lanes(opt, workers, rounds):
         np.testing.assert_array_equal(shard.data, devices[1]["w"])
 
 
+@pytest.mark.parametrize("code", [None, "int8"])
+def test_a_worker_may_be_many_devices(code):
+    """A mesh of two axes, parameters and states sharded inside a worker: the same numbers, and they stay sharded."""
+    opt = local_sgd(optax.adam(0.05), NESTEROV, sync_every=3, compression=code)
+    lanes, _ = run(opt, 2, None)
+    automatic = (AxisType.Auto, AxisType.Auto)
+    mesh = jax.make_mesh((2, 3), ("workers", "fsdp"), axis_types=automatic, devices=jax.devices()[:6])
+    within = lambda shape: PartitionSpec("fsdp") if shape and shape[0] % 3 == 0 else PartitionSpec()  # noqa: E731
+    state = opt.init(PARAMS)
+    axes = worker_axes(state)
+    params = spread_workers(PARAMS, 2, mesh=mesh, within=within)
+    state = spread_workers(state, 2, axes, mesh=mesh, within=within)
+    kept = jax.tree.map(lambda leaf: leaf.sharding, (params, state))
+    fn = functools.partial(worker_step, opt)
+    step = map_workers(fn, in_axes=(0, axes, 0, 0), out_axes=(0, axes), mesh=mesh)
+    step = jax.jit(step, out_shardings=kept, donate_argnums=(0, 1))
+    x, y = batches(2)
+    for t in range(STEPS):
+        params, state = step(params, state, x[t], y[t])
+    found = jax.device_get((params, state.anchor, state.outer, state.inner, state.error, state.statistics))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), lanes, found)
+    assert params["w"].addressable_shards[0].data.shape == (1, 1, 5)
+    assert state.anchor["w"].addressable_shards[0].data.shape == (1, 5)
+
+
 def test_all_reduces_executed_are_synchronisations(tmp_path):
     opt = local_sgd(optax.sgd(0.05), sync_every=schedules.post_local(3, 4))
     step, params, state = start(opt, 4, mesh_of(4))
