@@ -95,8 +95,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="HOST:PORT",
         help="of process 0, where the cluster does not tell; implies --distributed",
     )
-    train.add_argument("--num-processes", type=int, metavar="N", help="likewise")
-    train.add_argument("--process-id", type=int, metavar="I", help="likewise")
+    train.add_argument("--num-processes", type=int, metavar="N", help="how many, where the cluster does not tell")
+    train.add_argument("--process-id", type=int, metavar="I", help="this one's number, from 0")
     _json(train)
 
     export = command("export", "make a run's rule a folder that learned_opt.load reads")

@@ -4,7 +4,7 @@
 
 - images: ``image`` uint8 ``[n, side, side]`` or ``[n, side, side, 3]`` and ``label`` uint8 ``[n]``
 - tables: ``features`` float32 ``[n, d]`` (zero mean and unit variance over the training split) and ``label``, uint8
-  classes or float32 targets (standardised likewise)
+  classes or float32 targets (standardised too)
 - texts: ``text`` uint8 ``[n]``, numbered by :func:`tasks.data.sources.encode_text` (96 characters)
 
 Fetched sets lie as ``NAME.npz`` in the data folder: ``$LEARNED_OPT_DATA``, else the user's cache folder.

@@ -131,9 +131,9 @@ def linear_probe(
 
     Args:
         support: as in :func:`ridge`; features are standardised by the support's moments.
-        query: likewise.
-        labels: likewise.
-        classes: likewise.
+        query: as in :func:`ridge`, standardised by the same moments.
+        labels: as in :func:`ridge`.
+        classes: as in :func:`ridge`.
         steps: of gradient descent, from zero weights.
         rate: its step size.
 
@@ -158,9 +158,9 @@ def nearest_centroid(support: jax.Array, query: jax.Array, labels: jax.Array, cl
 
     Args:
         support: as in :func:`ridge`; features are standardised by the support's moments.
-        query: likewise.
-        labels: likewise.
-        classes: likewise.
+        query: as in :func:`ridge`, standardised by the same moments.
+        labels: as in :func:`ridge`.
+        classes: as in :func:`ridge`.
 
     Returns:
         Scalar; ``log(classes)`` where all centroids coincide.
