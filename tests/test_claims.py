@@ -102,8 +102,11 @@ def sections(path: Path) -> list[tuple[str, str]]:
 
 
 def linked(path: Path, text: str) -> list[Path]:
-    """The folders of reports that a text names."""
+    """The folders of reports that a text names, or else those that the pages name to which it links."""
     names = re.findall(r"reports/([a-z0-9_]+)", text)
+    if not names:
+        pages = [path.parent / page for page in re.findall(r"\]\(([a-z_]+\.md)", text)]
+        names = [name for page in pages for name in re.findall(r"reports/([a-z0-9_]+)", page.read_text())]
     return [ROOT / "reports" / name for name in dict.fromkeys(names) if (ROOT / "reports" / name).is_dir()]
 
 

@@ -30,7 +30,7 @@ TERMS = (
         "validation",
         "the validation loss at the end over tuned Adam's",
         "The validation loss after the last step over tuned Adam's, the geometric mean over the tasks with data; below "
-        "1 is better. Rates are tuned by the training loss, as everything else here goes by it.",
+        "1 is better. Learning rates are tuned by it.",
     ),
     Term("≥ Adam", "on how many tasks at least as far", "The share of tasks on which the final loss is at least 1."),
     Term(

@@ -58,8 +58,8 @@ class Plan(NamedTuple):
     Attributes:
         steps: optimization steps, where a task does not fix its own.
         seeds: reporting seeds.
-        tuning_seeds: seeds that choose the learning rate, by the mean of the final training loss, as is reported: the
-            first tries the whole grid, and more beyond it where the best lies on its edge; the others try the three
+        tuning_seeds: seeds that choose the learning rate, by the mean of the validation loss at the end: the first
+            tries the whole grid, and more beyond it where the best lies on its edge; the others try the three
             rates that did best.
         timed: whether a step of each contender is timed, too.
         folder: where results are kept, or ``None``. Those that it holds are not computed again.
@@ -241,25 +241,25 @@ def _tune_and_report(run: Run, contender: Contender, plan: Plan) -> dict[str, np
         """``[rates, seeds, steps]`` in training and ``[rates, seeds]`` in validation."""
         pairs = [(rate, first + seed) for rate in rates for seed in range(seeds)]
         train, valid = run.losses(*zip(*pairs, strict=True))
-        return train.reshape(len(rates), seeds, -1), valid.reshape(len(rates), seeds)
+        return train.reshape(len(rates), seeds, -1), valid.reshape(len(rates), seeds).astype(np.float64)
 
     grid, best, scores = list(contender.grid), 0, np.zeros((0, 1))
     if grid:
-        scores = _final(losses(grid, _TUNING, 1)[0].astype(np.float64))
+        _, scores = losses(grid, _TUNING, 1)
         for _ in range(_EXTENSIONS):
             best = int(np.argmin(np.nan_to_num(scores[:, 0], nan=np.inf)))
             beyond = _beyond(grid, best)
             if not beyond:
                 break
-            more = _final(losses(beyond, _TUNING, 1)[0].astype(np.float64))
+            _, more = losses(beyond, _TUNING, 1)
             order = np.argsort([*grid, *beyond])
             grid = [float(rate) for rate in np.array([*grid, *beyond])[order]]
             scores = np.concatenate([scores, more])[order]
         if plan.tuning_seeds > 1:
             ahead = np.argsort(np.nan_to_num(scores[:, 0], nan=np.inf), kind="stable")[:_AHEAD]
-            more, _ = losses([grid[i] for i in ahead], _TUNING + 1, plan.tuning_seeds - 1)
+            _, more = losses([grid[i] for i in ahead], _TUNING + 1, plan.tuning_seeds - 1)
             scores = np.concatenate([scores, np.full((len(scores), plan.tuning_seeds - 1), np.inf)], axis=1)
-            scores[ahead, 1:] = _final(more.astype(np.float64))
+            scores[ahead, 1:] = more
         best = int(np.argmin(np.nan_to_num(scores, nan=np.inf).mean(axis=1)))
     rates = [grid[best] if grid else math.nan]
     if contender.default is not None:
