@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from rich.console import Console
 
@@ -26,6 +27,7 @@ from tasks.base import Data
 from tasks.families import representation
 
 from .. import claim
+from ..errors import UserError
 from . import checkpoint, progress
 from . import config as configs
 from .config import Config, ConfigError
@@ -200,9 +202,14 @@ def run(config: Config, workdir: Path, *, resume: bool = False, console: Console
     console = console or Console(stderr=True)
     leader = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
-        if leader:
-            stack.enter_context(claim.claim(workdir))
-        _check_folder(workdir, config, resume=resume)
+        mistake = None
+        try:
+            if leader:
+                stack.enter_context(claim.claim(workdir))
+            _check_folder(workdir, config, resume=resume)
+        except UserError as error:
+            mistake = error
+        _share(mistake)
         setup = set_up(config, make_mesh())
 
         def checkpoints():
@@ -339,6 +346,16 @@ def _check_folder(workdir: Path, config: Config, *, resume: bool) -> None:
         raise ConfigError(f"{workdir} holds no run to resume")
     elif workdir.is_dir() and any(not path.name.startswith(claim.FILE) for path in workdir.iterdir()):
         raise ConfigError(f"{workdir} holds something that is no run: name another --workdir")
+
+
+def _share(mistake: UserError | None) -> None:
+    """Ends all processes of a run where one has found a mistake: the others would wait for it."""
+    if jax.process_count() > 1:
+        found = np.reshape(multihost_utils.process_allgather(np.asarray(mistake is not None)), -1)
+        if mistake is None and found.any():
+            mistake = UserError(f"process {int(np.argmax(found))} of this run has found a mistake, which it names")
+    if mistake is not None:
+        raise mistake
 
 
 def _write_config(workdir: Path, config: Config) -> None:
