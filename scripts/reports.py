@@ -138,6 +138,10 @@ REPORTS = {
             "--suite validation --baselines adamw-cosine,muon,soap",
         ),
     ),
+    "workloads": Report(
+        "networks as people train them: their sizes, and step times against a plain loop",
+        ("python scripts/workload_sizes.py", "python benchmarks/step_times.py"),
+    ),
 }
 
 

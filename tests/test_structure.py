@@ -103,7 +103,8 @@ def test_public_names_are_there():
 
 def test_every_report_is_listed_with_what_makes_it_again():
     reports = runpy.run_path(str(ROOT / "scripts" / "reports.py"))["REPORTS"]
-    assert set(reports) == {path.name for path in (ROOT / "reports").iterdir() if path.is_dir()}
+    folders = {path.name for path in (ROOT / "reports").iterdir() if path.is_dir()}
+    assert set(reports) == folders, "list it in scripts/reports.py, then `python scripts/reports.py --index`"
     index = (ROOT / "reports" / "README.md").read_text()
     for name, report in reports.items():
         assert f"| [{name}]({name}) | {report.claims} |" in index
@@ -135,6 +136,7 @@ def test_the_wheel_holds_the_packages_the_data_and_the_pretrained_rules(installe
             assert f"learned_opt/pretrained/{rule.parent.name}/{file}" in names
     assert any(name.startswith("tasks/data/embedded/") for name in names)
     assert {f"{package}/py.typed" for package in PACKAGES} <= set(names)
+    assert {f"meta_train/bench/report/{file}" for file in ("report.html.j2", "style.css")} <= set(names)
     assert not any(name.startswith(("tests/", "benchmarks/", "docs/")) for name in names)
 
 
