@@ -1,8 +1,8 @@
 """The benchmark's milliseconds a step against a plain loop: ``python benchmarks/step_times.py --steps 1000``.
 
 Writes ``reports/workloads/step_times.csv``: for some optimizers on two workloads what ``learned-opt bench`` measures,
-ten turns of ten steps from a warmed state, the optimizers in turn, and what a plain loop of ``--steps`` steps takes; both in
-one process with nothing else running.
+ten turns of ten steps from a warmed state, the optimizers in turn, and what a plain loop of ``--steps`` steps takes;
+both in one process with nothing else running.
 """
 
 import argparse
