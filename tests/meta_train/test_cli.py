@@ -69,6 +69,7 @@ def test_train_export_info_bench(capsys):
     assert "347" in capsys.readouterr().out
 
     command = ["bench", "kept/mine", "--suite", "small", "--steps", "20", "--seeds", "2", "--out", "b", "--json"]
+    command += ["--baselines", "adamw-cosine"]
     assert cli.main(command) == 0
     result = json.loads(capsys.readouterr().out)
     by_name = {(row["task"], row["contender"]): row for row in result["figures"]}

@@ -34,6 +34,7 @@ def small(theta, **settings):
     return LearnedFeatures(theta, **{"sizes": (12, 8), "steps": 20} | settings)
 
 
+@pytest.mark.slow  # scikit-learn's own suite
 @parametrize_with_checks([LearnedFeatures("letters", sizes=(4, 3), steps=2)])
 def test_it_is_a_scikit_learn_estimator(estimator, check):
     check(estimator)
