@@ -13,6 +13,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from learned_opt.files import write_atomically
 
+from ..errors import UserError
+
 _LINE_SECONDS = 10.0  # between plain lines when the output is no terminal
 
 
@@ -67,19 +69,36 @@ class Metrics:
     """Scalars of a run: ``metrics.jsonl`` (one JSON object a line) and TensorBoard event files."""
 
     def __init__(self, workdir: Path, first_step: int):
-        """Opens the files; lines at or after ``first_step``, of a run that was cut off, are dropped."""
+        """Opens the files; lines at or after ``first_step``, of a run that was cut off, are dropped.
+
+        Raises:
+            UserError: they cannot be written.
+        """
         self._path = workdir / "metrics.jsonl"
-        kept = [line for line in _lines(self._path) if json.loads(line)["step"] < first_step]
-        write_atomically(self._path, "".join(line + "\n" for line in kept))
-        self._file: TextIO = self._path.open("a")
-        self._events = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step or None)
+        with self._writing():
+            kept = [line for line in _lines(self._path) if json.loads(line)["step"] < first_step]
+            write_atomically(self._path, "".join(line + "\n" for line in kept))
+            self._file: TextIO = self._path.open("a")
+            self._events = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step or None)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Writes one line of scalars."""
-        self._file.write(json.dumps({"step": step} | values) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            self._events.add_scalar(name, value, step)
+        """Writes one line of scalars.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        with self._writing():
+            self._file.write(json.dumps({"step": step} | values) + "\n")
+            self._file.flush()
+            for name, value in values.items():
+                self._events.add_scalar(name, value, step)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"cannot write {self._path}: {error.strerror}") from None
 
     def close(self) -> None:
         """Flushes and closes the files."""
