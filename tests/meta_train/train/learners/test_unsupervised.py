@@ -162,6 +162,7 @@ def test_evolution_strategies_run_it_unchanged(estimator):
     assert all(bool(jnp.all(jnp.isfinite(g))) for g in jax.tree.leaves(grad))
 
 
+@pytest.mark.slow
 def test_memory_grows_by_one_network_a_step():
     rule, learner = small_learner()
     theta = rule.init_theta(jax.random.key(0))
