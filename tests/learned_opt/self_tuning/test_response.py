@@ -3,12 +3,14 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+import equinox as eqx
 import flax.linen as nn
 import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from learned_opt import self_tuning as st
 from learned_opt.self_tuning import flax_modules
@@ -739,3 +741,31 @@ def test_every_kind_of_module_is_tested():
             network = hk.transform(lambda x, f=function: f(x))
             jax.eval_shape(lambda net=network, s=shape: net.init(jax.random.key(0), jnp.ones(s)))
     assert set(MODULES) - used == {hk.BatchNorm}  # which has a test of its own
+
+
+def test_equinox_and_nnx_go_by_the_dense_lift():
+    """As pure functions of their parameters: neither has calls of modules that could be intercepted."""
+    with jax.enable_x64(False):
+        x = jnp.asarray(np.random.default_rng(1).normal(size=(B, 4)), jnp.float32)
+        weights, static = eqx.partition(eqx.nn.MLP(4, 2, 3, 1, key=jax.random.key(0)), eqx.is_inexact_array)
+        graph, state = nnx.split(nnx.Linear(4, 2, rngs=nnx.Rngs(0)))
+        of_equinox = lambda params, x: jax.vmap(eqx.combine(params, static))(x)  # noqa: E731
+        of_nnx = lambda params, x: nnx.merge(graph, params)(x)  # noqa: E731
+        own = jnp.asarray(np.random.default_rng(3).normal(size=(B, H)), jnp.float32)
+        for function, params in ((of_equinox, weights), (of_nnx, state)):
+            response = jax.tree.map(lambda p: 0.1 * jnp.ones((H, *p.shape)), params)
+            out = st.dense_lift(function)(BestResponse(params, response, own), x)
+            for i in range(B):
+                moved = jax.tree.map(lambda p, i=i: p + 0.1 * jnp.sum(own[i]), params)
+                np.testing.assert_allclose(out[i], function(moved, x)[i], rtol=1e-4, atol=1e-5)
+
+
+def test_flaxs_own_jit_inside_a_network_does_not_keep_a_delta():
+    network = Flax(lambda x: nn.Dense(2)(nn.jit(nn.Dense)(3)(x)))
+    _, lifted, x, params, response = setup(network, (B, 4), 0)
+    for seed in (3, 4):
+        own = jnp.asarray(np.random.default_rng(seed).normal(size=(B, H)))
+        ours = lifted.apply(BestResponse(params, response, own), x)
+        for i in range(B):
+            alone = network.apply({"params": st.materialise(BestResponse(params, response, own[i]))}, x[i : i + 1])
+            np.testing.assert_allclose(ours[i], alone[0], rtol=1e-9)
