@@ -1,6 +1,7 @@
 """What a self-tuning training step costs, against a plain one: time, memory of parameters, temporary memory.
 
-Each network takes training steps (loss, gradients, Adam) of these forms, in turns, and the median of each is compared:
+Each network takes training steps (loss, gradients, Adam) of these forms, in turns, and the median of each is compared
+(of processor time on a CPU, which others may use meanwhile):
 
     plain                  the network alone, with dropout
     STN                    the original's joint step
@@ -122,13 +123,14 @@ def make_steps(function, batch, per_example):
 def measure(steps, carry, rounds):
     """Return the median seconds a step and the temporary bytes of each form, the forms taking turns."""
     key = jax.random.key(2)
+    clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
     compiled = {name: jax.jit(step).lower(carry, key).compile() for name, step in steps.items()}
     seconds = {name: [] for name in compiled}
     for turn, (name, run) in itertools.product(range(rounds + 1), compiled.items()):
-        begin = time.perf_counter()
+        begin = clock()
         jax.block_until_ready(run(carry, key))
         if turn:
-            seconds[name].append(time.perf_counter() - begin)
+            seconds[name].append(clock() - begin)
     memory = {name: run.memory_analysis().temp_size_in_bytes for name, run in compiled.items()}
     return {name: float(np.median(times)) for name, times in seconds.items()}, memory
 

@@ -80,10 +80,10 @@ class Watch:
 class Lab:
     """The problem, its compiled functions and the methods; hyperparameters are arguments of what is compiled."""
 
-    def __init__(self):
-        self.problem = fashion_cnn(width=4, batch_size=32)
+    def __init__(self, problem=None, rows=ROWS):
+        self.problem = problem or fashion_cnn(width=4, batch_size=32)
         self.specs = self.problem.specs
-        train = {name: rows[:ROWS] for name, rows in self.problem.data["train"].items()}
+        train = {name: x[:rows] for name, x in self.problem.data["train"].items()}
         self.data = jax.device_put(self.problem.data | {"train": train})
         self.level = st.start(self.specs)[0]
         self.adam = optax.adam(RATE)
