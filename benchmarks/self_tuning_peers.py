@@ -241,11 +241,12 @@ def plot(runs, curves):
         mean, half = interval(tests)
         right.errorbar(mean, -place, xerr=half, fmt="o", color=colours[method], capsize=3)
         right.plot(tests, np.full(len(own), -place - 0.3), "|", color=colours[method])
-    left.set(xlabel="processor time, s", ylabel="best validation loss so far, mean", yscale="log")
-    left.set_ylim(None, 1.0)
+    left.set(
+        xlabel="processor time, s", ylabel="best validation loss so far, mean (colours as on the right)", yscale="log"
+    )
+    left.set_ylim(None, 2.2)
     left.yaxis.set_major_formatter("{x:.2g}")
     left.yaxis.set_minor_formatter("{x:.2g}")
-    left.legend(frameon=False, fontsize=8, ncols=2)
     right.set_yticks(-np.arange(len(found)), found)
     right.set_xlabel("test loss; mean, 95 % interval, runs")
     for ax in (left, right):

@@ -92,9 +92,12 @@ REPORTS = {
         ),
     ),
     "self_tuning": Report(
-        "self-tuning networks: against a closed form, against searches, as schedules, what a step costs",
+        "self-tuning networks: against a closed form, searches and population-based training, as schedules, costs",
         (
-            *(f"python benchmarks/self_tuning_{study}.py" for study in ("ridge", "search", "schedules", "cost")),
+            *(
+                f"python benchmarks/self_tuning_{study}.py"
+                for study in ("ridge", "search", "peers", "schedules", "cost")
+            ),
             "learned-opt data fetch cifar10",
             "learned-opt tune cifar-cnn --out reports/self_tuning",
         ),
