@@ -62,8 +62,7 @@ class Plan(NamedTuple):
         trials: of the tuned ruleset.
         timed: whether steps are timed.
         folder: where runs are kept, or ``None``; those that it holds are not computed again.
-        only_finished: run nothing: report what is kept, leaving out what is not there and workloads without the
-            reference.
+        only_finished: run nothing: report what is kept, as :func:`comparable` has it.
     """
 
     ruleset: str = "nothing-set"
@@ -117,10 +116,28 @@ def run_suite(
         if REFERENCE not in {result.optimizer.name for result in mine}:
             continue
         if plan.timed:
-            times = step_times(workload, [result.optimizer for result in mine], programs, plan.folder, show)
+            who = [result.optimizer for result in mine]
+            times = step_times(workload, who, programs, plan.folder, show, plan.only_finished)
             mine = [result._replace(milliseconds=times[result.optimizer.name]) for result in mine]
         results += mine
-    return results
+    return comparable(results)
+
+
+def comparable(results: Sequence[Result]) -> list[Result]:
+    """What of unfinished results may be compared: the optimizers of the workload that has most, where all are done.
+
+    Args:
+        results: of any workloads and optimizers; finished ones are given back as they are.
+
+    Returns:
+        For every workload left the same optimizers.
+    """
+    done: dict[str, list[str]] = {}
+    for result in results:
+        done.setdefault(result.workload.name, []).append(result.optimizer.name)
+    most = max(done.values(), key=len, default=[])
+    whole = {workload for workload, names in done.items() if set(most) <= set(names)}
+    return [r for r in results if r.workload.name in whole and r.optimizer.name in most]
 
 
 def step_times(
@@ -129,6 +146,7 @@ def step_times(
     programs: Mapping[str, Program],
     folder: Path | None = None,
     show: Show = lambda text: None,
+    only_finished: bool = False,
 ) -> dict[str, float]:
     """Times a step of each optimizer from a warmed state: 100 steps, ten turns of ten, one optimizer after another.
 
@@ -141,14 +159,17 @@ def step_times(
         programs: theirs, by name.
         folder: where times are kept, by machine and by who was timed beside whom.
         show: called with a line about what is done.
+        only_finished: time nothing: take what is kept.
 
     Returns:
-        Milliseconds a step, the median over the turns.
+        Milliseconds a step, the median over the turns; ``nan`` with ``only_finished`` where nothing is kept.
     """
     names = [optimizer.name for optimizer in optimizers]
     key = cache.key(timed=[programs[name].key for name in names], machine=machine(), turns=[_WARM, _TURN, _TURNS])
     if (kept := cache.load(folder, key)) is not None:
         return dict(zip(names, map(float, kept["milliseconds"]), strict=True))
+    if only_finished:
+        return dict.fromkeys(names, float("nan"))
     show(f"{workload.name}: timing steps")
     carries = {o.name: programs[o.name].init(o.setting, 0) for o in optimizers}
     numbers = dict.fromkeys(names, 0)

@@ -9,7 +9,7 @@ import pytest
 
 from meta_train.bench.workloads import comparison, report, search
 from meta_train.bench.workloads.optimizers import Optimizer
-from meta_train.bench.workloads.protocol import Result
+from meta_train.bench.workloads.protocol import Result, comparable
 from meta_train.bench.workloads.training import Curves
 from tasks import Workload
 
@@ -131,3 +131,11 @@ def test_the_sentence_tells_losses_first():
     ]
     text = report.sentence({"summary": comparison.summary(both)})
     assert text.index("other") < text.index("mine")
+
+
+def test_of_unfinished_results_only_what_all_have_done_is_compared():
+    assert comparable(RESULTS) == RESULTS
+    assert comparable([]) == []
+    begun = [*RESULTS[:2], RESULTS[2]]  # on the second workload only the reference is done
+    assert [(r.workload.name, r.optimizer.name) for r in comparable(begun)] == [("a/net", "nadamw"), ("a/net", "mine")]
+    assert comparison.summary(comparable(begun))[0]["workloads"] == 1
