@@ -126,10 +126,10 @@ def test_saving_what_does_not_fit(tmp_path, theta, rule, kwargs, change, message
 def test_a_full_disk_leaves_the_earlier_rule(copy, theta, monkeypatch):
     before = {path.name: path.read_bytes() for path in copy.iterdir()}
 
-    def full(file):
+    def full(path, contents):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("os.fsync", full)
+    monkeypatch.setattr("learned_opt.files._write_synced", full)
     with pytest.raises(StoreError, match="No space left on device; nothing was changed"):
         learned_opt.save(copy, "celo2", theta, kwargs=KWARGS)
     assert {path.name: path.read_bytes() for path in copy.iterdir()} == before

@@ -250,10 +250,10 @@ def test_a_full_disk_is_one_clear_line_and_keeps_the_run(undisturbed, tmp_path, 
     shutil.rmtree(folder / "checkpoints" / "12")
     before = (folder / "rule" / "rule.json").read_bytes()
 
-    def full(file):
+    def full(path, contents):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("os.fsync", full)
+    monkeypatch.setattr("learned_opt.files._write_synced", full)
     with pytest.raises(ValueError, match="No space left on device"):
         loop.run(SETTINGS, folder, resume=True)
     assert (folder / "rule" / "rule.json").read_bytes() == before
