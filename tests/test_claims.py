@@ -79,6 +79,13 @@ def test_cards_tables_are_the_committed_ones(path):
         assert diverged == f"{found['diverged']} of {found['runs']}"
 
 
+def test_readmes_workload_is_the_committed_one():
+    summary = json.loads((ROOT / "reports/workloads/small/results.json").read_text())["summary"]
+    ratio = {row["optimizer"]: f"{row['ratio']:.3f}" for row in summary}
+    text = (ROOT / "README.md").read_text()
+    assert f"Muon ends at {ratio['muon']} times NAdamW's validation loss and `flagship` at {ratio['flagship']}" in text
+
+
 def test_validation_csv_is_of_the_committed_results():
     for folder in ("held_out", "fetched_small", "quick_5000", "validation"):
         figures = json.loads((ROOT / "reports" / folder / "results.json").read_text())["figures"]
