@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .features import map_tensors, required_params
 
 Rounding = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -144,18 +143,19 @@ def bfloat16_params(*, rounding: Rounding = stochastic, seed: int = 0) -> optax.
         return RoundedUpdatesState(jnp.zeros((), jnp.int32))
 
     def update_fn(updates, state, params=None):
-        params = required_params(params, "bfloat16_params")
+        if params is None:
+            raise ValueError("bfloat16_params reads the parameters: call update(gradients, state, params)")
         keys = _keys(seed, state.step)
 
         def land(update, param):
-            if param.dtype != jnp.bfloat16:
-                return (update,)
+            if update is None or param.dtype != jnp.bfloat16:
+                return update
             wide = param.astype(jnp.float32)
             landed = rounding(wide + update.astype(jnp.float32), next(keys))
             # a float32 difference: as a bfloat16 it would be rounded in its turn
-            return (landed.astype(jnp.float32) - wide,)
+            return landed.astype(jnp.float32) - wide
 
-        (updates,) = map_tensors(land, updates, params)
+        updates = jax.tree.map(land, updates, params, is_leaf=lambda x: x is None)
         return updates, RoundedUpdatesState(optax.safe_increment(state.step))
 
     return optax.GradientTransformation(init_fn, update_fn)

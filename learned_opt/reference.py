@@ -15,19 +15,19 @@ def _celo2(leaves: dict[str, np.ndarray], **kwargs) -> tuple[dict, Theta]:
     blocks = sum(name.startswith(f"{stem}w0__") for name in leaves)
     theta = {name: leaves[stem + name] for name in ("b0", "w1", "b1", "w2", "b2")}
     theta["w0"] = np.concatenate([leaves[f"{stem}w0__{i}"] for i in range(blocks)], axis=-2)
-    return {"hidden_size": theta["w1"].shape[-1], **kwargs}, theta
+    return {"hidden_size": theta["w1"].shape[-1], "published": True, **kwargs}, theta
 
 
 def _mlp(leaves: dict[str, np.ndarray], **kwargs) -> tuple[dict, Theta]:
     theta = {f"{name}{i}": leaves[f"mlp/~/linear_{i}/{name}"] for i in range(3) for name in ("w", "b")}
-    return {"hidden_size": theta["w1"].shape[0], **kwargs}, theta
+    return {"hidden_size": theta["w1"].shape[0], "published": True, **kwargs}, theta
 
 
 def _adafac_mlp(leaves: dict[str, np.ndarray], **kwargs) -> tuple[dict, Theta]:
     theta = {name: leaves[f"nn/~/{name}"] for name in ("w0", "b0", "w1", "b1", "w2", "b2")}
     theta |= {name: leaves[name] for name in ("momentum_decays", "rms_decays")}
     theta["factored_decays"] = leaves["adafactor_decays"]
-    return {"hidden_size": theta["w1"].shape[0], **kwargs}, theta
+    return {"hidden_size": theta["w1"].shape[0], "published": True, **kwargs}, theta
 
 
 def _linear(leaves: dict[str, np.ndarray], name: str) -> Theta:
@@ -55,7 +55,7 @@ def _celo(leaves: dict[str, np.ndarray], **kwargs) -> tuple[dict, Theta]:
     kwargs, scheduler = _celo_adam(leaves, **kwargs)
     _, bank = _celo2(leaves)
     scheduler["controls"] = _linear(leaves, "rnn_params/rnn_to_controls")
-    sizes = {"bank_size": bank["w1"].shape[0], "hidden_size": bank["w1"].shape[-1]}
+    sizes = {"bank_size": bank["w1"].shape[0], "hidden_size": bank["w1"].shape[-1], "published": True}
     return sizes | kwargs, {"bank": bank, "scheduler": scheduler}
 
 
@@ -78,7 +78,8 @@ def _rnn_mlp(leaves: dict[str, np.ndarray], **kwargs) -> tuple[dict, Theta]:
     theta["to_mlp"] = _linear(leaves, "rnn_to_ff_params/rnn_to_ff")
     theta["to_all"] = _linear(leaves, "rnn_to_in_params/rnn_to_in")
     theta |= {name: leaves[f"initial_{name}"] for name in ("from_lstm", "from_mlp")}
-    return {"lstm_size": theta["lstm"]["hidden"].size, "hidden_size": theta["mlp"]["w1"].shape[0], **kwargs}, theta
+    sizes = {"lstm_size": theta["lstm"]["hidden"].size, "hidden_size": theta["mlp"]["w1"].shape[0]}
+    return sizes | {"published": True, **kwargs}, theta
 
 
 _READERS: dict[str, Callable[..., tuple[dict, Theta]]] = {
@@ -100,7 +101,8 @@ def from_reference(rule: str, leaves: Mapping[str, np.ndarray], **kwargs) -> tup
         rule: a name in :data:`learned_opt.RULES`.
         leaves: the reference's parameters, ``name -> array``; names as ``path/to/leaf``. Where some begin with
             ``theta/`` or ``params/``, only those count, without it.
-        **kwargs: the rule's own keyword arguments; sizes are inferred from the arrays.
+        **kwargs: the rule's own keyword arguments; sizes are inferred from the arrays. ``published`` is true unless it
+            is given: ``published=False`` is the form in which what has no gradient rests.
 
     Returns:
         ``(rule, theta)``.

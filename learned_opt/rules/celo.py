@@ -1,17 +1,17 @@
 """Celo: one per-parameter MLP, and an LSTM that schedules its step size by the loss."""
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from .. import features as ft
 from ..base import LearnedOptimizer, Theta
+from ..features import no_moments
+from ..tensors import each, rule_transform
 from . import recurrent
-from .column_mlp import settle
 from .recurrent import FRACTIONS, LOSSES, LossBuffer, LSTMState
-from .velo import bank_init, mix, start_state, unmix, update_all
+from .velo import CLIP, Clock, bank_init, mix, tensor_step, unmix
 
 PAPER = "Moudgil et al. 2025, Celo: training versatile learned optimizers on a compute diet, arXiv:2501.12670"
 
@@ -49,7 +49,14 @@ def schedule(
     return 0.1 * jnp.exp(recurrent.linear(theta["step_size"], memory.hidden)[0]), loss, memory
 
 
-def celo(*, hidden_size: int = 4, bank_size: int = 1, lstm_size: int = 64, scheduled: bool = True) -> LearnedOptimizer:
+def celo(
+    *,
+    hidden_size: int = 4,
+    bank_size: int = 1,
+    lstm_size: int = 64,
+    scheduled: bool = True,
+    published: bool = False,
+) -> LearnedOptimizer:
     """Celo: one small MLP gives every parameter its direction; an LSTM that reads the loss schedules the step size.
 
     The MLP, its 30 columns and its accumulators are those of :func:`learned_opt.rules.velo.velo`:
@@ -62,7 +69,8 @@ def celo(*, hidden_size: int = 4, bank_size: int = 1, lstm_size: int = 64, sched
     around the finished MLP (training ``theta["scheduler"]``).
 
     A fresh rule is nearly Adam at unit RMS, its step .001 of the tensor's own RMS. Non-finite gradient entries count as
-    0, others are clipped to +-1000. State: 4 numbers a parameter and 6 a row or column. Meta-parameters: 37,089, of
+    0, others are clipped to +-1000, and what has no gradient rests (:func:`learned_opt.tensors.rule_transform`). State:
+    4 numbers and a byte a parameter and 6 a row or column. Meta-parameters: 37,089, of
     which 36,930 are the LSTM's; among them one linear layer and with ``bank_size=1`` ``controls`` have no effect, as
     published.
 
@@ -72,6 +80,7 @@ def celo(*, hidden_size: int = 4, bank_size: int = 1, lstm_size: int = 64, sched
         lstm_size: units of the LSTM.
         scheduled: ``False`` leaves out the LSTM: ``mult`` is 1, ``c`` is ``1/K``, and neither loss nor number of steps
             is needed.
+        published: what has no gradient moves, as in the reference implementation.
 
     Returns:
         A rule that needs ``value`` and ``num_steps``; theta is ``{"bank": ..., "scheduler": ...}``.
@@ -94,31 +103,35 @@ def celo(*, hidden_size: int = 4, bank_size: int = 1, lstm_size: int = 64, sched
         controls = recurrent.linear_init(k_controls, lstm_size, bank_size)
         return {"bank": bank, "scheduler": scheduler_init(k_scheduler, lstm_size) | {"controls": controls}}
 
-    def build(theta, num_steps=None):
+    def build(theta, num_steps=None, batch_axes=None):
         scheduler = theta["scheduler"]
 
-        def init_fn(params):
-            ft.check_params(params)
+        def start_shared(dtype, tensors):
+            del tensors
             if scheduled:
                 recurrent.required_num_steps(num_steps, "celo")
-            return start_state(params, recurrent.lstm_start(scheduler["lstm"], 1, ft.common_dtype(params)))
+            return Clock(recurrent.loss_start(dtype), recurrent.lstm_start(scheduler["lstm"], 1, dtype))
 
-        def update_fn(updates, state, params=None, *, value=None, **extra_args):
-            del extra_args
-            params = ft.required_params(params, "celo")
-            loss, memory, dtype = state.loss, state.memory, ft.common_dtype(params)
+        def update(groups, count, clock, value):
+            dtype = clock.memory.hidden.dtype
             if scheduled:
                 value = recurrent.required_loss(value, "celo")
                 total = recurrent.required_num_steps(num_steps, "celo")
-                mult, loss, memory = schedule(scheduler, state.step, loss, memory, value, total)
+                mult, loss, memory = schedule(scheduler, count, clock.loss, clock.memory, value, total)
                 controls = jax.nn.softmax(recurrent.linear(scheduler["controls"], memory.hidden))
+                clock = Clock(loss, memory)
             else:
                 mult, controls = jnp.ones((1,), dtype), jnp.full((1, bank_size), 1 / bank_size, dtype)
-            flat = settle(mix(theta["bank"], controls), jax.tree.leaves(updates))
-            rows = sum(p.size > 0 for p in jax.tree.leaves(params))
-            networks = [unmix(flat[0], theta["bank"])] * rows
-            return update_all(updates, params, state, loss, memory, networks, jnp.broadcast_to(mult, (rows,)))
+            weights = jax.tree.map(lambda w: w[0], unmix(mix(theta["bank"], controls), theta["bank"]))
+            return each(functools.partial(tensor_step, weights=weights, mult=mult[0], clip=CLIP), groups), clock
 
-        return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+        return rule_transform(
+            "celo",
+            start=no_moments,
+            start_shared=start_shared,
+            update=update,
+            rest=not published,
+            batch_axes=batch_axes,
+        )
 
     return LearnedOptimizer(init, build, needs=("value", "num_steps") if scheduled else ())

@@ -4,15 +4,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from .. import features as ft
 from ..base import LearnedOptimizer
+from ..features import compute_dtype, ema
+from ..tensors import each, rule_transform
 from . import recurrent
 from .celo import PAPER, schedule, scheduler_init
 from .recurrent import LossBuffer, LSTMState
 
-__all__ = ["PAPER", "CeloAdamState", "celo_adam"]
+__all__ = ["PAPER", "AdamMoments", "celo_adam"]
 
 B1, B2 = 0.9, 0.999
 _EPS, _ROOT_EPS = 1e-8, 1e-10
@@ -20,22 +20,18 @@ _STEP = 1e-3
 _CLIP = 1000.0
 
 
-class CeloAdamState(NamedTuple):
-    """State of the rule ``celo_adam``.
+class AdamMoments(NamedTuple):
+    """First and second moment of a tensor's gradients."""
 
-    Attributes:
-        step: int32 scalar, updates done.
-        loss: running means of the loss.
-        memory: of the LSTM, one row.
-        m: first moment.
-        r: second moment.
-    """
+    m: jax.Array
+    r: jax.Array
 
-    step: jax.Array
+
+class Clock(NamedTuple):
+    """What the scheduler remembers: running means of the loss, and the memory of the LSTM, one row."""
+
     loss: LossBuffer
     memory: LSTMState
-    m: optax.Updates
-    r: optax.Updates
 
 
 def celo_adam(*, lstm_size: int = 64) -> LearnedOptimizer:
@@ -67,34 +63,31 @@ def celo_adam(*, lstm_size: int = 64) -> LearnedOptimizer:
     def init(key):
         return scheduler_init(key, lstm_size)
 
-    def build(theta, num_steps=None):
-        def init_fn(params):
-            ft.check_params(params)
-            recurrent.required_num_steps(num_steps, "celo_adam")
-            dtype = ft.common_dtype(params)
-            memory = recurrent.lstm_start(theta["lstm"], 1, dtype)
-            start = recurrent.loss_start(dtype)
-            return CeloAdamState(jnp.zeros((), jnp.int32), start, memory, ft.zeros(params), ft.zeros(params))
+    def start(p):
+        return AdamMoments(*(jnp.zeros_like(p, compute_dtype(p.dtype)) for _ in range(2)))
 
-        def update_fn(updates, state, params=None, *, value=None, **extra_args):
-            del extra_args
-            params = ft.required_params(params, "celo_adam")
+    def build(theta, num_steps=None, batch_axes=None):
+        def start_shared(dtype, tensors):
+            del tensors
+            recurrent.required_num_steps(num_steps, "celo_adam")
+            return Clock(recurrent.loss_start(dtype), recurrent.lstm_start(theta["lstm"], 1, dtype))
+
+        def update(groups, count, clock, value):
             value = recurrent.required_loss(value, "celo_adam")
             total = recurrent.required_num_steps(num_steps, "celo_adam")
-            mult, loss, memory = schedule(theta, state.step, state.loss, state.memory, value, total)
-            step = optax.safe_increment(state.step)
+            mult, loss, memory = schedule(theta, count, clock.loss, clock.memory, value, total)
 
-            def update_tensor(gradient, p, m, r):
-                dtype = ft.compute_dtype(p.dtype)
-                g = ft.clean(gradient, _CLIP, dtype)
-                m, r = ft.ema(m, g, B1), ft.ema(r, g * g, B2)
-                mh, rh = (x / recurrent.correction(jnp.asarray(b, dtype), step) for x, b in ((m, B1), (r, B2)))
-                u = -_STEP * mult[0].astype(dtype) * mh / (_EPS + jnp.sqrt(rh + _ROOT_EPS))
-                return u.astype(gradient.dtype), m, r
+            def step(g, p, moments):
+                del p
+                g = jnp.clip(g, -_CLIP, _CLIP)
+                m, r = ema(moments.m, g, B1), ema(moments.r, g * g, B2)
+                mh, rh = (x / recurrent.correction(jnp.asarray(b, g.dtype), count + 1) for x, b in ((m, B1), (r, B2)))
+                return -_STEP * mult[0].astype(g.dtype) * mh / (_EPS + jnp.sqrt(rh + _ROOT_EPS)), AdamMoments(m, r)
 
-            updates, m, r = ft.map_tensors(update_tensor, updates, params, state.m, state.r)
-            return updates, CeloAdamState(step, loss, memory, m, r)
+            return each(step, groups), Clock(loss, memory)
 
-        return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+        return rule_transform(
+            "celo_adam", start=start, start_shared=start_shared, update=update, rest=False, batch_axes=batch_axes
+        )
 
     return LearnedOptimizer(init, build, needs=("value", "num_steps"))

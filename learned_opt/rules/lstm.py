@@ -2,15 +2,13 @@
 
 import functools
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from .. import features as ft
 from ..base import LearnedOptimizer, Theta
-from .column_mlp import settle
+from ..features import compute_dtype
+from ..tensors import each, rule_transform
 from .recurrent import LSTMState, linear, linear_init, lstm_init
 from .recurrent import lstm as lstm_step
 
@@ -18,20 +16,7 @@ PAPER = "Andrychowicz et al. 2016, Learning to learn by gradient descent by grad
 
 INPUTS = 2
 _RANGE = 10.0  # log-gradients from -10 on are seen as such
-_LIMIT = 1e30
-# parameters at a time: what lies between the layers of a large tensor is never stored whole
-_BLOCK = 4096
-_BLOCK_OF_ACCELERATORS = 1 << 20  # which fewer would not keep busy
-
-
-class CoordinateLSTMState(NamedTuple):
-    """State of the rule ``lstm``.
-
-    Attributes:
-        layers: for either layer a tree of :class:`learned_opt.rules.recurrent.LSTMState`, its arrays ``[*shape, H]``.
-    """
-
-    layers: tuple[optax.Updates, ...]
+_BLOCK = 4096  # parameters at a time: what lies between the layers of a large tensor is never stored whole
 
 
 def log_and_sign(g: jax.Array) -> jax.Array:
@@ -50,13 +35,13 @@ def log_and_sign(g: jax.Array) -> jax.Array:
     return jnp.stack([jnp.where(large, log, -1), jnp.where(large, jnp.sign(g), math.exp(_RANGE) * g)], -1)
 
 
-def network(theta: Theta, x: jax.Array, memory: list[LSTMState]) -> tuple[jax.Array, list[LSTMState]]:
+def network(theta: Theta, x: jax.Array, memory: tuple[LSTMState, ...]) -> tuple[jax.Array, tuple[LSTMState, ...]]:
     """One step of the LSTM: inputs ``[n, 2]`` to outputs ``[n]``."""
-    memory = list(memory)
-    for i, layer in enumerate((theta["lstm0"], theta["lstm1"])):
-        memory[i] = lstm_step(layer, x, memory[i])
-        x = memory[i].hidden
-    return linear(theta["out"], x)[:, 0], memory
+    new = []
+    for layer, old in zip((theta["lstm0"], theta["lstm1"]), memory, strict=True):
+        new.append(lstm_step(layer, x, old))
+        x = new[-1].hidden
+    return linear(theta["out"], x)[:, 0], tuple(new)
 
 
 def lstm(*, lstm_size: int = 20, output_scale: float = 0.01) -> LearnedOptimizer:
@@ -69,7 +54,8 @@ def lstm(*, lstm_size: int = 20, output_scale: float = 0.01) -> LearnedOptimizer
     of the gradient, and a tenth of the random weight to the other units' outputs: the fresh rule is nearly
     descent along the smoothed sign of the gradient at step .001, where random weights alone would walk at random.
 
-    Non-finite gradient entries count as 0. **The state is large**: ``4 lstm_size`` numbers a parameter, 80 by default
+    Non-finite gradient entries count as 0, and what has no gradient rests
+    (:func:`learned_opt.tensors.rule_transform`). **The state is large**: ``4 lstm_size`` numbers a parameter, 80 by default
     (320 bytes), forty times Adam's, and an update costs 5,000 multiplications a parameter. It is here as the
     field's first baseline, for small networks. Meta-parameters: 5,221 for ``lstm_size=20``, of which 80 are the memory
     that every parameter starts from (zeros in the paper, and here until meta-trained).
@@ -105,42 +91,35 @@ def lstm(*, lstm_size: int = 20, output_scale: float = 0.01) -> LearnedOptimizer
         theta["out"] = {"w": (0.1 * out["w"]).at[0].set(0.25), "b": out["b"]}
         return theta
 
-    @jax.jit  # traced once for all tensors of a shape
-    def update_tensor(theta, gradient, _, *memory):
-        g = ft.clean(gradient, _LIMIT, memory[0].hidden.dtype)
-        rows = jax.tree.map(lambda x: x.reshape(g.size, -1), (log_and_sign(g), list(memory)))
-        block = _BLOCK if ft.on_cpu() else _BLOCK_OF_ACCELERATORS
-        whole = g.size // block * block
-        parts = []
-        if whole:
-            blocks = jax.tree.map(lambda x: x[:whole].reshape(-1, block, x.shape[-1]), rows)
-            run = jax.lax.map(lambda some: network(theta, *some), blocks)
-            parts.append(jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), run))
-        if g.size > whole:
-            parts.append(network(theta, *jax.tree.map(lambda x: x[whole:], rows)))
-        output, new = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
-        u = -output_scale * output.reshape(g.shape)
-        return u.astype(gradient.dtype), *jax.tree.map(lambda x, like: x.reshape(like.shape), tuple(new), memory)
+    def step(theta, g, p, memory):
+        del p
+        rows = jax.tree.map(lambda x: x.reshape(g.size, -1), (log_and_sign(g), memory))
+        if g.size <= _BLOCK:
+            output, new = network(theta, *rows)
+        else:
 
-    def build(theta, num_steps=None):
+            def one(row):
+                output, new = network(theta, *jax.tree.map(lambda x: x[None], row))
+                return jax.tree.map(lambda x: x[0], (output, new))
+
+            output, new = jax.lax.map(one, rows, batch_size=_BLOCK)
+        return -output_scale * output.reshape(g.shape), jax.tree.map(lambda x, y: x.reshape(y.shape), new, memory)
+
+    def build(theta, num_steps=None, batch_axes=None):
         del num_steps
 
-        def start(layer: Theta, p: jax.Array) -> LSTMState:
-            dtype = ft.compute_dtype(jnp.result_type(p))
-            memory = (jnp.array(layer[name], dtype) for name in ("hidden", "cell"))
-            return LSTMState(*(jnp.tile(x, (*jnp.shape(p), 1)) for x in memory))
+        def start(p):
+            def of_layer(layer):
+                zeros = jnp.zeros_like(p, compute_dtype(p.dtype))[..., None]
+                lead = (1,) * p.ndim
+                return LSTMState(*(zeros + layer[name].astype(zeros.dtype).reshape(*lead, -1) for name in ("hidden", "cell")))
 
-        def init_fn(params):
-            ft.check_params(params)
-            layers = (theta["lstm0"], theta["lstm1"])
-            return CoordinateLSTMState(tuple(jax.tree.map(functools.partial(start, layer), params) for layer in layers))
+            return of_layer(theta["lstm0"]), of_layer(theta["lstm1"])
 
-        def update_fn(updates, state, params=None, **extra_args):
-            del params, extra_args
-            update = functools.partial(update_tensor, settle(theta, jax.tree.leaves(updates)))
-            updates, *layers = ft.map_tensors(update, updates, updates, *state.layers)
-            return updates, CoordinateLSTMState(tuple(layers))
+        def update(groups, count, shared, value):
+            del count, value
+            return each(functools.partial(step, theta), groups), shared
 
-        return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+        return rule_transform("lstm", start=start, update=update, batch_axes=batch_axes)
 
     return LearnedOptimizer(init, build)

@@ -1,13 +1,13 @@
-"""Per-parameter networks with statistics over whole tensors, for tensors of any rank, and where they start from."""
+"""Where the per-parameter networks of the rules start from, and what is common to the tensors they see."""
 
 import math
 
 import jax
 import jax.numpy as jnp
 
-from .. import features as ft
 from ..base import Theta
-from .column_mlp import Features, Layers, column_mlp, is_short, spread
+from ..features import truncated_normal
+from ..kernels import Layers
 from .recurrent import time_embedding
 
 
@@ -21,7 +21,7 @@ def network_init(key: jax.Array, columns: int, hidden_size: int, outputs: int, t
     Returns:
         ``w0 [columns, h], b0 [h], w1 [h, h], b1 [h], w2 [h, outputs], b2 [outputs]``.
     """
-    draw = ft.truncated_normal(key, (columns + hidden_size + outputs, hidden_size), 1)  # three would compile slower
+    draw = truncated_normal(key, (columns + hidden_size + outputs, hidden_size), 1)  # three would compile slower
     w0, w1, w2 = jnp.split(draw, [columns, columns + hidden_size])
     w0, w1, w2 = w0 / math.sqrt(columns), w1 / math.sqrt(hidden_size), 0.1 * w2.T / math.sqrt(hidden_size)
     w0 = w0.at[:, :2].set(0).at[through, :2].set(jnp.array([1.0, -1.0]))
@@ -36,12 +36,16 @@ def network(theta: Theta) -> Layers:
     return Layers((theta["w0"], theta["b0"]), ((theta["w1"], theta["b1"]),), (theta["w2"], theta["b2"]))
 
 
+def with_context(layers: Layers, context: jax.Array, columns: int) -> Layers:
+    """The network with its inputs from ``columns`` on, the same for a whole tensor, taken into the first bias."""
+    w, b = layers.first
+    context = jnp.matmul(context[None], w[columns:].astype(context.dtype), precision=jax.lax.Precision.HIGHEST)[0]
+    return layers._replace(first=(w[:columns], b.astype(context.dtype) + context))
+
+
 def with_time(layers: Layers, t: jax.Array, columns: int) -> Layers:
     """The network with its inputs from ``columns`` on, the embedding of the time, taken into the first bias."""
-    w, b = layers.first
-    embedded = time_embedding(t, w.dtype)
-    b = b + jnp.matmul(embedded[None], w[columns:], precision=jax.lax.Precision.HIGHEST)[0]
-    return layers._replace(first=(w[:columns], b))
+    return with_context(layers, time_embedding(t, layers.first[0].dtype), columns)
 
 
 def without_factors(layers: Layers, first: int) -> Layers:
@@ -54,30 +58,3 @@ def without_factors(layers: Layers, first: int) -> Layers:
     w, b = layers.first
     twice = w[first : first + 12].reshape(2, 2, 3, -1)
     return layers._replace(first=(jnp.concatenate([w[:first], *jnp.sum(twice, 1), w[first + 12 :]]), b))
-
-
-def whole_tensor_mlp(features: Features, inputs: tuple, layers: Layers, **kwargs) -> list[jax.Array]:
-    """:func:`learned_opt.rules.column_mlp.column_mlp` for a tensor of any rank.
-
-    Args:
-        features: as there.
-        inputs: as there, of the tensor's own rank.
-        layers: as there.
-        **kwargs: as there.
-    """
-    shape = inputs[0].shape
-    if len(shape) == 2 or (len(shape) > 2 and not is_short(shape)):
-        return column_mlp(features, inputs, layers, **kwargs)
-    # one long row in place of many short ones; a vector's inputs all have its shape already
-    inputs = jax.tree.map(lambda x: ft.as_matrix(jnp.broadcast_to(x, shape)), inputs)
-    return [x.reshape(shape) for x in column_mlp(features, inputs, layers, **kwargs)]
-
-
-def scale_lists(row: jax.Array, col: jax.Array, shape: tuple[int, ...]) -> tuple[list[jax.Array], list[jax.Array]]:
-    """:func:`learned_opt.features.factored_scales` as lists, or the lists of the products and of nothing."""
-    R, C = ft.factored_scales(row, col, shape)
-    if len(shape) < 2:
-        return list(R), []
-    if len(shape) == 2 and is_short(shape):
-        return list(spread(R, shape) * spread(C, shape)), []
-    return list(R), list(C)

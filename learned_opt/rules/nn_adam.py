@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from .. import features as ft
 from ..base import LearnedOptimizer
+from ..features import compute_dtype, ema
+from ..tensors import each, rule_transform
 from .recurrent import LSTMState, linear, lstm, lstm_init, lstm_start
 
 PAPER = "NNAdam of the library learned_optimization; Metz et al. 2022, arXiv:2203.11860"
@@ -24,20 +24,20 @@ _STEP = 0.01  # of the LSTM's output
 _ROOT = 1e-10
 
 
-class NNAdamState(NamedTuple):
-    """State of the rule ``nn_adam``.
+class NNAdamTensor(NamedTuple):
+    """What ``nn_adam`` keeps of a tensor.
 
     Attributes:
-        m: the momentum, of the parameters' shapes.
-        r: the second moment, likewise.
-        controls: for each tensor ``[4]``, a tenth of the logarithms ``CONTROLS`` that hold at the next update.
-        memory: for each tensor the LSTM's.
+        m: the momentum.
+        r: the second moment.
+        controls: ``[4]``, a tenth of the logarithms ``CONTROLS`` that hold at the next update.
+        memory: the LSTM's.
     """
 
-    m: optax.Updates
-    r: optax.Updates
-    controls: optax.Updates
-    memory: optax.Updates
+    m: jax.Array
+    r: jax.Array
+    controls: jax.Array
+    memory: LSTMState
 
 
 def hyperparameters(controls: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
@@ -107,7 +107,7 @@ def nn_adam(*, lstm_size: int = 32) -> LearnedOptimizer:
         >>> tx = rule.build(rule.init(jax.random.key(0)))
         >>> p = jnp.ones((2, 3))
         >>> updates, state = tx.update(p, tx.init(p), p)
-        >>> round(float(hyperparameters(state.controls)[0]), 6)
+        >>> round(float(hyperparameters(state.tensors.controls)[0]), 6)
         0.001
     """
     if lstm_size < 1:
@@ -121,37 +121,27 @@ def nn_adam(*, lstm_size: int = 32) -> LearnedOptimizer:
             "to_controls": {"w": jnp.zeros((lstm_size, 4)), "b": jnp.zeros((4,))},
         }
 
-    @jax.jit  # traced once for all tensors of a shape
-    def update_tensor(theta, gradient, p, m, r, controls, memory):
-        dtype = ft.compute_dtype(p.dtype)
-        g, p = ft.clean(gradient, _CLIP, dtype), p.astype(dtype)
-        lr, b1, b2, eps = hyperparameters(controls)
-        m, r = ft.ema(m, g, b1), ft.ema(r, g * g, b2)
+    def step(theta, g, p, tensor):
+        g = jnp.clip(g, -_CLIP, _CLIP)
+        lr, b1, b2, eps = hyperparameters(tensor.controls)
+        m, r = ema(tensor.m, g, b1), ema(tensor.r, g * g, b2)
         u = -lr * (1 + eps) / (eps + jnp.sqrt(r + _ROOT)) * m
-        memory = lstm(theta["lstm"], inputs(g, p, m, r, controls)[None], memory)
-        controls = project(controls + _STEP * linear(theta["to_controls"], memory.hidden)[0])
-        return u.astype(gradient.dtype), m, r, controls, memory
+        memory = lstm(theta["lstm"], inputs(g, p, m, r, tensor.controls)[None], tensor.memory)
+        controls = project(tensor.controls + _STEP * linear(theta["to_controls"], memory.hidden)[0])
+        return u, NNAdamTensor(m, r, controls, memory)
 
-    def build(theta, num_steps=None):
+    def build(theta, num_steps=None, batch_axes=None):
         del num_steps
 
-        def start(p) -> tuple[jax.Array, LSTMState]:
-            dtype = ft.compute_dtype(jnp.result_type(p))
-            return jnp.array(theta["controls"], dtype), lstm_start(theta["lstm"], 1, dtype)
+        def start(p):
+            dtype = compute_dtype(p.dtype)
+            zeros = [jnp.zeros_like(p, dtype) for _ in range(2)]
+            return NNAdamTensor(*zeros, jnp.array(theta["controls"], dtype), lstm_start(theta["lstm"], 1, dtype))
 
-        def init_fn(params):
-            ft.check_params(params)
-            controls = jax.tree.map(lambda p: start(p)[0], params)
-            memory = jax.tree.map(lambda p: start(p)[1], params)
-            return NNAdamState(ft.zeros(params), ft.zeros(params), controls, memory)
+        def update(groups, count, shared, value):
+            del count, value
+            return each(functools.partial(step, theta), groups), shared
 
-        def update_fn(updates, state, params=None, **extra_args):
-            del extra_args
-            params = ft.required_params(params, "nn_adam")
-            update = functools.partial(update_tensor, theta)
-            updates, *state = ft.map_tensors(update, updates, params, *state)
-            return updates, NNAdamState(*state)
-
-        return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+        return rule_transform("nn_adam", start=start, update=update, rest=False, batch_axes=batch_axes)
 
     return LearnedOptimizer(init, build)

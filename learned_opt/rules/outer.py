@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .. import features as ft
 from ..base import LearnedOptimizer
+from ..features import clean, compute_dtype
+from ..tensors import RuleState, common_dtype, where_gradients
 from . import celo2 as base
 from . import celo2_soap, recurrent
 from .networks import network_init
@@ -16,6 +17,7 @@ from .scheduler import scheduled
 PAPER = "after LOpt-A, Joseph et al. 2024, arXiv:2312.02204; the direction of celo2_soap"
 
 _EPS = 1e-30
+_LIMIT = 1e15  # of a delta's entries: its square is still a float32
 _MOMENTUM_COLUMN = 3  # m_.9 of Celo2's columns
 _STATISTICS = 4  # of a tensor, see `statistics`
 _INPUTS = 2 * _STATISTICS + recurrent.RUN
@@ -37,7 +39,7 @@ class OuterState(NamedTuple):
 
     step: jax.Array
     usual: jax.Array
-    direction: celo2_soap.Celo2SoapState
+    direction: RuleState
 
 
 def limit(deltas: list[jax.Array], usual: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -140,8 +142,8 @@ def outer(*, hidden_size: int = 8, every: int = 10) -> LearnedOptimizer:
             },
         }
 
-    def build(theta, num_steps=None):
-        inner = direction.build(theta["direction"])
+    def build(theta, num_steps=None, batch_axes=None):
+        inner = direction.build(theta["direction"], batch_axes=batch_axes)
         layers = theta["length"]
 
         def lengths(own, step):
@@ -155,25 +157,26 @@ def outer(*, hidden_size: int = 8, every: int = 10) -> LearnedOptimizer:
             )
 
         def init_fn(params):
-            return OuterState(jnp.zeros((), jnp.int32), jnp.zeros((), ft.common_dtype(params)), inner.init(params))
+            return OuterState(jnp.zeros((), jnp.int32), jnp.zeros((), common_dtype(params)), inner.init(params))
 
         def update_fn(updates, state, params=None, **extra_args):
             del extra_args
-            params = ft.required_params(params, "outer")
+            if params is None:
+                raise ValueError("outer reads the parameters: call update(gradients, state, params)")
             structure: Any
             given, structure = jax.tree.flatten(updates, is_leaf=lambda x: x is None)
+            at = structure.flatten_up_to(where_gradients(updates, params))
             moving = [i for i, x in enumerate(given) if x is not None and x.size]
             if not moving:
                 return updates, state
-            at = structure.flatten_up_to(params)
             deltas: list[Any] = [
-                x if x is None else ft.clean(x, base.CLIP, ft.compute_dtype(p.dtype))
+                x if x is None else clean(x, _LIMIT, compute_dtype(p.dtype))
                 for x, p in zip(given, at, strict=True)
             ]
             factor, usual = limit([deltas[i] for i in moving], state.usual)
             deltas = [x if x is None else x * factor.astype(x.dtype) for x in deltas]
             moves, after = inner.update(structure.unflatten(deltas), state.direction, params)
-            flat, fast, slow = (structure.flatten_up_to(x) for x in (moves, *after.m[:2]))
+            flat, fast, slow = (structure.flatten_up_to(x) for x in (moves, *after.tensors.moments.m[:2]))
             own = [statistics(deltas[i], fast[i], slow[i], at[i].astype(fast[i].dtype), state.step) for i in moving]
             scales = lengths(jnp.stack([x.astype(usual.dtype) for x in own]), state.step)
             for i, scale in zip(moving, scales, strict=True):

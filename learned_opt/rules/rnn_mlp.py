@@ -2,19 +2,19 @@
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from .. import features as ft
-from ..base import LearnedOptimizer, Theta
-from .column_mlp import Layers, settle
+from ..base import LearnedOptimizer
+from ..features import compute_dtype, ema
+from ..kernels import column_mlp
+from ..tensors import each, in_order, rule_transform
 from .mlp import step_of
-from .networks import network, network_init, whole_tensor_mlp
-from .recurrent import TIMES, linear, linear_init, lstm, lstm_init, lstm_start, required_loss, sine_embedding
+from .networks import network, network_init, with_context
+from .recurrent import TIMES, LSTMState, linear, linear_init, lstm, lstm_init, lstm_start, required_loss, sine_embedding
 
 PAPER = "Metz et al. 2020, Tasks, stability, architecture, and compute, arXiv:2009.11243"
 
@@ -57,28 +57,34 @@ class Clipper(NamedTuple):
     size: jax.Array
 
 
-class RNNMLPState(NamedTuple):
-    """State of the rule ``rnn_mlp``.
+class Told(NamedTuple):
+    """What concerns all tensors.
 
     Attributes:
-        step: int32 scalar, updates done.
         loss: of the loss.
         clipper: of the gradients.
         from_lstm: ``[18]``, what the LSTM told all tensors.
-        m: momenta, one tree of the parameters' shapes a decay.
-        r: second moments, likewise.
-        from_mlp: for each tensor ``[16]``, what the MLP told the LSTM.
-        memory: for each tensor the LSTM's.
     """
 
-    step: jax.Array
     loss: LossMean
     clipper: Clipper
     from_lstm: jax.Array
-    m: tuple[optax.Updates, ...]
-    r: tuple[optax.Updates, ...]
-    from_mlp: optax.Updates
-    memory: optax.Updates
+
+
+class RNNMLPTensor(NamedTuple):
+    """What ``rnn_mlp`` keeps of a tensor.
+
+    Attributes:
+        m: momenta, one a decay.
+        r: second moments, likewise.
+        from_mlp: ``[16]``, what the MLP told the LSTM.
+        memory: the LSTM's.
+    """
+
+    m: tuple[jax.Array, ...]
+    r: tuple[jax.Array, ...]
+    from_mlp: jax.Array
+    memory: LSTMState
 
 
 def loss_features(state: LossMean, loss: jax.Array) -> tuple[jax.Array, LossMean]:
@@ -98,8 +104,8 @@ def loss_features(state: LossMean, loss: jax.Array) -> tuple[jax.Array, LossMean
     loss = jnp.reshape(loss, ()).astype(dtype)
     usable = jnp.isfinite(loss)
     loss = jnp.where(usable, jnp.clip(loss, -_LOSS_LIMIT, _LOSS_LIMIT), 0)
-    mean = ft.ema(state.mean, loss, 0.9)
-    new = LossMean(mean, ft.ema(state.variance, jnp.square(mean - loss), 0.9), state.seen + 1)
+    mean = ema(state.mean, loss, 0.9)
+    new = LossMean(mean, ema(state.variance, jnp.square(mean - loss), 0.9), state.seen + 1)
     new = jax.tree.map(lambda a, b: jnp.where(usable, a, b), new, state)
     correction = 1 / (1 - jnp.asarray(0.9, dtype) ** new.seen.astype(dtype) + 1e-8)
     mean = new.mean * correction
@@ -161,22 +167,7 @@ def statistics(g, p, m, r, of_loss) -> jax.Array:
     )
 
 
-def with_context(layers: Layers, context: jax.Array) -> Layers:
-    """The network with its inputs from ``COLUMNS`` on, the same for a whole tensor, taken into the first bias."""
-    w, b = layers.first
-    b = b + jnp.matmul(context[None], w[COLUMNS:].astype(context.dtype), precision=jax.lax.Precision.HIGHEST)[0]
-    return layers._replace(first=(w[:COLUMNS], b))
-
-
-def moving(updates: optax.Updates, tree: optax.Updates) -> list:
-    """What ``tree`` holds for each tensor that has a gradient and elements."""
-    structure: Any
-    gradients, structure = jax.tree.flatten(updates, is_leaf=lambda x: x is None)
-    pairs = zip(gradients, structure.flatten_up_to(tree), strict=True)
-    return [x for g, x in pairs if g is not None and g.size]
-
-
-def rnn_mlp(*, lstm_size: int = 64, hidden_size: int = 32) -> LearnedOptimizer:
+def rnn_mlp(*, lstm_size: int = 64, hidden_size: int = 32, published: bool = False) -> LearnedOptimizer:
     """An LSTM over tensors and an MLP over parameters, each telling the other what it found.
 
     The gradient is clipped to ten times its running root mean square over all tensors (+-10 at first). Per tensor:
@@ -192,12 +183,13 @@ def rnn_mlp(*, lstm_size: int = 64, hidden_size: int = 32) -> LearnedOptimizer:
     The reference also takes validation losses. None are taken here, which it treats as a validation loss of zero.
     Of ranks above 4 the axes from the fourth on count as one in the shape that the LSTM sees.
 
-    A fresh rule is nearly RMSProp with momentum at unit RMS and step .001. Non-finite gradient entries count as 0.
-    State: 10 numbers a parameter, and ``16 + 2 lstm_size`` a tensor. Meta-parameters: 35,799 for the default sizes.
+    A fresh rule is nearly RMSProp with momentum at unit RMS and step .001. Non-finite gradient entries count as 0, and
+    what has no gradient rests (:func:`learned_opt.tensors.rule_transform`). State: 10 numbers and a byte a parameter, and ``16 + 2 lstm_size`` a tensor. Meta-parameters: 35,799 for the default sizes.
 
     Args:
         lstm_size: units of the LSTM, at least 1.
         hidden_size: units in either hidden layer of the MLP, at least 2.
+        published: what has no gradient moves, as in the reference implementation.
 
     Returns:
         A rule that needs the loss; theta is a dict of ``lstm`` (see
@@ -229,63 +221,58 @@ def rnn_mlp(*, lstm_size: int = 64, hidden_size: int = 32) -> LearnedOptimizer:
             "from_mlp": jnp.zeros((_TO_LSTM,)),
         }
 
-    @jax.jit  # traced once for all tensors of a shape
-    def update_tensor(theta, shared, gradient, p, *accumulators):
-        limit, from_lstm, of_loss, times, tensors = shared
-        dtype = ft.compute_dtype(p.dtype)
-        g, p = ft.clean(gradient, limit.astype(dtype), dtype), p.astype(dtype)
-        *moments, from_mlp, memory = accumulators
-        m = [ft.ema(x, g, b) for x, b in zip(moments[: len(DECAYS)], DECAYS, strict=True)]
-        r = [ft.ema(x, g * g, b) for x, b in zip(moments[len(DECAYS) :], DECAYS, strict=True)]
-        inputs = [from_lstm, from_mlp, statistics(g, p, m, r, of_loss.astype(dtype))]
-        memory = lstm(theta["lstm"], jnp.concatenate([x.astype(dtype) for x in inputs])[None], memory)
-        facts = jnp.stack([tensors - 1, jnp.log(norm(p) + 1e-8), jnp.log(jnp.asarray(float(p.size), dtype))])
-        context = jnp.concatenate([times.astype(dtype), facts, linear(theta["to_mlp"], memory.hidden)[0]])
-        layers = with_context(network(theta["mlp"]), context)
-        u, *to_lstm = whole_tensor_mlp(columns, (g, p, m, r), layers, eps=_EPS, outputs=2 + _TO_LSTM, finish=step_of)
-        return u.astype(gradient.dtype), *m, *r, jnp.stack([jnp.mean(x) for x in to_lstm]), memory
+    def step(theta, shared, g, p, tensor):
+        limit, from_lstm, of_loss, times, tensors = (x.astype(g.dtype) for x in shared)
+        g = jnp.clip(g, -limit, limit)
+        m = [ema(x, g, b) for x, b in zip(tensor.m, DECAYS, strict=True)]
+        r = [ema(x, g * g, b) for x, b in zip(tensor.r, DECAYS, strict=True)]
+        seen = jnp.concatenate([from_lstm, tensor.from_mlp, statistics(g, p, m, r, of_loss)])
+        memory = lstm(theta["lstm"], seen[None], tensor.memory)
+        facts = jnp.stack([tensors - 1, jnp.log(norm(p) + 1e-8), jnp.log(jnp.asarray(float(p.size), p.dtype))])
+        context = jnp.concatenate([times, facts, linear(theta["to_mlp"], memory.hidden)[0]])
+        layers = with_context(network(theta["mlp"]), context, COLUMNS)
+        u, *to_lstm = column_mlp(columns, (g, p, m, r), layers, eps=_EPS, outputs=2 + _TO_LSTM, finish=step_of)
+        return u, RNNMLPTensor(tuple(m), tuple(r), jnp.stack([jnp.mean(x) for x in to_lstm]), memory)
 
-    def build(theta, num_steps=None):
+    def build(theta, num_steps=None, batch_axes=None):
         del num_steps
 
-        def init_fn(params):
-            ft.check_params(params)
-            dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(params))
-            dtypes = jax.tree.map(lambda p: ft.compute_dtype(jnp.result_type(p)), params)
-            return RNNMLPState(
-                step=jnp.zeros((), jnp.int32),
-                loss=LossMean(jnp.zeros((), dtype), jnp.zeros((), dtype), jnp.zeros((), jnp.int32)),
-                clipper=Clipper(jnp.ones((), jnp.int32), jnp.full((), 0.01, dtype)),
-                from_lstm=jnp.array(theta["from_lstm"], dtype),
-                m=tuple(ft.zeros(params) for _ in DECAYS),
-                r=tuple(ft.zeros(params) for _ in DECAYS),
-                from_mlp=jax.tree.map(lambda dtype: jnp.array(theta["from_mlp"], dtype), dtypes),
-                memory=jax.tree.map(lambda dtype: lstm_start(theta["lstm"], 1, dtype), dtypes),
-            )
+        def start(p):
+            dtype = compute_dtype(p.dtype)
+            m, r = (tuple(jnp.zeros_like(p, dtype) for _ in DECAYS) for _ in range(2))
+            return RNNMLPTensor(m, r, jnp.array(theta["from_mlp"], dtype), lstm_start(theta["lstm"], 1, dtype))
 
-        def update_fn(updates, state, params=None, *, value=None, **extra_args):
-            del extra_args
-            params = ft.required_params(params, "rnn_mlp")
-            of_loss, loss = loss_features(state.loss, required_loss(value, "rnn_mlp"))
-            limit, dtype = clip_limit(state.clipper), state.from_lstm.dtype
-            gradients = [ft.clean(g, limit, dtype) for g in moving(updates, updates)]
-            times = sine_embedding(state.step, dtype)
-            settled: Theta = settle(theta, jax.tree.leaves(updates))
-            shared = (limit, state.from_lstm, of_loss, times, jnp.log(jnp.asarray(max(len(gradients), 1), dtype)))
-            update = functools.partial(update_tensor, settled, shared)
-            old = (*state.m, *state.r, state.from_mlp, state.memory)
-            results = ft.map_tensors(update, updates, params, *old)
-            updates, moments, (from_mlp, memory) = results[0], results[1:-2], results[-2:]
-            clipper, from_lstm = state.clipper, state.from_lstm
-            if gradients:
-                square = sum(jnp.mean(g * g) for g in gradients) / len(gradients)
-                clipper = Clipper(clipper.step + 1, ft.ema(clipper.size, jnp.sqrt(1e-8 + square), 0.99))
-                hidden = jnp.concatenate([x.hidden.astype(dtype) for x in moving(updates, memory)])
-                from_lstm = jnp.mean(linear(theta["to_all"], hidden), 0)
-            m, r = tuple(moments[: len(DECAYS)]), tuple(moments[len(DECAYS) :])
-            step = optax.safe_increment(state.step)
-            return updates, RNNMLPState(step, loss, clipper, from_lstm, m, r, from_mlp, memory)
+        def start_shared(dtype, tensors):
+            del tensors
+            loss = LossMean(jnp.zeros((), dtype), jnp.zeros((), dtype), jnp.zeros((), jnp.int32))
+            clipper = Clipper(jnp.ones((), jnp.int32), jnp.full((), 0.01, dtype))
+            return Told(loss, clipper, jnp.array(theta["from_lstm"], dtype))
 
-        return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+        def update(groups, count, told, value):
+            of_loss, loss = loss_features(told.loss, required_loss(value, "rnn_mlp"))
+            if not groups:
+                return [], told._replace(loss=loss)
+            limit, dtype = clip_limit(told.clipper), told.from_lstm.dtype
+            tensors = sum(group.rows.size for group in groups)
+            shared = (limit, told.from_lstm, of_loss, sine_embedding(count, dtype), jnp.log(jnp.asarray(tensors, dtype)))
+            results = each(functools.partial(step, theta, shared), groups)
+
+            def size(g, p, tensor):
+                del p, tensor
+                return jnp.mean(jnp.clip(g, -limit.astype(g.dtype), limit.astype(g.dtype)) ** 2)
+
+            square = jnp.mean(in_order([x.astype(dtype) for x in each(size, groups)], groups))
+            clipper = Clipper(told.clipper.step + 1, ema(told.clipper.size, jnp.sqrt(1e-8 + square), 0.99))
+            hidden = in_order([tensor.memory.hidden[:, 0].astype(dtype) for _, tensor in results], groups)
+            return results, Told(loss, clipper, jnp.mean(linear(theta["to_all"], hidden), 0))
+
+        return rule_transform(
+            "rnn_mlp",
+            start=start,
+            start_shared=start_shared,
+            update=update,
+            rest=not published,
+            batch_axes=batch_axes,
+        )
 
     return LearnedOptimizer(init, build, needs=("value",))

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .. import features as ft
 from .. import rules  # the whole registry: read only when a scheduler is made, after it is complete
 from ..base import LearnedOptimizer, Theta
+from ..features import compute_dtype
+from ..tensors import check_params, common_dtype
 from . import recurrent
 from .celo import PAPER
 from .recurrent import LOSSES, RUN, LossBuffer, LSTMState
@@ -106,13 +107,13 @@ def scheduler(
         layers = recurrent.pooled_init(k_scheduler, _INPUTS, lstm_size) | {"step_size": step_size}
         return {"base": inner.init(k_base), "scheduler": layers}
 
-    def build(theta, num_steps=None):
-        transform = optax.with_extra_args_support(inner.build(theta["base"], num_steps=num_steps))
+    def build(theta, num_steps=None, batch_axes=None):
+        transform = optax.with_extra_args_support(inner.build(theta["base"], num_steps=num_steps, batch_axes=batch_axes))
         layers = theta["scheduler"]
 
         def init_fn(params):
-            ft.check_params(params)
-            dtype = ft.common_dtype(params)
+            check_params(params)
+            dtype = common_dtype(params)
             memory = recurrent.lstm_start(layers["lstm"], 1, dtype)
             start = recurrent.loss_start(dtype)
             return SchedulerState(jnp.zeros((), jnp.int32), start, memory, transform.init(params))
@@ -125,7 +126,7 @@ def scheduler(
             scale = rate * jnp.exp(recurrent.linear(layers["step_size"], memory.hidden)[0, 0])
             scale = scale * scheduled(schedule, state.step, num_steps, scale.dtype)
             updates, inner_state = transform.update(updates, state.base, params, value=value, **extra_args)
-            updates = jax.tree.map(lambda u: (scale.astype(ft.compute_dtype(u.dtype)) * u).astype(u.dtype), updates)
+            updates = jax.tree.map(lambda u: (scale.astype(compute_dtype(u.dtype)) * u).astype(u.dtype), updates)
             return updates, SchedulerState(optax.safe_increment(state.step), loss, memory, inner_state)
 
         return optax.GradientTransformationExtraArgs(init_fn, update_fn)

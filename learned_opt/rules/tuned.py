@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import optax
 
 from ..base import LearnedOptimizer, Theta
-from ..features import check_params, clean, compute_dtype
+from ..features import clean, compute_dtype
+from ..tensors import as_array, check_params, common_dtype, where_gradients
 
 PAPER = "learned hyperparameters: Maclaurin, Duvenaud & Adams 2015, arXiv:1502.03492; Adam: arXiv:1412.6980"
 
@@ -50,8 +51,8 @@ def _learnable(transform: Callable[..., optax.GradientTransformation], **start: 
             for name, value in start.items()
         }
 
-    def build(theta, num_steps=None):
-        del num_steps
+    def build(theta, num_steps=None, batch_axes=None):
+        del num_steps, batch_axes  # entry by entry
 
         def inner(dtype):
             values = {name: value.astype(dtype) for name, value in hyperparameters(theta).items()}
@@ -62,13 +63,13 @@ def _learnable(transform: Callable[..., optax.GradientTransformation], **start: 
 
         def init_fn(params):
             check_params(params)
-            return inner(jnp.float32).init(wide(jax.tree.map(jnp.asarray, params)))
+            return inner(jnp.float32).init(wide(jax.tree.map(as_array, params)))
 
         def update_fn(updates, state, params=None, **extra_args):
             dtypes = jax.tree.map(jnp.result_type, updates)
+            params = None if params is None else wide(where_gradients(updates, params))
             updates = jax.tree.map(lambda g: clean(g, _LIMIT, compute_dtype(g.dtype)), updates)
-            dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(updates))
-            updates, state = inner(dtype).update(updates, state, None if params is None else wide(params), **extra_args)
+            updates, state = inner(common_dtype(updates)).update(updates, state, params, **extra_args)
             return jax.tree.map(lambda u, dtype: u.astype(dtype), updates, dtypes), state
 
         return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -1,0 +1,59 @@
+"""Newton-Schulz steps towards the nearest orthogonal matrix."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+_QUINTIC = (3.4445, -4.775, 2.0315)
+_STEPS = 5
+_LONG = 4  # times the shorter side, from which on the steps are multiplied up first
+_SHORT = 64  # the shorter side from which on that pays
+
+
+def newton_schulz(x: jax.Array) -> jax.Array:
+    """Five quintic Newton-Schulz steps towards the nearest (semi-)orthogonal matrix, on the last two axes.
+
+    ``X <- x / (|x|_F + 1e-8)``; ``A = X X'``, ``X <- 3.4445 X + (-4.775 A + 2.0315 A A) X``.
+
+    All steps are polynomials in the first ``A``: where it is far smaller than ``X`` they are multiplied up first, and
+    ``X`` is read only twice. In float32 that differs from the steps one by one by some 1e-4 of the largest entry.
+
+    Args:
+        x: ``[..., n, m]``.
+
+    Returns:
+        ``[..., n, m]``, singular values near 1 (0.7 to 1.2) where those of ``x`` are not tiny.
+
+    Reference:
+        Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024.
+
+    Example:
+        >>> print(jnp.round(newton_schulz(jnp.diag(jnp.array([3.0, -1.0]))), 1))
+        [[ 0.7  0. ]
+         [ 0.  -1.1]]
+    """
+    tall = x.shape[-2] > x.shape[-1]
+    x = jnp.swapaxes(x, -1, -2) if tall else x
+    # the derivative of the norm is finite at 0 only with something under the root
+    x = x / (jnp.sqrt(jnp.sum(x * x, (-2, -1), keepdims=True) + 1e-30) + 1e-8)
+    short, long = x.shape[-2:]
+    x = _by_gram(x) if long >= _LONG * short >= _LONG * _SHORT else _by_steps(x)
+    return jnp.swapaxes(x, -1, -2) if tall else x
+
+
+def _by_steps(x: jax.Array) -> jax.Array:
+    for _ in range(_STEPS):
+        a = x @ jnp.swapaxes(x, -1, -2)
+        x = _QUINTIC[0] * x + (_QUINTIC[1] * a + _QUINTIC[2] * (a @ a)) @ x
+    return x
+
+
+def _by_gram(x: jax.Array) -> jax.Array:
+    a = x @ jnp.swapaxes(x, -1, -2)
+    one = jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), a.shape)
+    factors = []
+    for _ in range(_STEPS):
+        factors.append(_QUINTIC[0] * one + _QUINTIC[1] * a + _QUINTIC[2] * (a @ a))
+        a = factors[-1] @ a @ factors[-1]
+    return functools.reduce(jnp.matmul, reversed(factors)) @ x

@@ -1,0 +1,288 @@
+"""From a rule for one tensor to an Optax transform: one scaffold for every rule.
+
+A rule says what it accumulates for a tensor and how it steps; this file does the rest. Tensors of one shape are stacked
+and go through one compiled body, so that compile time does not grow with depth. States mirror the parameters, name by
+name. What has had no gradient rests.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from .features import clean, compute_dtype
+
+Tree = Any
+BatchAxes = Callable[[str, tuple[int, ...]], int]
+
+_LIMIT = 1e15  # of a gradient's size: its square is still a float32
+_NEVER = 255  # of `idle`: no gradient yet
+_FADE = 0.9  # an update's factor for each step without a gradient, Adam's for its first moment
+
+
+class RuleState(NamedTuple):
+    """State of a learned rule.
+
+    Attributes:
+        step: int32 scalar, updates done.
+        shared: what concerns all tensors: running means of the loss, an LSTM's memory. ``()`` for most rules.
+        tensors: what the rule accumulates, a NamedTuple of trees over the parameters.
+        idle: uint8, a tree over the parameters: steps since an entry's gradient last was neither zero nor non-finite,
+            255 where it never was. ``()`` where nothing rests.
+    """
+
+    step: jax.Array
+    shared: Any
+    tensors: Any
+    idle: Tree
+
+
+class Group(NamedTuple):
+    """All tensors of one shape.
+
+    Attributes:
+        gradient: ``[k, *shape]``, finite.
+        param: ``[k, *shape]``.
+        tensors: the rule's accumulators, each ``[k, ...]``.
+        idle: ``[k, *shape]``, or ``()``.
+        rows: which of all tensors these are, ``k`` places.
+    """
+
+    gradient: jax.Array
+    param: jax.Array
+    tensors: Any
+    idle: Any
+    rows: np.ndarray
+
+
+def each(step: Callable, groups: Sequence[Group], *rows: Tree) -> list:
+    """``step(gradient, param, accumulators, *row)`` of every tensor, compiled once a shape; results by group.
+
+    Args:
+        step: for one tensor.
+        groups: all of them.
+        *rows: trees of arrays ``[tensors, ...]``, a row for each tensor.
+    """
+
+    def of_group(group: Group):
+        own = [jax.tree.map(lambda x: x[group.rows], row) for row in rows]
+        return jax.vmap(step)(group.gradient, group.param, group.tensors, *own)
+
+    return [of_group(group) for group in groups]
+
+
+def in_order(values: Sequence[jax.Array], groups: Sequence[Group]) -> jax.Array:
+    """``[tensors, ...]`` of what groups gave, ``[k, ...]`` each."""
+    return jnp.concatenate(values)[np.argsort(np.concatenate([group.rows for group in groups]))]
+
+
+def one_matrix(path: str, shape: tuple[int, ...]) -> int:
+    """The default of ``batch_axes``: no tensor is a stack of others."""
+    del path, shape
+    return 0
+
+
+def rule_transform(
+    name: str,
+    *,
+    start: Callable[[jax.Array], Any],
+    update: Callable[..., tuple[list, Any]],
+    start_shared: Callable[[jax.typing.DTypeLike, int], Any] = lambda dtype, tensors: (),
+    rest: bool = True,
+    batch_axes: BatchAxes | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""The Optax transform of a rule.
+
+    Gradients are cleaned (a non-finite entry counts as 0). Then, with ``rest``, **what has no gradient rests**:
+    with :math:`k` the steps since an entry last had a gradient that was neither zero nor non-finite, its update is
+    multiplied by :math:`0.9^k`, and by 0 before the first: it fades as Adam's does. Without this a rule that normalises
+    its output moves unused heads, frozen parts and rare tokens' embeddings at full speed.
+
+    Parameters without a gradient (``None``) or without elements are passed over.
+
+    Args:
+        name: of the rule, for messages.
+        start: ``parameter -> accumulators``, a NamedTuple whose structure is the same for all tensors.
+        update: ``(groups, step, shared, value) -> ([(updates, accumulators) for each group], shared)``; see
+            :func:`each`. ``value`` is the loss, or ``None``.
+        start_shared: ``(dtype, tensors) -> shared``: the widest dtype computed in, and the number of tensors.
+        rest: see above. Adam and its kin need none: their updates fade by themselves.
+        batch_axes: ``(path, shape) -> n``: the first ``n`` axes of that parameter index separate tensors, such as the
+            layers of a scanned network. By default 0.
+
+    Returns:
+        An Optax transform; its state is a :class:`RuleState`.
+    """
+    lead_of = batch_axes or one_matrix
+
+    def start_of(p):
+        return start(p), jnp.full_like(p, _NEVER, jnp.uint8) if rest else ()
+
+    struct: Any = jax.tree.structure(jax.eval_shape(start_of, jax.ShapeDtypeStruct((), jnp.float32)))
+
+    def init_fn(params):
+        check_params(params)
+        params = jax.tree.map(as_array, params)
+        leaves, tree = jax.tree.flatten(params)
+        lead = [_lead(lead_of, path, leaf) for path, leaf in jax.tree.leaves_with_path(params)]
+        started = [struct.flatten_up_to(_over_axes(start_of, n)(p)) for p, n in zip(leaves, lead, strict=True)]
+        columns = zip(*started, strict=True) if started else [()] * struct.num_leaves
+        tensors, idle = struct.unflatten([tree.unflatten(x) for x in columns])
+        count = sum(math.prod(p.shape[:n]) for p, n in zip(leaves, lead, strict=True) if p.size)
+        return RuleState(jnp.zeros((), jnp.int32), start_shared(common_dtype(params), count), tensors, idle)
+
+    def update_fn(updates, state, params=None, *, value=None, **extra_args):
+        del extra_args
+        if params is None:
+            raise ValueError(f"{name} reads the parameters: call update(gradients, state, params)")
+        if not isinstance(state, RuleState):
+            raise ValueError(
+                f"{name} was given a state of {type(state).__name__}, not of RuleState: one that an earlier release "
+                "saved, or of another optimizer; start from a new init(params)"
+            )
+        given, tree = jax.tree.flatten(updates, is_leaf=lambda x: x is None)
+        paths = [path for path, _ in jax.tree.leaves_with_path(updates, is_leaf=lambda x: x is None)]
+        moving = [i for i, g in enumerate(given) if g is not None and jnp.size(g)]
+        lead = {i: _lead(lead_of, paths[i], given[i]) for i in moving}
+        # what has no gradient may hold anything: an unfiltered Equinox model holds functions
+        at = [jnp.asarray(p) if i in lead else None for i, p in enumerate(tree.flatten_up_to(params))]
+        run = functools.partial(core, tree, moving, lead)
+        return _automatic(run, (updates, state), at, None if value is None else jnp.asarray(value))
+
+    def core(tree, moving, lead, carried, at, value):
+        updates, state = carried
+        given = tree.flatten_up_to(updates)
+        columns = [tree.flatten_up_to(x) for x in struct.flatten_up_to((state.tensors, state.idle))]
+        groups, members = _gather(given, at, columns, struct, moving, lead)
+        results, shared = update(groups, state.step, state.shared, value)
+        for group, where, (u, tensors) in zip(groups, members, results, strict=True):
+            idle = jax.tree.map(lambda x, g=group.gradient: _idle(x, g), group.idle)
+            u = u * _fade(idle, u.dtype) if rest else u
+            new, first = struct.flatten_up_to((tensors, idle)), 0
+            for i in where:
+                shape = given[i].shape[: lead[i]]
+                rows = slice(first, first := first + math.prod(shape))
+                given[i] = u[rows].reshape(given[i].shape).astype(given[i].dtype)
+                for column, x in zip(columns, new, strict=True):
+                    column[i] = x[rows].reshape(shape + x.shape[1:])
+        tensors, idle = struct.unflatten([tree.unflatten(x) for x in columns])
+        return tree.unflatten(given), RuleState(optax.safe_increment(state.step), shared, tensors, idle)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+# --- checks
+
+
+def check_params(params: Tree) -> None:
+    """Refuse parameters that no gradient descent can move.
+
+    Raises:
+        ValueError: naming the first leaf that is not of a real floating dtype.
+    """
+    for path, leaf in jax.tree.leaves_with_path(params):
+        dtype = _dtype(leaf)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(
+                f"learned rules update real floating-point parameters, but params{jax.tree_util.keystr(path)} is "
+                f"{dtype}: leave it out with optax.masked or optax.multi_transform"
+            )
+
+
+def common_dtype(params: Tree) -> jnp.dtype:
+    """The dtype for what concerns all tensors: the widest that any is computed in."""
+    return functools.reduce(jnp.promote_types, (_dtype(x) for x in jax.tree.leaves(params)), jnp.float32)
+
+
+def where_gradients(updates: Tree, params: Tree) -> Tree:
+    """``params`` as arrays, ``None`` where there is no gradient: there an unfiltered Equinox model holds functions."""
+    given, tree = jax.tree.flatten(updates, is_leaf=lambda x: x is None)
+    pairs = zip(given, tree.flatten_up_to(params), strict=True)
+    return tree.unflatten([None if g is None else jnp.asarray(p) for g, p in pairs])
+
+
+# --- groups
+
+
+def _gather(given, at, columns, struct, moving, lead) -> tuple[list[Group], list[list[int]]]:
+    """Groups of the tensors that move, and which leaves each holds."""
+    by_kind: dict[Any, list[int]] = {}
+    counts = {i: math.prod(given[i].shape[: lead[i]]) for i in moving}
+    rows = dict(zip(moving, np.split(np.arange(sum(counts.values())), np.cumsum([counts[i] for i in moving])), strict=False))
+    for i in moving:
+        arrays = (given[i], at[i], *(column[i] for column in columns))
+        by_kind.setdefault(tuple(_kind(x, lead[i]) for x in arrays), []).append(i)
+
+    def stack(column, where):
+        return jnp.concatenate([column[i].reshape(counts[i], *column[i].shape[lead[i] :]) for i in where])
+
+    groups = []
+    for where in by_kind.values():
+        g, p = stack(given, where), stack(at, where)
+        dtype = compute_dtype(p.dtype)
+        state = struct.unflatten([stack(column, where) for column in columns])
+        numbers = np.concatenate([rows[i] for i in where])
+        groups.append(Group(clean(g, _LIMIT, dtype), p.astype(dtype), *state, numbers))
+    return groups, list(by_kind.values())
+
+
+def _kind(x: jax.Array, lead: int) -> tuple:
+    """What stacked tensors must have in common: shape, dtype, and inside ``shard_map`` the devices it varies over."""
+    return x.shape[lead:], x.dtype, jax.typeof(x).manual_axis_type
+
+
+def _lead(lead_of: BatchAxes, path: Sequence, leaf: Any) -> int:
+    name, shape = jax.tree_util.keystr(path, simple=True, separator="/"), jnp.shape(leaf)
+    lead = lead_of(name, shape)
+    if not 0 <= lead <= len(shape):
+        raise ValueError(f"batch_axes gives {lead} for {name!r} of shape {shape}")
+    return lead
+
+
+def _over_axes(start: Callable, lead: int) -> Callable:
+    return start if lead == 0 else jax.vmap(_over_axes(start, lead - 1))
+
+
+def _dtype(x: Any) -> jnp.dtype:
+    return x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
+
+
+def as_array(p: Any) -> jax.Array:
+    """A parameter as an array, be it a NumPy array, a number, or only its shape and dtype."""
+    return jnp.zeros(p.shape, p.dtype) if isinstance(p, jax.ShapeDtypeStruct) else jnp.asarray(p)
+
+
+# --- rest
+
+
+def _idle(idle: jax.Array, gradient: jax.Array) -> jax.Array:
+    """Steps without a gradient after this one; 254 of them are as many as any more."""
+    older = jnp.where(idle >= _NEVER - 1, idle, idle + jnp.uint8(1))
+    return jnp.where(jnp.isfinite(gradient) & (gradient != 0), jnp.uint8(0), older)
+
+
+def _fade(idle: jax.Array, dtype) -> jax.Array:
+    return jnp.where(idle == _NEVER, 0, jnp.asarray(_FADE, dtype) ** idle.astype(dtype))
+
+
+# --- explicit meshes
+
+
+def _automatic(core: Callable, carried: Tree, *arguments: Tree) -> Tree:
+    """``core(carried, *arguments)``, of the type and sharding of ``carried``, with no axis of a mesh explicit.
+
+    Statistics of rows and columns and products of matrices have no one sharding that follows from the parameters';
+    XLA finds one.
+    """
+    shardings = jax.tree.map(lambda x: jax.typeof(x).sharding, carried)
+    mesh = next((s.mesh for s in jax.tree.leaves(shardings) if s.mesh.explicit_axes), None)
+    if mesh is None:
+        return core(carried, *arguments)
+    out = jax.tree.map(lambda s: jax.sharding.NamedSharding(mesh, s.spec), shardings)
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.sharding.auto_axes(core, axes=mesh.explicit_axes, out_sharding=out)(carried, *arguments)
