@@ -10,7 +10,7 @@ DECAY = 0.95  # of the statistics
 
 
 class Sides(NamedTuple):
-    """Both sides of a matrix; the arrays of a side that is not rotated are ``[0, 0]``.
+    """Both sides of a matrix; the arrays of a side that is not rotated are ``[1, 1]``.
 
     Attributes:
         left: running mean of :math:`G G^\\top`, ``[n, n]``.
@@ -35,7 +35,12 @@ def rotated(shape: tuple[int, ...], max_dim: int, max_ratio: float) -> tuple[boo
     if len(shape) != 2:
         return False, False
     n, m = shape
-    return 0 < n <= min(max_dim, max_ratio * m), 0 < m <= min(max_dim, max_ratio * n)
+    return 1 < n <= min(max_dim, max_ratio * m), 1 < m <= min(max_dim, max_ratio * n)
+
+
+def turns(side: jax.Array) -> bool:
+    """Whether a side, given by its statistic or basis, is rotated."""
+    return side.shape[-1] > 1
 
 
 def start(x: jax.Array, *, max_dim: int, max_ratio: float, dtype) -> Sides:
@@ -43,7 +48,7 @@ def start(x: jax.Array, *, max_dim: int, max_ratio: float, dtype) -> Sides:
 
     def zeros(axis: int, side: bool) -> jax.Array:
         if not side:
-            return jnp.zeros((0, 0), dtype)
+            return jnp.zeros((1, 1), dtype)
         rows = jnp.max(jnp.zeros_like(x, dtype), 1 - axis, initial=0)  # sharded as the side is
         return rows[:, None] + jnp.zeros((1, rows.size), dtype)
 
@@ -53,21 +58,21 @@ def start(x: jax.Array, *, max_dim: int, max_ratio: float, dtype) -> Sides:
 
 def rotate(x: jax.Array, sides: Sides) -> jax.Array:
     r""":math:`Q_L^\top x\, Q_R` on the last two axes."""
-    x = sides.left_basis.T @ x if sides.left.size else x
-    return x @ sides.right_basis if sides.right.size else x
+    x = sides.left_basis.T @ x if turns(sides.left) else x
+    return x @ sides.right_basis if turns(sides.right) else x
 
 
 def rotate_back(x: jax.Array, sides: Sides) -> jax.Array:
     r""":math:`Q_L\, x\, Q_R^\top`."""
-    x = sides.left_basis @ x if sides.left.size else x
-    return x @ sides.right_basis.T if sides.right.size else x
+    x = sides.left_basis @ x if turns(sides.left) else x
+    return x @ sides.right_basis.T if turns(sides.right) else x
 
 
 def observe(sides: Sides, g: jax.Array, decay: float = DECAY) -> Sides:
     r"""Take in a gradient: :math:`L \leftarrow \beta L + (1 - \beta) G G^\top`, and :math:`R` with :math:`G^\top G`."""
     b = jnp.asarray(decay, g.dtype)
-    left = b * sides.left + (1 - b) * (g @ g.T) if sides.left.size else sides.left
-    right = b * sides.right + (1 - b) * (g.T @ g) if sides.right.size else sides.right
+    left = b * sides.left + (1 - b) * (g @ g.T) if turns(sides.left) else sides.left
+    right = b * sides.right + (1 - b) * (g.T @ g) if turns(sides.right) else sides.right
     return sides._replace(left=left, right=right)
 
 
@@ -92,7 +97,7 @@ def correct(step: jax.Array, sides: Sides, turning: Any, squares: Any, *, every:
     Reference:
         Vyas et al., "SOAP: Improving and stabilizing Shampoo using Adam", 2024, arXiv:2409.11321.
     """
-    if not sides.left.size and not sides.right.size:
+    if not turns(sides.left) and not turns(sides.right):
         return sides, turning, squares
     k = sides.left.shape[0]
     some = -(-k // every)
@@ -103,7 +108,7 @@ def correct(step: jax.Array, sides: Sides, turning: Any, squares: Any, *, every:
     bases, orders = [], []
     for statistic, basis in ((old.left, old.left_basis), (old.right, old.right_basis)):
         constants = jax.lax.stop_gradient((first, due, statistic, basis))
-        new, order = _correct(*constants) if statistic.size else (basis, None)
+        new, order = _correct(*constants) if turns(statistic) else (basis, None)
         bases.append(new)
         orders.append(order)
     new_sides = old._replace(left_basis=bases[0], right_basis=bases[1])
@@ -122,8 +127,8 @@ def correct(step: jax.Array, sides: Sides, turning: Any, squares: Any, *, every:
 
 def _turn(x: jax.Array, old: Sides, new: Sides) -> jax.Array:
     """What :func:`rotate` by the old bases gave, by the new ones."""
-    x = (new.left_basis.T @ old.left_basis) @ x if old.left.size else x
-    return x @ (old.right_basis.T @ new.right_basis) if old.right.size else x
+    x = (new.left_basis.T @ old.left_basis) @ x if turns(old.left) else x
+    return x @ (old.right_basis.T @ new.right_basis) if turns(old.right) else x
 
 
 def _permute(x: jax.Array, left: jax.Array | None, right: jax.Array | None) -> jax.Array:
