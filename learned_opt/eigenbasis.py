@@ -1,28 +1,28 @@
 """Shampoo's eigenbasis as SOAP keeps it: eigenvectors of running means of G G' and G' G, corrected now and then."""
 
+import functools
 import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from .features import ema
 
 DECAY = 0.95  # of the statistics
 
 
 class Sides(NamedTuple):
-    """Both sides of a matrix; the arrays of a side that is not rotated are ``[1, 1]``.
+    """Both sides of a matrix; the array of a side that is not rotated is ``[2, 1, 1]``.
 
     Attributes:
-        left: running mean of :math:`G G^\\top`, ``[n, n]``.
-        right: of :math:`G^\\top G`, ``[m, m]``.
-        left_basis: approximate eigenvectors of ``left`` by falling eigenvalue, ``[n, n]``.
-        right_basis: of ``right``.
+        left: ``[2, n, n]``, a running mean of :math:`G G^\\top` and its approximate eigenvectors by falling eigenvalue.
+        right: ``[2, m, m]``, the same of :math:`G^\\top G`.
     """
 
     left: jax.Array
     right: jax.Array
-    left_basis: jax.Array
-    right_basis: jax.Array
 
 
 def as_matrix(x: jax.Array) -> jax.Array:
@@ -39,45 +39,61 @@ def rotated(shape: tuple[int, ...], max_dim: int, max_ratio: float) -> tuple[boo
 
 
 def turns(side: jax.Array) -> bool:
-    """Whether a side, given by its statistic or basis, is rotated."""
+    """Whether a side is rotated."""
     return side.shape[-1] > 1
 
 
 def start(x: jax.Array, *, max_dim: int, max_ratio: float, dtype) -> Sides:
     """No statistics and no rotation, for a matrix (a vector or scalar is never rotated)."""
 
-    def zeros(axis: int, side: bool) -> jax.Array:
-        if not side:
-            return jnp.zeros((1, 1), dtype)
+    def side(axis: int, rotate: bool) -> jax.Array:
+        if not rotate:
+            return jnp.zeros((2, 1, 1), dtype)
         rows = jnp.max(jnp.zeros_like(x, dtype), 1 - axis, initial=0)  # sharded as the side is
-        return rows[:, None] + jnp.zeros((1, rows.size), dtype)
+        zeros = rows[:, None] + jnp.zeros((1, rows.size), dtype)
+        return jnp.stack([zeros, zeros + jnp.eye(rows.size, dtype=dtype)])
 
-    statistics = [zeros(axis, side) for axis, side in enumerate(rotated(x.shape, max_dim, max_ratio))]
-    return Sides(*statistics, *(s + jnp.eye(s.shape[0], dtype=dtype) for s in statistics))
+    return Sides(*(side(axis, rotate) for axis, rotate in enumerate(rotated(x.shape, max_dim, max_ratio))))
 
 
 def rotate(x: jax.Array, sides: Sides) -> jax.Array:
     r""":math:`Q_L^\top x\, Q_R` on the last two axes."""
-    x = sides.left_basis.T @ x if turns(sides.left) else x
-    return x @ sides.right_basis if turns(sides.right) else x
+    x = sides.left[1].T @ x if turns(sides.left) else x
+    return x @ sides.right[1] if turns(sides.right) else x
 
 
 def rotate_back(x: jax.Array, sides: Sides) -> jax.Array:
     r""":math:`Q_L\, x\, Q_R^\top`."""
-    x = sides.left_basis @ x if turns(sides.left) else x
-    return x @ sides.right_basis.T if turns(sides.right) else x
+    x = sides.left[1] @ x if turns(sides.left) else x
+    return x @ sides.right[1].T if turns(sides.right) else x
 
 
 def observe(sides: Sides, g: jax.Array, decay: float = DECAY) -> Sides:
     r"""Take in a gradient: :math:`L \leftarrow \beta L + (1 - \beta) G G^\top`, and :math:`R` with :math:`G^\top G`."""
-    b = jnp.asarray(decay, g.dtype)
-    left = b * sides.left + (1 - b) * (g @ g.T) if turns(sides.left) else sides.left
-    right = b * sides.right + (1 - b) * (g.T @ g) if turns(sides.right) else sides.right
-    return sides._replace(left=left, right=right)
+
+    def after(side, square):
+        return jnp.stack([ema(side[0], square(), decay), side[1]]) if turns(side) else side
+
+    return Sides(after(sides.left, lambda: g @ g.T), after(sides.right, lambda: g.T @ g))
 
 
-def correct(step: jax.Array, sides: Sides, turning: Any, squares: Any, *, every: int) -> tuple[Sides, Any, Any]:
-    """Correct the bases of some of a stack of matrices, each once in ``every`` steps, in turns.
+class Stack(NamedTuple):
+    """What is corrected of a stack of matrices of one shape.
+
+    Attributes:
+        sides: their sides, ``[k, 2, n, n]`` and ``[k, 2, m, m]``.
+        turning: what is kept in the bases' coordinates, a tree of ``[k, ..., n, m]``: turned to the new ones.
+        squares: what belongs to single directions, a tree of ``[k, ..., n or 1, m or 1]``: moved to those that go on
+            with them; at a matrix's first turn their mean.
+    """
+
+    sides: Sides
+    turning: Any
+    squares: Any
+
+
+def correct(step: jax.Array, stacks: list[Stack], *, every: int) -> list[Stack]:
+    """Correct the bases of some of each stack's matrices, each once in ``every`` steps, in turns.
 
     A basis is the identity until its first turn, an eigendecomposition then, and after that one step of the power
     method and a QR decomposition. It is a constant to derivatives: those of eigenvectors of close eigenvalues have no
@@ -85,50 +101,69 @@ def correct(step: jax.Array, sides: Sides, turning: Any, squares: Any, *, every:
 
     Args:
         step: int32, updates done before this one.
-        sides: of the stack, ``[k, n, n]``.
-        turning: what is kept in the bases' coordinates, a tree of ``[k, n, m]``: turned to the new ones.
-        squares: what belongs to single directions, a tree of ``[k, ..., n or 1, m or 1]``: moved to those that go on
-            with them; at the first turn their mean.
+        stacks: all matrices; vectors pass through.
         every: steps between two corrections of a basis.
 
     Returns:
-        ``(sides, turning, squares)`` after it.
+        The stacks after it.
 
     Reference:
         Vyas et al., "SOAP: Improving and stabilizing Shampoo using Adam", 2024, arXiv:2409.11321.
     """
-    if not turns(sides.left) and not turns(sides.right):
-        return sides, turning, squares
-    k = sides.left.shape[0]
-    some = -(-k // every)
-    places = step % every * some + jnp.arange(some)
-    due, first = places < k, jnp.broadcast_to(step < every, places.shape)
-    whole = (sides, turning, squares)
-    old, turning, squares = jax.tree.map(lambda x: x.at[places].get(mode="clip"), whole)
-    bases, orders = [], []
-    for statistic, basis in ((old.left, old.left_basis), (old.right, old.right_basis)):
-        constants = jax.lax.stop_gradient((first, due, statistic, basis))
-        new, order = _correct(*constants) if turns(statistic) else (basis, None)
-        bases.append(new)
-        orders.append(order)
-    new_sides = old._replace(left_basis=bases[0], right_basis=bases[1])
+    counts = [jax.tree.leaves(stack)[0].shape[0] for stack in stacks]
+    some = [-(-count // every) for count in counts]
+    places = [step % every * n + jnp.arange(n) for n in some]
+    due = [place < count for place, count in zip(places, counts, strict=True)]
+    old = [
+        jax.tree.map(lambda x, place=place: x.at[place].get(mode="clip"), stack)
+        for stack, place in zip(stacks, places, strict=True)
+    ]
+    # sides of one size together, whatever stack they are of
+    by_size: dict[Any, list[tuple[int, int]]] = {}
+    for i, stack in enumerate(old):
+        for j, side in enumerate(stack.sides):
+            if turns(side):
+                by_size.setdefault((side.shape[2:], side.dtype), []).append((i, j))
+    found: dict[tuple[int, int], tuple[jax.Array, jax.Array]] = {}
+    for members in by_size.values():
+        sides = jax.lax.stop_gradient(jnp.concatenate([old[i].sides[j] for i, j in members]))
+        now = jnp.concatenate([due[i] for i, _ in members])
+        bases, orders = _correct(jnp.broadcast_to(step < every, now.shape), now, sides[:, 0], sides[:, 1])
+        cuts = np.cumsum([some[i] for i, _ in members])[:-1]
+        found |= dict(zip(members, zip(jnp.split(bases, cuts), jnp.split(orders, cuts), strict=True), strict=True))
+    new = []
+    for i, (stack, part) in enumerate(zip(stacks, old, strict=True)):
+        if not any(turns(side) for side in stack.sides):
+            new.append(stack)
+            continue
+        moved = _moved(part, [found.get((i, j)) for j in range(2)], step < every, jnp.any(due[i]))
+        put = functools.partial(lambda place, x, y: x.at[place].set(y, mode="drop"), places[i])
+        new.append(jax.tree.map(put, stack, moved))
+    return new
+
+
+def _moved(part: Stack, found: list, first: jax.Array, due: jax.Array) -> Stack:
+    """Matrices in their new bases: ``found`` holds the bases and orders of both sides, ``None`` where none turns."""
+    sides = Sides(
+        *(
+            side if new is None else jnp.stack([side[:, 0], new[0]], 1)
+            for side, new in zip(part.sides, found, strict=True)
+        )
+    )
+    orders = [new and new[1] for new in found]
 
     def move(turning, squares):
-        return (
-            jax.tree.map(lambda x: jax.vmap(_turn)(x, old, new_sides), turning),
-            jax.tree.map(lambda x: jnp.where(_over(first, x), _mean(x), _permute(x, *orders)), squares),
-        )
+        turned = jax.tree.map(lambda x: jax.vmap(_turn)(x, part.sides, sides), turning)
+        return turned, jax.tree.map(lambda x: jnp.where(first, _mean(x), _permute(x, *orders)), squares)
 
     # lanes of other ages compute it at every step, which costs what rotating anew would
-    turning, squares = jax.lax.cond(jnp.any(due), move, lambda *same: same, turning, squares)
-    new = (new_sides, turning, squares)
-    return jax.tree.map(lambda x, y: x.at[places].set(y, mode="drop"), whole, new)
+    return Stack(sides, *jax.lax.cond(due, move, lambda *same: same, part.turning, part.squares))
 
 
 def _turn(x: jax.Array, old: Sides, new: Sides) -> jax.Array:
     """What :func:`rotate` by the old bases gave, by the new ones."""
-    x = (new.left_basis.T @ old.left_basis) @ x if turns(old.left) else x
-    return x @ (old.right_basis.T @ new.right_basis) if turns(old.right) else x
+    x = (new.left[1].T @ old.left[1]) @ x if turns(old.left) else x
+    return x @ (old.right[1].T @ new.right[1]) if turns(old.right) else x
 
 
 def _permute(x: jax.Array, left: jax.Array | None, right: jax.Array | None) -> jax.Array:
@@ -142,10 +177,6 @@ def _permute(x: jax.Array, left: jax.Array | None, right: jax.Array | None) -> j
 
 def _mean(x: jax.Array) -> jax.Array:
     return jnp.broadcast_to(jnp.mean(x, (-2, -1), keepdims=True), x.shape)
-
-
-def _over(flags: jax.Array, x: jax.Array) -> jax.Array:
-    return flags.reshape(-1, *(1,) * (x.ndim - 1))
 
 
 @jax.custom_batching.custom_vmap

@@ -42,6 +42,16 @@ def ema(old: jax.Array, new: jax.Array, decay) -> jax.Array:
     return b * old.astype(new.dtype) + (1 - b) * new
 
 
+def zeros(p: jax.Array, count: int) -> jax.Array:
+    """Zeros ``[count, *shape]`` in the dtype that a rule computes in, sharded as ``p``."""
+    return jnp.stack([jnp.zeros_like(p, compute_dtype(p.dtype))] * count)
+
+
+def emas(old: jax.Array, new: jax.Array, decays) -> jax.Array:
+    """:func:`ema` of one tensor for several decays: ``[k, *shape]``."""
+    return ema(old, new[None], jnp.asarray(decays, new.dtype).reshape(-1, *(1,) * new.ndim))
+
+
 # --- factored second moments (Shazeer & Stern 2018, arXiv:1804.04235)
 
 
@@ -66,7 +76,7 @@ def factored_zeros(x: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
         ``(row, col)``, ``[count, *shape]`` with axis ``d0`` (``d1`` in ``col``) of size one. Below rank 2 ``row`` is
         the whole second moment ``[count, *shape]`` and ``col`` an unused ``[1]``.
     """
-    stack = jnp.stack([jnp.zeros_like(x, compute_dtype(x.dtype))] * count)
+    stack = zeros(x, count)
     axes = factored_axes(x.shape)
     if axes is None:
         return stack, jnp.zeros((1,), stack.dtype)
@@ -116,13 +126,13 @@ class Moments(NamedTuple):
     """What is accumulated of a tensor's gradients.
 
     Attributes:
-        m: momenta ``[*shape]``, one a decay.
-        r: the second moment, likewise.
+        m: momenta ``[decays, *shape]``.
+        r: the second moment ``[*shape]``.
         row: factored second moments by row, ``[decays, ...]``, see :func:`factored_zeros`.
         col: the same by column.
     """
 
-    m: tuple[jax.Array, ...]
+    m: jax.Array
     r: jax.Array
     row: jax.Array
     col: jax.Array
@@ -130,15 +140,13 @@ class Moments(NamedTuple):
 
 def no_moments(p: jax.Array, *, momenta: int = 3, factored: int = 3) -> Moments:
     """The moments of a tensor before its first gradient."""
-    zeros = [jnp.zeros_like(p, compute_dtype(p.dtype)) for _ in range(momenta + 1)]
-    return Moments(tuple(zeros[1:]), zeros[0], *factored_zeros(p, factored))
+    return Moments(zeros(p, momenta), jnp.zeros_like(p, compute_dtype(p.dtype)), *factored_zeros(p, factored))
 
 
 def moments_after(moments: Moments, g: jax.Array, *, momentum, rms, factored) -> Moments:
     """The moments with the gradient ``g`` in them; ``momentum``, ``rms`` and ``factored`` are decays."""
-    m = tuple(ema(x, g, b) for x, b in zip(moments.m, momentum, strict=True))
     row, col = factored_update(moments.row, moments.col, g, factored)
-    return Moments(m, ema(moments.r, g * g, rms), row, col)
+    return Moments(emas(moments.m, g, momentum), ema(moments.r, g * g, rms), row, col)
 
 
 def column_inputs(g: jax.Array, p: jax.Array, moments: Moments) -> tuple:

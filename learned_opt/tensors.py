@@ -16,6 +16,7 @@ import numpy as np
 import optax
 
 from .features import clean, compute_dtype
+from .kernels import on_cpu
 
 Tree = Any
 BatchAxes = Callable[[str, tuple[int, ...]], int]
@@ -71,9 +72,16 @@ def each(step: Callable, groups: Sequence[Group], *rows: Tree) -> list:
 
     def of_group(group: Group):
         own = [jax.tree.map(lambda x: x[group.rows], row) for row in rows]
-        return jax.vmap(step)(group.gradient, group.param, group.tensors, *own)
+        return _one_by_one(step, group.gradient, group.param, group.tensors, *own)
 
     return [of_group(group) for group in groups]
+
+
+def _one_by_one(step: Callable, *stacks: Tree) -> Tree:
+    """``step`` of every tensor of stacks."""
+    if on_cpu() and jax.tree.leaves(stacks)[0].shape[0] > 1:  # a whole stack would leave the caches at every operation
+        return jax.lax.map(lambda tensor: step(*tensor), stacks)
+    return jax.vmap(step)(*stacks)
 
 
 def in_order(values: Sequence[jax.Array], groups: Sequence[Group]) -> jax.Array:
@@ -161,8 +169,7 @@ def rule_transform(
         groups, members = _gather(given, at, columns, struct, moving, lead)
         results, shared = update(groups, state.step, state.shared, value)
         for group, where, (u, tensors) in zip(groups, members, results, strict=True):
-            idle = jax.tree.map(lambda x, g=group.gradient: _idle(x, g), group.idle)
-            u = u * _fade(idle, u.dtype) if rest else u
+            u, idle = _one_by_one(_rested, u, group.gradient, group.idle) if rest else (u, ())
             new, first = struct.flatten_up_to((tensors, idle)), 0
             for i in where:
                 shape = given[i].shape[: lead[i]]
@@ -223,9 +230,8 @@ def _gather(given, at, columns, struct, moving, lead) -> tuple[list[Group], list
 
     groups = []
     for where in by_kind.values():
-        g, p = stack(given, where), stack(at, where)
-        dtype = compute_dtype(p.dtype)
-        state = struct.unflatten([stack(column, where) for column in columns])
+        g, p, *state = (stack(column, where) for column in (given, at, *columns))
+        dtype, state = compute_dtype(p.dtype), struct.unflatten(state)
         numbers = np.concatenate([rows[i] for i in where])
         groups.append(Group(clean(g, _LIMIT, dtype), p.astype(dtype), *state, numbers))
     return groups, list(by_kind.values())
@@ -260,14 +266,11 @@ def as_array(p: Any) -> jax.Array:
 # --- rest
 
 
-def _idle(idle: jax.Array, gradient: jax.Array) -> jax.Array:
-    """Steps without a gradient after this one; 254 of them are as many as any more."""
+def _rested(u: jax.Array, gradient: jax.Array, idle: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The update, faded, and the steps without a gradient, 254 of which are as many as any more."""
     older = jnp.where(idle >= _NEVER - 1, idle, idle + jnp.uint8(1))
-    return jnp.where(jnp.isfinite(gradient) & (gradient != 0), jnp.uint8(0), older)
-
-
-def _fade(idle: jax.Array, dtype) -> jax.Array:
-    return jnp.where(idle == _NEVER, 0, jnp.asarray(_FADE, dtype) ** idle.astype(dtype))
+    idle = jnp.where(gradient != 0, jnp.uint8(0), older)
+    return u * jnp.where(idle == _NEVER, 0, jnp.asarray(_FADE, u.dtype) ** idle.astype(u.dtype)), idle
 
 
 # --- explicit meshes

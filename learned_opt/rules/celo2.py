@@ -49,7 +49,7 @@ def in_units(g: jax.Array, moments: Moments) -> tuple[jax.Array, Moments]:
     mean = jnp.mean(moments.r)
     unit = _UNIT * jax.lax.rsqrt(jnp.where(mean > 0, mean, _UNIT**2))
     m, r, row, col = moments
-    return unit * g, Moments(tuple(unit * x for x in m), unit**2 * r, unit**2 * row, unit**2 * col)
+    return unit * g, Moments(unit * m, unit**2 * r, unit**2 * row, unit**2 * col)
 
 
 def direction(theta: Theta, p: jax.Array, g: jax.Array, moments: Moments) -> jax.Array:

@@ -96,10 +96,10 @@ def celo2_soap(
         u = -unit_rms(d, EPS, tuple(range(d.ndim)[-2:]))
         return u.reshape(gradient.shape), Rotated(moments, eigenbasis.observe(sides, g))
 
-    def corrected(count, rotated):
-        (m, *squares), sides = rotated
-        sides, m, squares = eigenbasis.correct(count, sides, m, squares, every=every)
-        return Rotated(Moments(m, *squares), sides)
+    def corrected(count, tensors):
+        stacks = [eigenbasis.Stack(x.sides, x.moments.m, x.moments[1:]) for x in tensors]
+        stacks = eigenbasis.correct(count, stacks, every=every)
+        return [Rotated(Moments(x.turning, *x.squares), x.sides) for x in stacks]
 
     def build(theta, num_steps=None, batch_axes=None):
         del num_steps
@@ -107,7 +107,8 @@ def celo2_soap(
         def update(groups, count, shared, value):
             del value
             results = each(functools.partial(step, theta), groups)
-            return [(u, corrected(count, rotated)) for u, rotated in results], shared
+            tensors = corrected(count, [rotated for _, rotated in results])
+            return [(u, new) for (u, _), new in zip(results, tensors, strict=True)], shared
 
         return rule_transform("celo2_soap", start=start, update=update, batch_axes=batch_axes)
 

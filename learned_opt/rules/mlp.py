@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from ..base import LearnedOptimizer
-from ..features import compute_dtype, ema
+from ..features import emas, zeros
 from ..kernels import column_mlp
 from ..tensors import each, rule_transform
 from .networks import network, network_init, with_time
@@ -68,13 +68,13 @@ def mlp(*, hidden_size: int = 32, published: bool = False) -> LearnedOptimizer:
         return network_init(key, COLUMNS + TIMES, hidden_size, 2, _THROUGH)
 
     def start(p):
-        return tuple(jnp.zeros_like(p, compute_dtype(p.dtype)) for _ in MOMENTUM)
+        return zeros(p, len(MOMENTUM))
 
     def step(theta, t, g, p, m):
-        m = [ema(x, g, b) for x, b in zip(m, MOMENTUM, strict=True)]
+        m = emas(m, g, MOMENTUM)
         layers = with_time(network(theta), t, COLUMNS)
-        (u,) = column_mlp(columns, (g, p, m), layers, eps=_EPS, outputs=2, finish=step_of)
-        return u, tuple(m)
+        (u,) = column_mlp(columns, (g, p, list(m)), layers, eps=_EPS, outputs=2, finish=step_of)
+        return u, m
 
     def build(theta, num_steps=None, batch_axes=None):
         del num_steps

@@ -176,11 +176,11 @@ def outer(*, hidden_size: int = 8, every: int = 10) -> LearnedOptimizer:
             factor, usual = limit([deltas[i] for i in moving], state.usual)
             deltas = [x if x is None else x * factor.astype(x.dtype) for x in deltas]
             moves, after = inner.update(structure.unflatten(deltas), state.direction, params)
-            flat, fast, slow = (structure.flatten_up_to(x) for x in (moves, *after.tensors.moments.m[:2]))
-            own = [statistics(deltas[i], fast[i], slow[i], at[i].astype(fast[i].dtype), state.step) for i in moving]
+            flat, momenta = (structure.flatten_up_to(x) for x in (moves, after.tensors.moments.m))
+            own = [statistics(deltas[i], *momenta[i][:2], at[i].astype(deltas[i].dtype), state.step) for i in moving]
             scales = lengths(jnp.stack([x.astype(usual.dtype) for x in own]), state.step)
             for i, scale in zip(moving, scales, strict=True):
-                longest = _REACH * jnp.exp(_log_mean(fast[i], 0, state.step))
+                longest = _REACH * jnp.exp(_log_mean(momenta[i][0], 0, state.step))
                 flat[i] = jnp.minimum(scale, longest).astype(flat[i].dtype) * flat[i]
             flat = [x if x is None else x.astype(g.dtype) for x, g in zip(flat, given, strict=True)]
             return structure.unflatten(flat), OuterState(optax.safe_increment(state.step), usual, after)

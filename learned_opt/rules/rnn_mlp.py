@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..base import LearnedOptimizer
-from ..features import compute_dtype, ema
+from ..features import compute_dtype, ema, emas, zeros
 from ..kernels import column_mlp
 from ..tensors import each, in_order, rule_transform
 from .mlp import step_of
@@ -75,14 +75,14 @@ class RNNMLPTensor(NamedTuple):
     """What ``rnn_mlp`` keeps of a tensor.
 
     Attributes:
-        m: momenta, one a decay.
+        m: momenta, ``[5, *shape]``.
         r: second moments, likewise.
         from_mlp: ``[16]``, what the MLP told the LSTM.
         memory: the LSTM's.
     """
 
-    m: tuple[jax.Array, ...]
-    r: tuple[jax.Array, ...]
+    m: jax.Array
+    r: jax.Array
     from_mlp: jax.Array
     memory: LSTMState
 
@@ -224,22 +224,21 @@ def rnn_mlp(*, lstm_size: int = 64, hidden_size: int = 32, published: bool = Fal
     def step(theta, shared, g, p, tensor):
         limit, from_lstm, of_loss, times, tensors = (x.astype(g.dtype) for x in shared)
         g = jnp.clip(g, -limit, limit)
-        m = [ema(x, g, b) for x, b in zip(tensor.m, DECAYS, strict=True)]
-        r = [ema(x, g * g, b) for x, b in zip(tensor.r, DECAYS, strict=True)]
-        seen = jnp.concatenate([from_lstm, tensor.from_mlp, statistics(g, p, m, r, of_loss)])
+        m, r = emas(tensor.m, g, DECAYS), emas(tensor.r, g * g, DECAYS)
+        seen = jnp.concatenate([from_lstm, tensor.from_mlp, statistics(g, p, list(m), list(r), of_loss)])
         memory = lstm(theta["lstm"], seen[None], tensor.memory)
         facts = jnp.stack([tensors - 1, jnp.log(norm(p) + 1e-8), jnp.log(jnp.asarray(float(p.size), p.dtype))])
         context = jnp.concatenate([times, facts, linear(theta["to_mlp"], memory.hidden)[0]])
         layers = with_context(network(theta["mlp"]), context, COLUMNS)
-        u, *to_lstm = column_mlp(columns, (g, p, m, r), layers, eps=_EPS, outputs=2 + _TO_LSTM, finish=step_of)
-        return u, RNNMLPTensor(tuple(m), tuple(r), jnp.stack([jnp.mean(x) for x in to_lstm]), memory)
+        u, *to_lstm = column_mlp(columns, (g, p, list(m), list(r)), layers, eps=_EPS, outputs=2 + _TO_LSTM, finish=step_of)
+        return u, RNNMLPTensor(m, r, jnp.stack([jnp.mean(x) for x in to_lstm]), memory)
 
     def build(theta, num_steps=None, batch_axes=None):
         del num_steps
 
         def start(p):
             dtype = compute_dtype(p.dtype)
-            m, r = (tuple(jnp.zeros_like(p, dtype) for _ in DECAYS) for _ in range(2))
+            m, r = (zeros(p, len(DECAYS)) for _ in range(2))
             return RNNMLPTensor(m, r, jnp.array(theta["from_mlp"], dtype), lstm_start(theta["lstm"], 1, dtype))
 
         def start_shared(dtype, tensors):
