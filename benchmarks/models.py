@@ -81,7 +81,9 @@ def resnet(width: int = 32, *, blocks: int = 2, batch_size: int = 64) -> Model:
             for b in range(blocks):
                 first = n if b == 0 else m
                 block = {"conv1": conv(3, first, m), "conv2": 0.1 * conv(3, m, m)}
-                block |= {f"{part}{i}": jnp.full(m, float(part == "scale")) for i in (1, 2) for part in ("scale", "bias")}
+                block |= {
+                    f"{part}{i}": jnp.full(m, float(part == "scale")) for i in (1, 2) for part in ("scale", "bias")
+                }
                 if first != m:
                     block["skip"] = conv(1, first, m)
                 params[f"stage{s}block{b}"] = block

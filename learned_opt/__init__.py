@@ -8,6 +8,7 @@ import importlib
 
 from . import local_sgd, mup
 from .base import LearnedOptimizer, Params, Theta
+from .directions import soap, soap_muon
 from .precision import bfloat16_params, bfloat16_state
 from .reference import from_reference
 from .rules import RULES
@@ -33,6 +34,8 @@ __all__ = [
     "save",
     "schedules",
     "self_tuning",
+    "soap",
+    "soap_muon",
     "unsupervised",
 ]
 

@@ -1,7 +1,7 @@
 """SOAP, and SOAP followed by Newton-Schulz: the hand-made directions of the learned rules, for Optax."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ import optax
 
 from . import eigenbasis
 from .features import compute_dtype
+from .loaded import Mask, check_rate, decay_weights
 from .newton_schulz import newton_schulz
 from .tensors import BatchAxes, each, rule_transform
 
@@ -91,7 +92,7 @@ def soap(
     b2: float = 0.95,
     eps: float = 1e-8,
     weight_decay: optax.ScalarOrSchedule = 0.0,
-    mask: Any = None,
+    mask: Mask | None = None,
     every: int = 10,
     max_dim: int = 10_000,
     batch_axes: BatchAxes | None = None,
@@ -152,7 +153,7 @@ def soap_muon(
     b2: float = 0.95,
     eps: float = 1e-8,
     weight_decay: optax.ScalarOrSchedule = 0.0,
-    mask: Any = None,
+    mask: Mask | None = None,
     every: int = 10,
     max_dim: int = 10_000,
     batch_axes: BatchAxes | None = None,
@@ -194,16 +195,9 @@ def soap_muon(
 
 
 def _with_rate(direction, learning_rate, weight_decay, mask) -> optax.GradientTransformationExtraArgs:
-    decay = optax.scale(1.0) if _is_zero(weight_decay) else _decay(weight_decay, mask)
+    check_rate("learning_rate", learning_rate)
+    check_rate("weight_decay", weight_decay)
+    decays = not (isinstance(weight_decay, int | float) and weight_decay == 0)
+    decay = decay_weights(weight_decay, mask) if decays else optax.identity()
     rate = optax.scale_by_learning_rate(learning_rate, flip_sign=False)
     return optax.with_extra_args_support(optax.chain(direction, decay, rate))
-
-
-def _is_zero(x: Any) -> bool:
-    return isinstance(x, int | float) and x == 0
-
-
-def _decay(weight_decay: optax.ScalarOrSchedule, mask: Any) -> optax.GradientTransformation:
-    if callable(weight_decay):
-        return optax.add_decayed_weights(lambda step: -weight_decay(step), mask)
-    return optax.add_decayed_weights(-weight_decay, mask)  # the updates already point downhill

@@ -100,7 +100,7 @@ def rule_transform(
     *,
     start: Callable[[jax.Array], Any],
     update: Callable[..., tuple[list, Any]],
-    start_shared: Callable[[jax.typing.DTypeLike, int], Any] = lambda dtype, tensors: (),
+    start_shared: Callable[[Any], Any] = lambda dtype: (),
     rest: bool = True,
     batch_axes: BatchAxes | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -118,7 +118,7 @@ def rule_transform(
         start: ``parameter -> accumulators``, a NamedTuple whose structure is the same for all tensors.
         update: ``(groups, step, shared, value) -> ([(updates, accumulators) for each group], shared)``; see
             :func:`each`. ``value`` is the loss, or ``None``.
-        start_shared: ``(dtype, tensors) -> shared``: the widest dtype computed in, and the number of tensors.
+        start_shared: ``dtype -> shared``, the dtype being the widest that any tensor is computed in.
         rest: see above. Adam and its kin need none: their updates fade by themselves.
         batch_axes: ``(path, shape) -> n``: the first ``n`` axes of that parameter index separate tensors, such as the
             layers of a scanned network. By default 0.
@@ -141,8 +141,7 @@ def rule_transform(
         started = [struct.flatten_up_to(_over_axes(start_of, n)(p)) for p, n in zip(leaves, lead, strict=True)]
         columns = zip(*started, strict=True) if started else [()] * struct.num_leaves
         tensors, idle = struct.unflatten([tree.unflatten(x) for x in columns])
-        count = sum(math.prod(p.shape[:n]) for p, n in zip(leaves, lead, strict=True) if p.size)
-        return RuleState(jnp.zeros((), jnp.int32), start_shared(common_dtype(params), count), tensors, idle)
+        return RuleState(jnp.zeros((), jnp.int32), start_shared(common_dtype(params)), tensors, idle)
 
     def update_fn(updates, state, params=None, *, value=None, **extra_args):
         del extra_args
@@ -220,7 +219,9 @@ def _gather(given, at, columns, struct, moving, lead) -> tuple[list[Group], list
     """Groups of the tensors that move, and which leaves each holds."""
     by_kind: dict[Any, list[int]] = {}
     counts = {i: math.prod(given[i].shape[: lead[i]]) for i in moving}
-    rows = dict(zip(moving, np.split(np.arange(sum(counts.values())), np.cumsum([counts[i] for i in moving])), strict=False))
+    rows = dict(
+        zip(moving, np.split(np.arange(sum(counts.values())), np.cumsum([counts[i] for i in moving])), strict=False)
+    )
     for i in moving:
         arrays = (given[i], at[i], *(column[i] for column in columns))
         by_kind.setdefault(tuple(_kind(x, lead[i]) for x in arrays), []).append(i)

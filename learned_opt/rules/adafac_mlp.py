@@ -23,6 +23,7 @@ _THROUGH = 6  # the column m_.9 s
 _EPS = 1e-5
 _ROOT_EPS = 1e-6
 
+
 def decays(raw: jax.Array, start: tuple[float, ...]) -> jax.Array:
     """``b = 1 - exp(10 (ln(1 - b0) / 10 + raw))``: at ``raw`` = 0 the decays ``start``."""
     b0 = jnp.asarray(start, raw.dtype)
@@ -108,8 +109,6 @@ def adafac_mlp(*, hidden_size: int = 4, published: bool = False) -> LearnedOptim
             del value
             return each(functools.partial(step, theta, t), groups), shared
 
-        return rule_transform(
-            "adafac_mlp", start=no_moments, update=update, rest=not published, batch_axes=batch_axes
-        )
+        return rule_transform("adafac_mlp", start=no_moments, update=update, rest=not published, batch_axes=batch_axes)
 
     return LearnedOptimizer(init, build)

@@ -106,8 +106,7 @@ def celo(
     def build(theta, num_steps=None, batch_axes=None):
         scheduler = theta["scheduler"]
 
-        def start_shared(dtype, tensors):
-            del tensors
+        def start_shared(dtype):
             if scheduled:
                 recurrent.required_num_steps(num_steps, "celo")
             return Clock(recurrent.loss_start(dtype), recurrent.lstm_start(scheduler["lstm"], 1, dtype))

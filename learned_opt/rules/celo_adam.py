@@ -67,8 +67,7 @@ def celo_adam(*, lstm_size: int = 64) -> LearnedOptimizer:
         return AdamMoments(*(jnp.zeros_like(p, compute_dtype(p.dtype)) for _ in range(2)))
 
     def build(theta, num_steps=None, batch_axes=None):
-        def start_shared(dtype, tensors):
-            del tensors
+        def start_shared(dtype):
             recurrent.required_num_steps(num_steps, "celo_adam")
             return Clock(recurrent.loss_start(dtype), recurrent.lstm_start(theta["lstm"], 1, dtype))
 

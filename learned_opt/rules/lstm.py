@@ -112,7 +112,9 @@ def lstm(*, lstm_size: int = 20, output_scale: float = 0.01) -> LearnedOptimizer
             def of_layer(layer):
                 zeros = jnp.zeros_like(p, compute_dtype(p.dtype))[..., None]
                 lead = (1,) * p.ndim
-                return LSTMState(*(zeros + layer[name].astype(zeros.dtype).reshape(*lead, -1) for name in ("hidden", "cell")))
+                return LSTMState(
+                    *(zeros + layer[name].astype(zeros.dtype).reshape(*lead, -1) for name in ("hidden", "cell"))
+                )
 
             return of_layer(theta["lstm0"]), of_layer(theta["lstm1"])
 

@@ -170,8 +170,7 @@ def outer(*, hidden_size: int = 8, every: int = 10) -> LearnedOptimizer:
             if not moving:
                 return updates, state
             deltas: list[Any] = [
-                x if x is None else clean(x, _LIMIT, compute_dtype(p.dtype))
-                for x, p in zip(given, at, strict=True)
+                x if x is None else clean(x, _LIMIT, compute_dtype(p.dtype)) for x, p in zip(given, at, strict=True)
             ]
             factor, usual = limit([deltas[i] for i in moving], state.usual)
             deltas = [x if x is None else x * factor.astype(x.dtype) for x in deltas]

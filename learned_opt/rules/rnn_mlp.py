@@ -230,7 +230,9 @@ def rnn_mlp(*, lstm_size: int = 64, hidden_size: int = 32, published: bool = Fal
         facts = jnp.stack([tensors - 1, jnp.log(norm(p) + 1e-8), jnp.log(jnp.asarray(float(p.size), p.dtype))])
         context = jnp.concatenate([times, facts, linear(theta["to_mlp"], memory.hidden)[0]])
         layers = with_context(network(theta["mlp"]), context, COLUMNS)
-        u, *to_lstm = column_mlp(columns, (g, p, list(m), list(r)), layers, eps=_EPS, outputs=2 + _TO_LSTM, finish=step_of)
+        u, *to_lstm = column_mlp(
+            columns, (g, p, list(m), list(r)), layers, eps=_EPS, outputs=2 + _TO_LSTM, finish=step_of
+        )
         return u, RNNMLPTensor(m, r, jnp.stack([jnp.mean(x) for x in to_lstm]), memory)
 
     def build(theta, num_steps=None, batch_axes=None):
@@ -241,8 +243,7 @@ def rnn_mlp(*, lstm_size: int = 64, hidden_size: int = 32, published: bool = Fal
             m, r = (zeros(p, len(DECAYS)) for _ in range(2))
             return RNNMLPTensor(m, r, jnp.array(theta["from_mlp"], dtype), lstm_start(theta["lstm"], 1, dtype))
 
-        def start_shared(dtype, tensors):
-            del tensors
+        def start_shared(dtype):
             loss = LossMean(jnp.zeros((), dtype), jnp.zeros((), dtype), jnp.zeros((), jnp.int32))
             clipper = Clipper(jnp.ones((), jnp.int32), jnp.full((), 0.01, dtype))
             return Told(loss, clipper, jnp.array(theta["from_lstm"], dtype))
@@ -253,7 +254,13 @@ def rnn_mlp(*, lstm_size: int = 64, hidden_size: int = 32, published: bool = Fal
                 return [], told._replace(loss=loss)
             limit, dtype = clip_limit(told.clipper), told.from_lstm.dtype
             tensors = sum(group.rows.size for group in groups)
-            shared = (limit, told.from_lstm, of_loss, sine_embedding(count, dtype), jnp.log(jnp.asarray(tensors, dtype)))
+            shared = (
+                limit,
+                told.from_lstm,
+                of_loss,
+                sine_embedding(count, dtype),
+                jnp.log(jnp.asarray(tensors, dtype)),
+            )
             results = each(functools.partial(step, theta, shared), groups)
 
             def size(g, p, tensor):

@@ -108,7 +108,9 @@ def scheduler(
         return {"base": inner.init(k_base), "scheduler": layers}
 
     def build(theta, num_steps=None, batch_axes=None):
-        transform = optax.with_extra_args_support(inner.build(theta["base"], num_steps=num_steps, batch_axes=batch_axes))
+        transform = optax.with_extra_args_support(
+            inner.build(theta["base"], num_steps=num_steps, batch_axes=batch_axes)
+        )
         layers = theta["scheduler"]
 
         def init_fn(params):

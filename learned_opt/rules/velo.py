@@ -7,7 +7,15 @@ import jax
 import jax.numpy as jnp
 
 from ..base import LearnedOptimizer, Theta
-from ..features import Moments, column_inputs, factored_columns, factored_squares, moments_after, no_moments
+from ..features import (
+    Moments,
+    column_inputs,
+    compute_dtype,
+    factored_columns,
+    factored_squares,
+    moments_after,
+    no_moments,
+)
 from ..kernels import column_mlp
 from ..tensors import each, in_order, rule_transform
 from . import recurrent
@@ -32,14 +40,16 @@ _TINY = 1e-20  # of a second moment: below, the derivative of its root may overf
 
 
 class Clock(NamedTuple):
-    """What the LSTM of ``velo`` and ``celo`` remembers.
-
-    Attributes:
-        loss: running means of the loss.
-        memory: of the LSTM, a row for each tensor (``celo``: one row).
-    """
+    """What the scheduler of ``celo`` remembers: running means of the loss, and the LSTM's memory, one row."""
 
     loss: LossBuffer
+    memory: LSTMState
+
+
+class VeloTensor(NamedTuple):
+    """What ``velo`` keeps of a tensor: the moments of its gradients, and its row of the LSTM's memory."""
+
+    moments: Moments
     memory: LSTMState
 
 
@@ -109,7 +119,7 @@ def tensor_step(g: jax.Array, p: jax.Array, moments: Moments, weights: Theta, mu
 # --- the LSTM's view of a tensor
 
 
-def tensor_features(g: jax.Array, p: jax.Array, moments: Moments) -> jax.Array:
+def tensor_features(g: jax.Array, p: jax.Array, tensor: VeloTensor) -> jax.Array:
     """What the LSTM sees of a tensor, ``[12]``: its second moment, rank and the spread of its momenta.
 
     With ``q = rsqrt(max(1e-9, mean(p^2)))`` and ``l(x) = clip(ln(1e-8 + |10 x|), -5, 5) / 2``: ``l(mean(q r))``, the
@@ -119,9 +129,10 @@ def tensor_features(g: jax.Array, p: jax.Array, moments: Moments) -> jax.Array:
     Args:
         g: the gradient, of which it sees nothing.
         p: the parameters, ``[*shape]``.
-        moments: before the update.
+        tensor: before the update.
     """
     del g
+    moments = tensor.moments
     q = jax.lax.rsqrt(jnp.maximum(1e-9, jnp.mean(p * p)))
     means = [jnp.mean(x) for x in moments.m]
     spreads = [jnp.mean((x - mean) ** 2) for x, mean in zip(moments.m, means, strict=True)]
@@ -193,29 +204,43 @@ def velo(
         }
 
     def build(theta, num_steps=None, batch_axes=None):
-        def start_shared(dtype, tensors):
-            recurrent.required_num_steps(num_steps, "velo")
-            return Clock(recurrent.loss_start(dtype), recurrent.lstm_start(theta["lstm"], tensors, dtype))
+        def start(p):
+            return VeloTensor(no_moments(p), recurrent.lstm_start(theta["lstm"], 1, compute_dtype(p.dtype)))
 
-        def update(groups, count, clock, value):
+        def start_shared(dtype):
+            recurrent.required_num_steps(num_steps, "velo")
+            return recurrent.loss_start(dtype)
+
+        def update(groups, count, loss, value):
             value = recurrent.required_loss(value, "velo")
             total = recurrent.required_num_steps(num_steps, "velo")
-            losses, loss = recurrent.loss_update(clock.loss, value, total if loss_horizon is None else loss_horizon)
+            losses, loss = recurrent.loss_update(loss, value, total if loss_horizon is None else loss_horizon)
             if not groups:
-                return [], clock._replace(loss=loss)
+                return [], loss
             dtype = losses.dtype
             seen = in_order([x.astype(dtype) for x in each(tensor_features, groups)], groups)
             shared = jnp.concatenate([recurrent.fraction_embedding(count, total, dtype), losses])
             x = jnp.concatenate([jnp.broadcast_to(shared[None], (seen.shape[0], shared.size)), seen], 1)
-            memory = recurrent.pooled_lstm(theta, x, clock.memory)
+            old = LSTMState(
+                *(
+                    in_order([x[:, 0].astype(dtype) for x in one], groups)
+                    for one in zip(*(group.tensors.memory for group in groups), strict=True)
+                )
+            )
+            memory = recurrent.pooled_lstm(theta, x, old)
             weights = unmix(mix(theta["bank"], 100 * recurrent.linear(theta["controls"], memory.hidden)), theta["bank"])
             mult = recurrent.linear(theta["step_size"], memory.hidden)[:, 0]
-            results = each(functools.partial(tensor_step, clip=CLIP), groups, weights, mult)
-            return results, Clock(loss, memory if recurrent_memory else clock.memory)
+            rows = LSTMState(*(x[:, None] for x in (memory if recurrent_memory else old)))
+
+            def step(g, p, tensor, weights, mult, row):
+                u, moments = tensor_step(g, p, tensor.moments, weights, mult, clip=CLIP)
+                return u, VeloTensor(moments, jax.tree.map(lambda x: x.astype(p.dtype), row))
+
+            return each(step, groups, weights, mult, rows), loss
 
         return rule_transform(
             "velo",
-            start=no_moments,
+            start=start,
             start_shared=start_shared,
             update=update,
             rest=not published,

@@ -12,7 +12,6 @@ import learned_opt
 from learned_opt.base import LearnedOptimizer, Theta
 
 from . import cache
-from .soap import soap
 
 
 def around(usual: float) -> tuple[float, ...]:
@@ -98,7 +97,7 @@ def baselines() -> list[Contender]:
         cosine("nadamw", lambda rate: optax.nadamw(rate, **decay), about="NAdamW"),
         cosine("lion", lambda rate: optax.lion(rate, **decay), 1e-3, "Lion"),
         cosine("muon", _muon, about="Muon on matrices and kernels, AdamW on the rest"),
-        cosine("soap", lambda rate: soap(rate, weight_decay=_WEIGHT_DECAY), about="SOAP"),
+        cosine("soap", lambda rate: learned_opt.soap(rate, weight_decay=_WEIGHT_DECAY), about="SOAP"),
         schedule_free,
         cosine("prodigy", lambda rate: optax.contrib.prodigy(rate, **decay), 1.0, "Prodigy"),
         calibrated,

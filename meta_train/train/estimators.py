@@ -14,8 +14,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from learned_opt.base import Theta
-from learned_opt.features import on_cpu
-from learned_opt.rules.column_mlp import once
+from learned_opt.kernels import on_cpu
 
 from .learners import Learner, LearnerState
 
@@ -79,7 +78,7 @@ def _unroll(learner: Learner, steps: int, theta: Theta, state: LearnerState, key
 def _normal_like(key: jax.Array, theta: Theta) -> jax.Array:
     """A vector of theta's size: what perturbs is kept flat, an operation a leaf would compile far slower."""
     flat, _ = ravel_pytree(theta)
-    return once(jax.random.normal(key, flat.shape, flat.dtype), 0 * flat)
+    return jax.random.normal(key, flat.shape, flat.dtype)
 
 
 def _pair(theta: Theta, noise: jax.Array, sigma: float) -> Theta:

@@ -18,7 +18,6 @@ from learned_opt.base import Theta
 from tasks.base import Data
 
 from .estimators import GradientEstimator
-from .keys import fast
 
 AXIS = "tasks"
 _REPLICATED, _SHARDED = PartitionSpec(), PartitionSpec(AXIS)
@@ -163,13 +162,13 @@ def make_trainer(
     state_sharding = TrainState(**shardings)
 
     def init(key: jax.Array, data: Data) -> TrainState:
-        k_theta, k_particles, k_run = jax.random.split(fast(key), 3)
+        k_theta, k_particles, k_run = jax.random.split(key, 3)
         theta = init_theta(k_theta)
         states = on_mesh(init_particles, _REPLICATED, _SHARDED)(theta, k_particles, data)
         return TrainState(theta, outer.init(theta), states, jnp.zeros((), jnp.int32), jax.random.key_data(k_run))
 
     def meta_step(state: TrainState, data: Data) -> tuple[TrainState, TrainInfo]:
-        key = jax.random.fold_in(fast(state.key), state.step)
+        key = jax.random.fold_in(state.key, state.step)
         everywhere = on_mesh(
             gradient, (_REPLICATED, _SHARDED, _REPLICATED, _REPLICATED), (_REPLICATED, _SHARDED, _REPLICATED)
         )

@@ -7,7 +7,8 @@ import optax
 import pytest
 
 from learned_opt import features as ft
-from learned_opt.rules.celo2 import celo2, newton_schulz
+from learned_opt.newton_schulz import newton_schulz
+from learned_opt.rules.celo2 import celo2
 
 
 def reference(theta, params, gradients):
@@ -66,7 +67,7 @@ def test_update_is_the_formula_s(shapes, hidden, accelerator, accelerate):
     if accelerator:
         accelerate()
     rng = np.random.default_rng(0)
-    rule = celo2(hidden_size=hidden)
+    rule = celo2(hidden_size=hidden, published=True)
     noise = lambda x: x + 0.3 * rng.normal(size=x.shape).astype(np.float32)  # noqa: E731
     theta = jax.tree.map(noise, rule.init(jax.random.key(1)))
     params = [jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes]
@@ -81,28 +82,15 @@ def test_update_is_the_formula_s(shapes, hidden, accelerator, accelerate):
 
 
 @pytest.mark.parametrize(("shape", "hidden"), [((4115, 64), 8), ((2100, 129), 8), ((4115, 64), 32)])
-def test_large_matrices_go_by_blocks_and_give_the_same(shape, hidden):
+def test_large_matrices_give_the_same(shape, hidden):
     rng = np.random.default_rng(0)
-    rule = celo2(hidden_size=hidden)
+    rule = celo2(hidden_size=hidden, published=True)
     theta = rule.init(jax.random.key(1))
     p, g = (jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(2))
     tx = rule.build(theta)
     compiled = jax.jit(tx.update).lower(g, tx.init(p), p).compile()
     updates, _ = compiled(g, tx.init(p), p)
     np.testing.assert_allclose(updates, reference(theta, p, [g]), atol=5e-5)
-
-
-def test_memory_of_a_large_update_is_that_of_its_result():
-    p = jnp.zeros((1024, 1024))
-    rule = celo2()
-    tx = rule.build(rule.init(jax.random.key(0)))
-
-    def step(p, state, g):
-        updates, state = tx.update(g, state, p)
-        return jax.tree.map(lambda x, u: x + 1e-3 * u, p, updates), state
-
-    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(p, tx.init(p), p).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes <= 8 * p.size
 
 
 def test_updates_have_unit_rms_and_point_downhill_from_the_start():

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from learned_opt.rules import RULES
 
@@ -97,6 +98,66 @@ def test_zero_huge_and_non_finite_gradients_give_finite_updates(rule):
     assert_finite(updates)
 
 
+def test_what_has_no_gradient_stays_where_it_is(rule):
+    """A tensor, rows, a column and single entries without a gradient: at rest for ever, to the last bit.
+
+    A row that had gradients and has none any more comes to rest, and what is not finite is no gradient.
+    """
+    theta, tx = rule[1], rule[2]
+    used = np.ones((6, 4), np.float32)
+    used[3:5], used[:, 2], used[0, 0] = 0, 0, 0
+    params = {"frozen": jnp.full((3, 2), 0.5), "table": jnp.full((6, 4), 0.5), "vector": jnp.full(5, 0.5)}
+
+    def step(carry, t):
+        params, state = carry
+        noise = jax.random.normal(jax.random.fold_in(jax.random.key(0), t), (6, 4)) * used
+        late = jnp.where(jnp.arange(6)[:, None] == 5, t < 5, True)
+        grads = {"frozen": jnp.zeros((3, 2)), "table": noise * late, "vector": jnp.full(5, jnp.nan)}
+        updates, state = tx.update(grads, state, params, **extra(rule))
+        return (optax.apply_updates(params, updates), state), updates
+
+    (end, _), updates = jax.jit(lambda c: jax.lax.scan(step, c, jnp.arange(200)))((params, tx.init(params)))
+    decay = "log_weight_decay" in theta  # nadamw's, which moves everything
+    for name, rest in (("frozen", np.ones((3, 2))), ("vector", np.ones(5)), ("table", 1 - used)):
+        moved = np.abs(np.asarray(end[name]) - 0.5)[rest > 0]
+        assert np.all(moved < 1e-4) if decay else np.all(moved == 0), name
+    table = np.abs(updates["table"])
+    assert table[:5, 5, 1].max() > 0  # while it had gradients
+    assert table[-1, 5, [1, 3]].max() < 1e-6 + 1e-4 * table[:5, 5, [1, 3]].max()
+    assert table[-1, 1, [1, 3]].min() > 0
+
+
+def test_parameters_of_any_kind_and_what_holds_no_parameters(rule):
+    """Functions of an unfiltered model, NumPy arrays and numbers; shapes alone at the start; no implicit promotion."""
+    tx, kwargs = rule[2], extra(rule)
+    params = {"w": np.full((4, 3), 0.5, np.float32), "x": 0.5, "apply": jnp.tanh}
+    grads = {"w": jnp.ones((4, 3)), "x": jnp.ones(()), "apply": None}
+    start = tx.init({**params, "apply": None})
+    with jax.numpy_dtype_promotion("strict"):
+        updates, state = tx.update(grads, start, params, **kwargs)
+        half = {"w": jnp.ones((4, 3), jnp.bfloat16)}
+        assert tx.update(half, tx.init(half), half, **kwargs)[0]["w"].dtype == jnp.bfloat16
+    assert updates["apply"] is None
+    assert updates["w"].shape == (4, 3)
+    assert_same_types(state, start)
+    shapes = {"w": jax.ShapeDtypeStruct((4, 3), jnp.float32), "x": jax.ShapeDtypeStruct((), jnp.float32), "apply": None}
+    assert_same_types(tx.init(shapes), jax.tree.map(jnp.asarray, start))
+
+
+def test_states_mirror_the_parameters_for_optax_s_tools(rule):
+    params = {"w": jnp.ones((4, 3)), "b": jnp.ones(3)}
+    state = rule[2].init(params)
+    names = {"w": "the matrix", "b": "the vector"}
+    named = optax.tree_utils.tree_map_params(
+        rule[2], lambda _, name: name, state, names, transform_non_params=lambda _: "neither"
+    )
+    found = jax.tree_util.tree_flatten_with_path(named)[0]
+    for path, name in found:
+        last = jax.tree_util.keystr(path[-1:])
+        assert name == {"['w']": "the matrix", "['b']": "the vector"}.get(last, "neither")
+    assert jax.tree.structure(named) == jax.tree.structure(state)
+
+
 def test_half_precision_params_and_vmap(rule):
     tx = rule[2]
     params = {k: PARAMS[k].astype(jnp.bfloat16) for k in ("vector", "matrix")}
@@ -164,6 +225,48 @@ def test_sharded_params_give_the_same_and_stay_sharded(rule):
     alone, sharded = update(g, params)["w"], update(*jax.device_put((g, params), rows))["w"]
     assert sharded.sharding.is_equivalent_to(rows, 2)
     np.testing.assert_allclose(sharded, alone, rtol=2e-3, atol=1e-3)  # Newton-Schulz steps magnify rounding
+
+
+SPECS = {"rows": P("x", None), "columns": P(None, "x"), "vector": P("x"), "kernel": P(None, "x", None)}
+
+
+def test_explicit_meshes_take_every_sharding_and_keep_it(rule):
+    """JAX's default mesh, whose axes are explicit: shards of rows, of columns, of vectors and of kernels."""
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,), devices=jax.devices()[:2])
+    shapes = {"rows": (4, 6), "columns": (3, 4), "vector": (4,), "kernel": (3, 4, 2)}
+    params = {name: jax.random.normal(jax.random.key(i), shape) for i, (name, shape) in enumerate(shapes.items())}
+    g = {name: jax.random.normal(jax.random.key(9 + i), shape) for i, (name, shape) in enumerate(shapes.items())}
+
+    def update(g, params):
+        state = rule[2].init(params)
+        updates, new = rule[2].update(g, state, params, **extra(rule))
+        jax.tree.map(lambda a, b: np.testing.assert_equal(jax.typeof(a), jax.typeof(b)), new, state)
+        return updates
+
+    shardings = {name: jax.sharding.NamedSharding(mesh, spec) for name, spec in SPECS.items()}
+    alone, sharded = jax.jit(update)(g, params), jax.jit(update)(*jax.device_put((g, params), (shardings, shardings)))
+    for name in shapes:
+        assert sharded[name].sharding.is_equivalent_to(shardings[name], len(shapes[name]))
+        np.testing.assert_allclose(sharded[name], alone[name], rtol=2e-3, atol=1e-3, err_msg=name)
+
+
+def test_stacked_layers_are_layers_of_their_own(rule):
+    """Of a scanned network, one hundred times as large a gradient in one of them: as the same layers in a list."""
+    made, theta, _ = rule
+    tx = made.build(theta, num_steps=10, batch_axes=lambda path, shape: int(path == "layers/w"))
+    plain = made.build(theta, num_steps=10)
+    w = jax.random.normal(jax.random.key(0), (3, 4, 5))
+    g = jax.random.normal(jax.random.key(1), (2, 3, 4, 5)) * jnp.array([1, 1, 100.0])[:, None, None]
+
+    def two(tx, params, grads):
+        state = tx.init(params)
+        for one in grads:
+            updates, state = tx.update(one, state, params, **extra(rule))
+        return updates
+
+    stacked = jax.jit(lambda g: two(tx, {"layers": {"w": w}}, [{"layers": {"w": x}} for x in g]))(g)["layers"]["w"]
+    apart = jax.jit(lambda g: two(plain, list(w), [list(x) for x in g]))(g)
+    np.testing.assert_allclose(stacked, jnp.stack(apart), rtol=1e-5, atol=1e-5 * np.abs(stacked).max())
 
 
 def test_workers_of_a_shard_map_step_by_themselves(rule):

@@ -58,11 +58,11 @@ def test_controls_move_by_a_hundredth_of_the_output_and_stop_at_the_bounds(sign)
     state = update(tx.init(p))
     # 1 - b2 = .001 has a relative rounding error of 6e-5, hence its tenth of the logarithm one of 6e-6
     moved = np.asarray(theta["controls"]) + 0.01 * sign * np.array([1, 2, 3, 4])
-    np.testing.assert_allclose(state.controls, moved, atol=1e-5)
+    np.testing.assert_allclose(state.tensors.controls, moved, atol=1e-5)
     for _ in range(100):  # far enough for all but the step size
         state = update(state)
     bounds = {-1: [-10 / 10, -10 / 10, np.log(1e-11) / 10], 1: [0, 0, np.log(1e4) / 10]}[sign]
-    np.testing.assert_allclose(state.controls[1:], bounds, atol=1e-3)
+    np.testing.assert_allclose(state.tensors.controls[1:], bounds, atol=1e-3)
 
 
 def test_a_tensor_knows_nothing_of_the_others_and_rests_without_a_gradient():
@@ -81,7 +81,7 @@ def test_a_tensor_knows_nothing_of_the_others_and_rests_without_a_gradient():
         for old, kept in zip(state, new, strict=True):
             jax.tree.map(np.testing.assert_array_equal, old["b"], kept["b"])
         state = new
-    assert float(jnp.max(jnp.abs(state.controls["a"] - theta["controls"]))) > 1e-3
+    assert float(jnp.max(jnp.abs(state.tensors.controls["a"] - theta["controls"]))) > 1e-3
 
 
 def test_size_and_its_check():

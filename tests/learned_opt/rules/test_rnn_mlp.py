@@ -48,8 +48,12 @@ def test_gradients_are_clipped_to_ten_times_their_running_size():
         size = 0.99 * size + 0.01 * np.sqrt(1e-8 + np.mean([np.mean(x**2) for x in clipped.values()]))
         m = {name: 0.5 * x + 0.5 * clipped[name] for name, x in m.items()}
         state = update(jax.tree.map(jnp.float32, g), state)
-        np.testing.assert_allclose(state.clipper.size, size, rtol=1e-5)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-9), state.m[0], m)
+        np.testing.assert_allclose(state.shared.clipper.size, size, rtol=1e-5)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-9),
+            jax.tree.map(lambda x: x[0], state.tensors.m),
+            m,
+        )
     assert limits[0] == pytest.approx(10)
     assert min(limits) < 5 < max(limits) < 100  # it did clip, and came to clip elsewhere
 
@@ -65,9 +69,9 @@ def test_tensors_without_a_gradient_or_elements_count_for_nothing():
         u, alone = update({"a": g}, alone, {"a": a}, value=1.0 + t)
         updates, new = update({"a": g, "b": None, "c": params["c"], "d": None}, state, params, value=1.0 + t)
         np.testing.assert_allclose(updates["a"], u["a"], rtol=1e-5)
-        np.testing.assert_allclose(new.from_lstm, alone.from_lstm, rtol=1e-5)
-        np.testing.assert_array_equal(new.memory["b"].hidden, state.memory["b"].hidden)
-        np.testing.assert_array_equal(new.m[0]["b"], state.m[0]["b"])
+        np.testing.assert_allclose(new.shared.from_lstm, alone.shared.from_lstm, rtol=1e-5)
+        np.testing.assert_array_equal(new.tensors.memory.hidden["b"], state.tensors.memory.hidden["b"])
+        np.testing.assert_array_equal(new.tensors.m["b"], state.tensors.m["b"])
         state = new
 
 
