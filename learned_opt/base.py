@@ -20,8 +20,8 @@ class LearnedOptimizer(NamedTuple):
 
     Attributes:
         init: ``key -> theta``, fresh meta-parameters.
-        build: ``(theta, num_steps=None, batch_axes=None) -> optax.GradientTransformationExtraArgs``, the rule at ``theta``. Its updates
-            point downhill, ready for ``optax.apply_updates``. ``num_steps`` (an int or a traced int32 scalar) is the
+        build: ``(theta, num_steps=None, batch_axes=None) -> optax.GradientTransformationExtraArgs``, the rule at
+            ``theta``. Its updates point downhill, ready for ``optax.apply_updates``. ``num_steps`` (an int or a traced int32 scalar) is the
             planned number of updates, for the rules that want it.
         needs: which optional inputs the rule cannot do without: ``"value"`` (the loss, passed as
             ``update(..., value=loss)``) and/or ``"num_steps"``. ``update`` raises a ``ValueError`` that names the

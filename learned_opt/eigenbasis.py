@@ -14,11 +14,11 @@ DECAY = 0.95  # of the statistics
 
 
 class Sides(NamedTuple):
-    """Both sides of a matrix; the array of a side that is not rotated is ``[2, 1, 1]``.
+    r"""Both sides of a matrix; the array of a side that is not rotated is ``[2, 1, 1]``.
 
     Attributes:
-        left: ``[2, n, n]``, a running mean of :math:`G G^\\top` and its approximate eigenvectors by falling eigenvalue.
-        right: ``[2, m, m]``, the same of :math:`G^\\top G`.
+        left: ``[2, n, n]``, a running mean of :math:`G G^\top` and its approximate eigenvectors by falling eigenvalue.
+        right: ``[2, m, m]``, the same of :math:`G^\top G`.
     """
 
     left: jax.Array

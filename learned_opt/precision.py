@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-
 Rounding = Callable[[jax.Array, jax.Array], jax.Array]
 
 

@@ -3,7 +3,6 @@
 import functools
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from .. import eigenbasis

@@ -55,8 +55,8 @@ def lstm(*, lstm_size: int = 20, output_scale: float = 0.01) -> LearnedOptimizer
     descent along the smoothed sign of the gradient at step .001, where random weights alone would walk at random.
 
     Non-finite gradient entries count as 0, and what has no gradient rests
-    (:func:`learned_opt.tensors.rule_transform`). **The state is large**: ``4 lstm_size`` numbers a parameter, 80 by default
-    (320 bytes), forty times Adam's, and an update costs 5,000 multiplications a parameter. It is here as the
+    (:func:`learned_opt.tensors.rule_transform`). **The state is large**: ``4 lstm_size`` numbers a parameter, 80 by
+    default (320 bytes), forty times Adam's, and an update costs 5,000 multiplications a parameter. It is here as the
     field's first baseline, for small networks. Meta-parameters: 5,221 for ``lstm_size=20``, of which 80 are the memory
     that every parameter starts from (zeros in the paper, and here until meta-trained).
 

@@ -184,7 +184,8 @@ def rnn_mlp(*, lstm_size: int = 64, hidden_size: int = 32, published: bool = Fal
     Of ranks above 4 the axes from the fourth on count as one in the shape that the LSTM sees.
 
     A fresh rule is nearly RMSProp with momentum at unit RMS and step .001. Non-finite gradient entries count as 0, and
-    what has no gradient rests (:func:`learned_opt.tensors.rule_transform`). State: 10 numbers and a byte a parameter, and ``16 + 2 lstm_size`` a tensor. Meta-parameters: 35,799 for the default sizes.
+    what has no gradient rests (:func:`learned_opt.tensors.rule_transform`). State: 10 numbers and a byte a parameter,
+    and ``16 + 2 lstm_size`` a tensor. Meta-parameters: 35,799 for the default sizes.
 
     Args:
         lstm_size: units of the LSTM, at least 1.

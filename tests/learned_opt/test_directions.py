@@ -53,9 +53,11 @@ def published(gradients, rate, b1, b2, eps, every):
 
 @pytest.mark.parametrize("every", [1, 4])
 def test_it_is_the_published_algorithm(every):
-    """The first step too, which moves nothing; signs of the bases, which are anybody's, cancel."""
+    """The first step too, which moves nothing. Signs of the bases cancel; the first gradient determines them."""
     with jax.enable_x64(True):
-        gradients = [np.asarray(jax.random.normal(jax.random.key(k), (5, 3)) @ np.diag([1, 3, 0.2])) for k in range(14)]
+        gradients = [
+            np.asarray(jax.random.normal(jax.random.key(k), (4, 4)) @ np.diag([1, 3, 0.2, 2])) for k in range(14)
+        ]
         ours = run(soap(0.1, b1=0.9, b2=0.95, every=every), [jnp.asarray(g) for g in gradients])
         theirs = published(gradients, 0.1, 0.9, 0.95, 1e-8, every)
         np.testing.assert_array_equal(ours[0], 0)
@@ -92,7 +94,7 @@ def test_soap_muon_s_steps_are_nearly_orthogonal_and_rest_where_there_is_no_grad
     step = trail[-1]["w"] - trail[-2]["w"]
     np.testing.assert_allclose(jnp.sqrt(jnp.mean(step**2)), 0.1, rtol=1e-4)
     values = jnp.linalg.svd(step, compute_uv=False)
-    assert float(values.max() / values.min()) < 2
+    assert float(values.max() / values.min()) < 2.5
     np.testing.assert_array_equal(trail[-1]["e"], 0)
     np.testing.assert_array_equal(trail[-1]["w"][2], 0)
 

@@ -58,7 +58,7 @@ def test_long_sides_and_vectors_are_not_rotated(shape, rotated):
 
 
 def test_what_is_accumulated_moves_with_its_direction():
-    """The second direction's gradients grow past the first's: the two change places. At the first turn all is the mean."""
+    """The second direction's gradients grow past the first's: the two change places. At the first turn: the mean."""
     sides, held = start((2, 2)), jnp.array([[1.0], [3.0]])
     for t, sizes in enumerate(([2.0, 1.0], [1.0, 50.0])):
         sides = eb.observe(sides, jnp.diag(jnp.array(sizes)), 0.5)

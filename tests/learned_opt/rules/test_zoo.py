@@ -13,15 +13,14 @@ from hypothesis import strategies as st
 from support import ROOT
 
 import learned_opt
-from learned_opt import RULES
+from learned_opt import RULES, kernels
 from learned_opt.facts import rule_facts
-from learned_opt import kernels
+from learned_opt.features import Moments
 from learned_opt.rules import parts, recurrent
 from learned_opt.rules.adafac_mlp import adafac_mlp, decays
 from learned_opt.rules.celo import celo
 from learned_opt.rules.mlp import mlp
 from learned_opt.rules.scheduler import over, scheduler
-from learned_opt.features import Moments
 from learned_opt.rules.velo import VeloTensor, tensor_features, velo
 
 # --- NumPy, in float64

@@ -9,9 +9,9 @@ import numpy as np
 import optax
 import pytest
 
+from learned_opt import soap
 from meta_train.bench import cache, contenders, measures, timing, tournament
 from meta_train.bench.contenders import Contender
-from meta_train.bench.soap import soap
 from meta_train.bench.tournament import Plan, run_suite
 from tasks.families.synthetic import quadratic
 from tasks.suites import Entry
