@@ -23,7 +23,8 @@ def compute_dtype(dtype) -> jnp.dtype:
     >>> compute_dtype(jnp.bfloat16)
     dtype('float32')
     """
-    return jnp.promote_types(dtype, jnp.float32)
+    dtype = jnp.dtype(dtype)
+    return dtype if dtype.itemsize > 4 else jnp.dtype(jnp.float32)
 
 
 def clean(gradient: jax.Array, limit: float | jax.Array, dtype) -> jax.Array:

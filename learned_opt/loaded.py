@@ -1,5 +1,6 @@
 """What :func:`learned_opt.load` adds to a rule: nothing on a device before its first use, decay, and a step size."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -29,8 +30,10 @@ def late(build: Build) -> Build:
         if not any(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(theta)):
             return build(theta, num_steps=num_steps, **more)
 
-        def transform():  # anew each time: an array made while one function is traced is of no use in the next
-            return build(jax.tree.map(jnp.asarray, theta), num_steps=num_steps, **more)
+        @functools.cache
+        def transform():
+            with jax.ensure_compile_time_eval():  # arrays, though the first use be inside of a function that is traced
+                return build(jax.tree.map(jnp.asarray, theta), num_steps=num_steps, **more)
 
         def init_fn(params):
             return transform().init(params)

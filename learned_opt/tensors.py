@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from .features import clean, compute_dtype
 from .kernels import on_cpu
@@ -138,7 +139,9 @@ def rule_transform(
         params = jax.tree.map(as_array, params)
         leaves, tree = jax.tree.flatten(params)
         lead = [_lead(lead_of, path, leaf) for path, leaf in jax.tree.leaves_with_path(params)]
-        started = [struct.flatten_up_to(_over_axes(start_of, n)(p)) for p, n in zip(leaves, lead, strict=True)]
+        started = [
+            struct.flatten_up_to(_started(_over_axes(start_of, n), p)) for p, n in zip(leaves, lead, strict=True)
+        ]
         columns = zip(*started, strict=True) if started else [()] * struct.num_leaves
         tensors, idle = struct.unflatten([tree.unflatten(x) for x in columns])
         return RuleState(jnp.zeros((), jnp.int32), start_shared(common_dtype(params)), tensors, idle)
@@ -155,13 +158,15 @@ def rule_transform(
         given, tree = jax.tree.flatten(updates, is_leaf=lambda x: x is None)
         paths = [path for path, _ in jax.tree.leaves_with_path(updates, is_leaf=lambda x: x is None)]
         moving = [i for i, g in enumerate(given) if g is not None and jnp.size(g)]
-        lead = {i: _lead(lead_of, paths[i], given[i]) for i in moving}
+        lead = tuple((i, _lead(lead_of, paths[i], given[i])) for i in moving)
         # what has no gradient may hold anything: an unfiltered Equinox model holds functions
-        at = [jnp.asarray(p) if i in lead else None for i, p in enumerate(tree.flatten_up_to(params))]
-        run = functools.partial(core, tree, moving, lead)
+        at = [jnp.asarray(p) if i in moving else None for i, p in enumerate(tree.flatten_up_to(params))]
+        run = functools.partial(core, tree, lead)
         return _automatic(run, (updates, state), at, None if value is None else jnp.asarray(value))
 
-    def core(tree, moving, lead, carried, at, value):
+    @functools.partial(jax.jit, static_argnums=(0, 1))  # for updates outside of any other jit
+    def core(tree, lead, carried, at, value):
+        lead, moving = dict(lead), [i for i, _ in lead]
         updates, state = carried
         given = tree.flatten_up_to(updates)
         columns = [tree.flatten_up_to(x) for x in struct.flatten_up_to((state.tensors, state.idle))]
@@ -202,7 +207,8 @@ def check_params(params: Tree) -> None:
 
 def common_dtype(params: Tree) -> jnp.dtype:
     """The dtype for what concerns all tensors: the widest that any is computed in."""
-    return functools.reduce(jnp.promote_types, (_dtype(x) for x in jax.tree.leaves(params)), jnp.float32)
+    dtypes = [compute_dtype(_dtype(x)) for x in jax.tree.leaves(params)]
+    return max(dtypes, key=lambda dtype: dtype.itemsize, default=jnp.dtype(jnp.float32))
 
 
 def where_gradients(updates: Tree, params: Tree) -> Tree:
@@ -277,6 +283,22 @@ def _rested(u: jax.Array, gradient: jax.Array, idle: jax.Array) -> tuple[jax.Arr
 # --- explicit meshes
 
 
+def _started(start: Callable, p: jax.Array) -> Any:
+    """``start(p)``; on an explicit mesh what is of the parameter's shape is sharded as it is, and all else not."""
+    sharding = jax.typeof(p).sharding
+    if not sharding.mesh.explicit_axes:
+        return start(p)
+
+    def like(x):
+        same = x.shape[x.ndim - p.ndim :] == p.shape
+        spec = PartitionSpec(*(None,) * (x.ndim - p.ndim), *sharding.spec) if same else PartitionSpec()
+        return NamedSharding(sharding.mesh, spec)
+
+    out = jax.tree.map(like, jax.eval_shape(start, jax.ShapeDtypeStruct(p.shape, p.dtype)))
+    with jax.sharding.use_abstract_mesh(sharding.mesh):
+        return jax.sharding.auto_axes(start, axes=sharding.mesh.explicit_axes, out_sharding=out)(p)
+
+
 def _automatic(core: Callable, carried: Tree, *arguments: Tree) -> Tree:
     """``core(carried, *arguments)``, of the type and sharding of ``carried``, with no axis of a mesh explicit.
 
@@ -287,6 +309,6 @@ def _automatic(core: Callable, carried: Tree, *arguments: Tree) -> Tree:
     mesh = next((s.mesh for s in jax.tree.leaves(shardings) if s.mesh.explicit_axes), None)
     if mesh is None:
         return core(carried, *arguments)
-    out = jax.tree.map(lambda s: jax.sharding.NamedSharding(mesh, s.spec), shardings)
+    out = jax.tree.map(lambda s: NamedSharding(mesh, s.spec), shardings)
     with jax.sharding.use_abstract_mesh(mesh):
         return jax.sharding.auto_axes(core, axes=mesh.explicit_axes, out_sharding=out)(carried, *arguments)
