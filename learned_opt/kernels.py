@@ -102,7 +102,7 @@ def column_mlp(
         if size <= _WIDE:
             # stored, or whatever reads it would compute the network anew
             return list(jax.lax.optimization_barrier(_of_sums(columns, extra, layers)))
-        return _by_rows(lambda *block: _of_products(*block, layers), columns, extra)
+        return _by_rows(lambda columns, extra: _of_products(columns, extra, layers), columns, extra)
 
     return finish(network([columns[i] for i in by_shape[shape]], extra))
 

@@ -137,6 +137,7 @@ def rule_transform(
     def init_fn(params):
         check_params(params)
         params = jax.tree.map(as_array, params)
+        tree: Any
         leaves, tree = jax.tree.flatten(params)
         lead = [_lead(lead_of, path, leaf) for path, leaf in jax.tree.leaves_with_path(params)]
         started = [
@@ -155,6 +156,7 @@ def rule_transform(
                 f"{name} was given a state of {type(state).__name__}, not of RuleState: one that an earlier release "
                 "saved, or of another optimizer; start from a new init(params)"
             )
+        tree: Any
         given, tree = jax.tree.flatten(updates, is_leaf=lambda x: x is None)
         paths = [path for path, _ in jax.tree.leaves_with_path(updates, is_leaf=lambda x: x is None)]
         moving = [i for i, g in enumerate(given) if g is not None and jnp.size(g)]
@@ -213,6 +215,7 @@ def common_dtype(params: Tree) -> jnp.dtype:
 
 def where_gradients(updates: Tree, params: Tree) -> Tree:
     """``params`` as arrays, ``None`` where there is no gradient: there an unfiltered Equinox model holds functions."""
+    tree: Any
     given, tree = jax.tree.flatten(updates, is_leaf=lambda x: x is None)
     pairs = zip(given, tree.flatten_up_to(params), strict=True)
     return tree.unflatten([None if g is None else jnp.asarray(p) for g, p in pairs])
@@ -240,7 +243,8 @@ def _gather(given, at, columns, struct, moving, lead) -> tuple[list[Group], list
         g, p, *state = (stack(column, where) for column in (given, at, *columns))
         dtype, state = compute_dtype(p.dtype), struct.unflatten(state)
         numbers = np.concatenate([rows[i] for i in where])
-        groups.append(Group(clean(g, _LIMIT, dtype), p.astype(dtype), *state, numbers))
+        tensors, idle = state
+        groups.append(Group(clean(g, _LIMIT, dtype), p.astype(dtype), tensors, idle, numbers))
     return groups, list(by_kind.values())
 
 
@@ -249,7 +253,7 @@ def _kind(x: jax.Array, lead: int) -> tuple:
     return x.shape[lead:], x.dtype, jax.typeof(x).manual_axis_type
 
 
-def _lead(lead_of: BatchAxes, path: Sequence, leaf: Any) -> int:
+def _lead(lead_of: BatchAxes, path: tuple, leaf: Any) -> int:
     name, shape = jax.tree_util.keystr(path, simple=True, separator="/"), jnp.shape(leaf)
     lead = lead_of(name, shape)
     if not 0 <= lead <= len(shape):

@@ -95,9 +95,8 @@ def adafac_mlp(*, hidden_size: int = 4, published: bool = False) -> LearnedOptim
         rms = jnp.maximum(decays(theta["rms_decays"], RMS)[0], 0)
         factored = jnp.maximum(decays(theta["factored_decays"], FACTORED), 0)
         moments = moments_after(moments, g, momentum=momentum, rms=rms, factored=factored)
-        layers, squares = with_time(network(theta), t, COLUMNS), matrix_squares
-        if g.ndim < 2:
-            layers, squares = without_factors(layers, 13), None
+        layers, matrix = with_time(network(theta), t, COLUMNS), g.ndim >= 2
+        layers, squares = (layers, matrix_squares) if matrix else (without_factors(layers, 13), None)
         inputs = column_inputs(g, p, moments)
         (u,) = column_mlp(columns, inputs, layers, eps=_EPS, outputs=2, finish=step_of, squares_of=squares)
         return u, moments

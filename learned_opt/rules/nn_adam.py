@@ -135,8 +135,8 @@ def nn_adam(*, lstm_size: int = 32) -> LearnedOptimizer:
 
         def start(p):
             dtype = compute_dtype(p.dtype)
-            zeros = [jnp.zeros_like(p, dtype) for _ in range(2)]
-            return NNAdamTensor(*zeros, jnp.array(theta["controls"], dtype), lstm_start(theta["lstm"], 1, dtype))
+            m, r = (jnp.zeros_like(p, dtype) for _ in range(2))
+            return NNAdamTensor(m, r, jnp.array(theta["controls"], dtype), lstm_start(theta["lstm"], 1, dtype))
 
         def update(groups, count, shared, value):
             del count, value

@@ -176,7 +176,10 @@ def outer(*, hidden_size: int = 8, every: int = 10) -> LearnedOptimizer:
             deltas = [x if x is None else x * factor.astype(x.dtype) for x in deltas]
             moves, after = inner.update(structure.unflatten(deltas), state.direction, params)
             flat, momenta = (structure.flatten_up_to(x) for x in (moves, after.tensors.moments.m))
-            own = [statistics(deltas[i], *momenta[i][:2], at[i].astype(deltas[i].dtype), state.step) for i in moving]
+            own = [
+                statistics(deltas[i], momenta[i][0], momenta[i][1], at[i].astype(deltas[i].dtype), state.step)
+                for i in moving
+            ]
             scales = lengths(jnp.stack([x.astype(usual.dtype) for x in own]), state.step)
             for i, scale in zip(moving, scales, strict=True):
                 longest = _REACH * jnp.exp(_log_mean(momenta[i][0], 0, state.step))
