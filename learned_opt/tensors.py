@@ -103,6 +103,7 @@ def rule_transform(
     update: Callable[..., tuple[list, Any]],
     start_shared: Callable[[Any], Any] = lambda dtype: (),
     rest: bool = True,
+    reads_params: bool = True,
     batch_axes: BatchAxes | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""The Optax transform of a rule.
@@ -121,6 +122,7 @@ def rule_transform(
             :func:`each`. ``value`` is the loss, or ``None``.
         start_shared: ``dtype -> shared``, the dtype being the widest that any tensor is computed in.
         rest: see above. Adam and its kin need none: their updates fade by themselves.
+        reads_params: whether ``update`` needs the parameters.
         batch_axes: ``(path, shape) -> n``: the first ``n`` axes of that parameter index separate tensors, such as the
             layers of a scanned network. By default 0.
 
@@ -149,6 +151,7 @@ def rule_transform(
 
     def update_fn(updates, state, params=None, *, value=None, **extra_args):
         del extra_args
+        params = updates if params is None and not reads_params else params
         if params is None:
             raise ValueError(f"{name} reads the parameters: call update(gradients, state, params)")
         if not isinstance(state, RuleState):
@@ -164,7 +167,7 @@ def rule_transform(
         # what has no gradient may hold anything: an unfiltered Equinox model holds functions
         at = [jnp.asarray(p) if i in moving else None for i, p in enumerate(tree.flatten_up_to(params))]
         run = functools.partial(core, tree, lead)
-        return _automatic(run, (updates, state), at, None if value is None else jnp.asarray(value))
+        return _automatic(run, (updates, state), at, value)
 
     @functools.partial(jax.jit, static_argnums=(0, 1))  # for updates outside of any other jit
     def core(tree, lead, carried, at, value):

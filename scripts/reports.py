@@ -38,7 +38,6 @@ def bench(name: str, rules: str, options: str) -> tuple[str, ...]:
 UPDATE = "python benchmarks/update.py --rounds 9 --rules celo2 adafac_mlp velo mlp --out reports/update"
 SOAP = "python benchmarks/update.py --rounds 9 --rules celo2_soap --out reports/update"
 WIDE = "XLA_FLAGS=--xla_cpu_prefer_vector_width=512"
-LAYOUTS = "python benchmarks/update_layouts.py --out reports/update_layouts"
 REPORTS = {
     "ablation": Report("what each setting of meta-training is worth", ("python benchmarks/ablation.py",)),
     "accelerator": Report(
@@ -122,16 +121,12 @@ REPORTS = {
             f"{WIDE} {UPDATE}/wide_vectors_1.json",
         ),
     ),
+    "large_update": Report(
+        "whole training steps of networks of a million parameters, by optimizer", ("python benchmarks/large_update.py",)
+    ),
+    "compile": Report("seconds to compile a training step, by depth", ("python benchmarks/compile.py",)),
     "update_cost": Report(
         "how an update's cost grows from 10^4 to 10^8 parameters", ("python benchmarks/update_scaling.py",)
-    ),
-    "update_layouts": Report(
-        "what the layout of an update's arithmetic is worth",
-        tuple(
-            f"{pin}{LAYOUTS}/{cores}_{run}.json"
-            for pin, cores in (("", "all_cores"), ("taskset -c 1 ", "one_core"))
-            for run in (1, 2)
-        ),
     ),
     "validation": Report(
         "the suite that settings are chosen on; the weights of the last two rules are not kept",

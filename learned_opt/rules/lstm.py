@@ -122,6 +122,6 @@ def lstm(*, lstm_size: int = 20, output_scale: float = 0.01) -> LearnedOptimizer
             del count, value
             return each(functools.partial(step, theta), groups), shared
 
-        return rule_transform("lstm", start=start, update=update, batch_axes=batch_axes)
+        return rule_transform("lstm", start=start, update=update, reads_params=False, batch_axes=batch_axes)
 
     return LearnedOptimizer(init, build)

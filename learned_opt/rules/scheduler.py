@@ -128,7 +128,12 @@ def scheduler(
             scale = rate * jnp.exp(recurrent.linear(layers["step_size"], memory.hidden)[0, 0])
             scale = scale * scheduled(schedule, state.step, num_steps, scale.dtype)
             updates, inner_state = transform.update(updates, state.base, params, value=value, **extra_args)
-            updates = jax.tree.map(lambda u: (scale.astype(compute_dtype(u.dtype)) * u).astype(u.dtype), updates)
+
+            def scaled(u):
+                dtype = compute_dtype(u.dtype)
+                return (scale.astype(dtype) * u.astype(dtype)).astype(u.dtype)
+
+            updates = jax.tree.map(scaled, updates)
             return updates, SchedulerState(optax.safe_increment(state.step), loss, memory, inner_state)
 
         return optax.GradientTransformationExtraArgs(init_fn, update_fn)

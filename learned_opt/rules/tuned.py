@@ -69,7 +69,8 @@ def _learnable(transform: Callable[..., optax.GradientTransformation], **start: 
             dtypes = jax.tree.map(jnp.result_type, updates)
             params = None if params is None else wide(where_gradients(updates, params))
             updates = jax.tree.map(lambda g: clean(g, _LIMIT, compute_dtype(g.dtype)), updates)
-            updates, state = inner(common_dtype(updates)).update(updates, state, params, **extra_args)
+            with jax.numpy_dtype_promotion("standard"):  # Optax raises floats to the power of its count
+                updates, state = inner(common_dtype(updates)).update(updates, state, params, **extra_args)
             return jax.tree.map(lambda u, dtype: u.astype(dtype), updates, dtypes), state
 
         return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -16,8 +16,6 @@ import learned_opt
 from learned_opt.base import LearnedOptimizer, Theta
 from learned_opt.rules.celo2 import newton_schulz
 
-from ..soap import soap
-
 Settings = Mapping[str, Any]
 REFERENCE = "nadamw"  # whose validation losses are the targets
 
@@ -244,7 +242,7 @@ def assembled(direction: optax.GradientTransformation, s: Settings, num_steps: i
 
 def soap_direction(s: Settings) -> optax.GradientTransformation:
     """SOAP's direction, uphill."""
-    return optax.chain(soap(1.0, b1=1 - s["one_minus_b1"], b2=1 - s["one_minus_b2"]), optax.scale(-1.0))
+    return optax.chain(learned_opt.soap(1.0, b1=1 - s["one_minus_b1"], b2=1 - s["one_minus_b2"]), optax.scale(-1.0))
 
 
 def cautious(inner: optax.GradientTransformation) -> optax.GradientTransformation:

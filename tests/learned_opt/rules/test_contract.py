@@ -103,7 +103,7 @@ def test_what_has_no_gradient_stays_where_it_is(rule):
 
     A row that had gradients and has none any more comes to rest, and what is not finite is no gradient.
     """
-    theta, tx = rule[1], rule[2]
+    theta, tx = rule[1], rule[0].build(rule[1], num_steps=1000)
     used = np.ones((6, 4), np.float32)
     used[3:5], used[:, 2], used[0, 0] = 0, 0, 0
     params = {"frozen": jnp.full((3, 2), 0.5), "table": jnp.full((6, 4), 0.5), "vector": jnp.full(5, 0.5)}
@@ -316,8 +316,9 @@ def test_what_a_rule_needs_is_named_when_missing(rule):
     made, theta, tx = rule
     params = jnp.ones(5)
     if "value" in made.needs:
-        with pytest.raises(ValueError, match="value"):
-            tx.update(params, tx.init(params), params)
+        for wrong in (None, "x", jnp.ones(8)):
+            with pytest.raises(ValueError, match=r"update\(gradients, state, params, value=loss\)"):
+                tx.update(params, tx.init(params), params, value=wrong)
     if "num_steps" in made.needs:
         with pytest.raises(ValueError, match="num_steps"):
             made.build(theta).init(params)

@@ -78,8 +78,10 @@ def test_a_tensor_knows_nothing_of_the_others_and_rests_without_a_gradient():
         updates, new = update({"a": g, "b": None}, state, params)
         np.testing.assert_allclose(updates["a"], u["a"], rtol=1e-6)
         assert updates["b"] is None
-        for old, kept in zip(state, new, strict=True):
-            jax.tree.map(np.testing.assert_array_equal, old["b"], kept["b"])
+        for old, kept in zip(
+            (*state.tensors[:3], *state.tensors.memory), (*new.tensors[:3], *new.tensors.memory), strict=True
+        ):
+            np.testing.assert_array_equal(old["b"], kept["b"])
         state = new
     assert float(jnp.max(jnp.abs(state.tensors.controls["a"] - theta["controls"]))) > 1e-3
 

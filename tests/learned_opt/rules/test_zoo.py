@@ -119,7 +119,7 @@ CASES = {
 def test_update_is_the_formula_s(case):
     rng = np.random.default_rng(0)
     make, expected, shapes = CASES[case]
-    rule = make()
+    rule = make(published=True)
     theta = jax.tree.map(lambda x: x + jnp.float32(0.1) * rng.normal(size=x.shape), rule.init(jax.random.key(1)))
     params = [rng.normal(size=s).astype(np.float32) for s in shapes]
     gradients = [[rng.normal(size=s) * 10.0 ** rng.uniform(-3, 4) for s in shapes] for _ in range(3)]
