@@ -121,10 +121,6 @@ REPORTS = {
             f"{WIDE} {UPDATE}/wide_vectors_1.json",
         ),
     ),
-    "large_update": Report(
-        "whole training steps of networks of a million parameters, by optimizer", ("python benchmarks/large_update.py",)
-    ),
-    "compile": Report("seconds to compile a training step, by depth", ("python benchmarks/compile.py",)),
     "update_cost": Report(
         "how an update's cost grows from 10^4 to 10^8 parameters", ("python benchmarks/update_scaling.py",)
     ),

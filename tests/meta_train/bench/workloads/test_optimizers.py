@@ -89,12 +89,14 @@ def test_the_identity_control_is_soap_orthogonalised_at_unit_rms():
     control = optimizers.identity("control", 0.1)
     settings = {**control.setting, "warmup": 0.01}
     transform = control.make(settings, 1000)
-    updates, _ = transform.update(GRADS, transform.init(PARAMS), PARAMS)
-    rate = float(schedule(settings, 1000)(0))
+    _, state = transform.update(GRADS, transform.init(PARAMS), PARAMS)  # SOAP's first update moves nothing
+    updates, _ = transform.update(GRADS, state, PARAMS)
+    rate = float(schedule(settings, 1000)(1))
     for leaf in jax.tree.leaves(updates):
         np.testing.assert_allclose(jnp.sqrt(jnp.mean(leaf**2)), rate, rtol=1e-4)
     direction = optimizers.soap_direction({"one_minus_b1": 0.05, "one_minus_b2": 0.05})
-    plain, _ = direction.update(GRADS, direction.init(PARAMS), PARAMS)
+    _, state = direction.update(GRADS, direction.init(PARAMS), PARAMS)
+    plain, _ = direction.update(GRADS, state, PARAMS)
     left, _, right = np.linalg.svd(plain["layer"]["w"], full_matrices=False)
     found = updates["layer"]["w"] / np.linalg.norm(updates["layer"]["w"])
     nearest = -(left @ right) / np.linalg.norm(left @ right)
