@@ -104,6 +104,7 @@ def rule_transform(
     start_shared: Callable[[Any], Any] = lambda dtype: (),
     rest: bool = True,
     reads_params: bool = True,
+    reads_loss: bool = False,
     batch_axes: BatchAxes | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""The Optax transform of a rule.
@@ -123,6 +124,7 @@ def rule_transform(
         start_shared: ``dtype -> shared``, the dtype being the widest that any tensor is computed in.
         rest: see above. Adam and its kin need none: their updates fade by themselves.
         reads_params: whether ``update`` needs the parameters.
+        reads_loss: whether it needs the loss.
         batch_axes: ``(path, shape) -> n``: the first ``n`` axes of that parameter index separate tensors, such as the
             layers of a scanned network. By default 0.
 
@@ -167,7 +169,7 @@ def rule_transform(
         # what has no gradient may hold anything: an unfiltered Equinox model holds functions
         at = [jnp.asarray(p) if i in moving else None for i, p in enumerate(tree.flatten_up_to(params))]
         run = functools.partial(core, tree, lead)
-        return _automatic(run, (updates, state), at, value)
+        return _automatic(run, (updates, state), at, required_loss(value, name) if reads_loss else None)
 
     @functools.partial(jax.jit, static_argnums=(0, 1))  # for updates outside of any other jit
     def core(tree, lead, carried, at, value):
@@ -222,6 +224,22 @@ def where_gradients(updates: Tree, params: Tree) -> Tree:
     given, tree = jax.tree.flatten(updates, is_leaf=lambda x: x is None)
     pairs = zip(given, tree.flatten_up_to(params), strict=True)
     return tree.unflatten([None if g is None else jnp.asarray(p) for g, p in pairs])
+
+
+def required_loss(value: Any, rule: str) -> jax.Array:
+    """The loss, or a ``ValueError`` that tells how to pass it."""
+    how = f"{rule} reads the loss: call update(gradients, state, params, value=loss)"
+    if value is None:
+        raise ValueError(
+            f"{how}, the transform's own: Flax's TrainState.apply_gradients and optax.split_real_and_imaginary drop it"
+        )
+    if not isinstance(value, int | float | np.generic | np.ndarray | jax.Array) or jnp.size(value) != 1:
+        raise ValueError(f"{how}; the loss is one number, not {_shown(value)}")
+    return jnp.reshape(jnp.asarray(value), ())
+
+
+def _shown(value) -> str:
+    return f"an array of shape {value.shape}" if hasattr(value, "shape") else repr(value)[:60]
 
 
 # --- groups

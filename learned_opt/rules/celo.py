@@ -114,7 +114,6 @@ def celo(
         def update(groups, count, clock, value):
             dtype = clock.memory.hidden.dtype
             if scheduled:
-                value = recurrent.required_loss(value, "celo")
                 total = recurrent.required_num_steps(num_steps, "celo")
                 mult, loss, memory = schedule(scheduler, count, clock.loss, clock.memory, value, total)
                 controls = jax.nn.softmax(recurrent.linear(scheduler["controls"], memory.hidden))
@@ -129,6 +128,7 @@ def celo(
             start=no_moments,
             start_shared=start_shared,
             update=update,
+            reads_loss=scheduled,
             rest=not published,
             batch_axes=batch_axes,
         )

@@ -72,7 +72,6 @@ def celo_adam(*, lstm_size: int = 64) -> LearnedOptimizer:
             return Clock(recurrent.loss_start(dtype), recurrent.lstm_start(theta["lstm"], 1, dtype))
 
         def update(groups, count, clock, value):
-            value = recurrent.required_loss(value, "celo_adam")
             total = recurrent.required_num_steps(num_steps, "celo_adam")
             mult, loss, memory = schedule(theta, count, clock.loss, clock.memory, value, total)
 
@@ -86,7 +85,13 @@ def celo_adam(*, lstm_size: int = 64) -> LearnedOptimizer:
             return each(step, groups), Clock(loss, memory)
 
         return rule_transform(
-            "celo_adam", start=start, start_shared=start_shared, update=update, rest=False, batch_axes=batch_axes
+            "celo_adam",
+            start=start,
+            start_shared=start_shared,
+            update=update,
+            rest=False,
+            reads_loss=True,
+            batch_axes=batch_axes,
         )
 
     return LearnedOptimizer(init, build, needs=("value", "num_steps"))

@@ -153,22 +153,6 @@ def required_num_steps(num_steps: Any, rule: str) -> Any:
 # --- the loss
 
 
-def required_loss(value: jax.Array | None, rule: str) -> jax.Array:
-    """The loss, or a ``ValueError`` that tells how to pass it."""
-    how = f"{rule} reads the loss: call update(gradients, state, params, value=loss)"
-    if value is None:
-        raise ValueError(
-            f"{how}, the transform's own: Flax's TrainState.apply_gradients and optax.split_real_and_imaginary drop it"
-        )
-    if not isinstance(value, int | float | np.generic | np.ndarray | jax.Array) or jnp.size(value) != 1:
-        raise ValueError(f"{how}; the loss is one number, not {_shown(value)}")
-    return jnp.reshape(jnp.asarray(value), ())
-
-
-def _shown(value) -> str:
-    return f"an array of shape {value.shape}" if hasattr(value, "shape") else repr(value)[:60]
-
-
 class LossBuffer(NamedTuple):
     """Running means of the loss over ten horizons.
 

@@ -14,7 +14,7 @@ from ..kernels import column_mlp
 from ..tensors import each, in_order, rule_transform
 from .mlp import step_of
 from .networks import network, network_init, with_context
-from .recurrent import TIMES, LSTMState, linear, linear_init, lstm, lstm_init, lstm_start, required_loss, sine_embedding
+from .recurrent import TIMES, LSTMState, linear, linear_init, lstm, lstm_init, lstm_start, sine_embedding
 
 PAPER = "Metz et al. 2020, Tasks, stability, architecture, and compute, arXiv:2009.11243"
 
@@ -250,7 +250,7 @@ def rnn_mlp(*, lstm_size: int = 64, hidden_size: int = 32, published: bool = Fal
             return Told(loss, clipper, jnp.array(theta["from_lstm"], dtype))
 
         def update(groups, count, told, value):
-            of_loss, loss = loss_features(told.loss, required_loss(value, "rnn_mlp"))
+            of_loss, loss = loss_features(told.loss, value)
             if not groups:
                 return [], told._replace(loss=loss)
             limit, dtype = clip_limit(told.clipper), told.from_lstm.dtype
@@ -278,6 +278,7 @@ def rnn_mlp(*, lstm_size: int = 64, hidden_size: int = 32, published: bool = Fal
             start=start,
             start_shared=start_shared,
             update=update,
+            reads_loss=True,
             rest=not published,
             batch_axes=batch_axes,
         )

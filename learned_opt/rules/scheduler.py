@@ -10,7 +10,7 @@ import optax
 from .. import rules  # the whole registry: read only when a scheduler is made, after it is complete
 from ..base import LearnedOptimizer, Theta
 from ..features import compute_dtype
-from ..tensors import check_params, common_dtype
+from ..tensors import check_params, common_dtype, required_loss
 from . import recurrent
 from .celo import PAPER
 from .recurrent import LOSSES, RUN, LossBuffer, LSTMState
@@ -121,7 +121,7 @@ def scheduler(
             return SchedulerState(jnp.zeros((), jnp.int32), start, memory, transform.init(params))
 
         def update_fn(updates, state, params=None, *, value=None, **extra_args):
-            value = recurrent.required_loss(value, "scheduler")
+            value = required_loss(value, "scheduler")
             losses, loss = recurrent.loss_update(state.loss, value, _HORIZON)
             read = jnp.concatenate([recurrent.run_embedding(state.step, num_steps, losses.dtype), losses])
             memory = recurrent.pooled_lstm(layers, read[None], state.memory)

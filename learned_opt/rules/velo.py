@@ -212,7 +212,6 @@ def velo(
             return recurrent.loss_start(dtype)
 
         def update(groups, count, loss, value):
-            value = recurrent.required_loss(value, "velo")
             total = recurrent.required_num_steps(num_steps, "velo")
             losses, loss = recurrent.loss_update(loss, value, total if loss_horizon is None else loss_horizon)
             if not groups:
@@ -243,6 +242,7 @@ def velo(
             start=start,
             start_shared=start_shared,
             update=update,
+            reads_loss=True,
             rest=not published,
             batch_axes=batch_axes,
         )
