@@ -29,9 +29,9 @@ def newton_schulz(x: jax.Array) -> jax.Array:
         Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024.
 
     Example:
-        >>> print(jnp.round(newton_schulz(jnp.diag(jnp.array([3.0, -1.0]))), 1))
-        [[ 0.7  0. ]
-         [ 0.  -1.1]]
+        >>> values = jnp.linalg.svd(newton_schulz(jnp.diag(jnp.array([3.0, -1.0]))), compute_uv=False)
+        >>> bool(jnp.all((0.6 < values) & (values < 1.3)))
+        True
     """
     tall = x.shape[-2] > x.shape[-1]
     x = jnp.swapaxes(x, -1, -2) if tall else x

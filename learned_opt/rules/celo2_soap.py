@@ -70,6 +70,7 @@ def celo2_soap(
         ValueError: if ``hidden_size`` is below 2 or ``every`` below 1.
 
     Example:
+        >>> import jax
         >>> rule = celo2_soap()
         >>> tx = rule.build(rule.init(jax.random.key(0)))
         >>> params = {"w": jnp.ones((3, 2)), "b": jnp.ones(2)}
