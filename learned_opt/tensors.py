@@ -1,8 +1,8 @@
 """From a rule for one tensor to an Optax transform: one scaffold for every rule.
 
 A rule says what it accumulates for a tensor and how it steps; this file does the rest. Tensors of one shape are stacked
-and go through one compiled body, so that compile time does not grow with depth. States mirror the parameters, name by
-name. What has had no gradient rests.
+and go through one compiled body: what is compiled for each tensor more is only its slices of the stacks. States mirror
+the parameters, name by name. What has had no gradient rests.
 """
 
 import functools
@@ -166,8 +166,7 @@ def rule_transform(
         paths = [path for path, _ in jax.tree.leaves_with_path(updates, is_leaf=lambda x: x is None)]
         moving = [i for i, g in enumerate(given) if g is not None and jnp.size(g)]
         lead = tuple((i, _lead(lead_of, paths[i], given[i])) for i in moving)
-        # what has no gradient may hold anything: an unfiltered Equinox model holds functions
-        at = [jnp.asarray(p) if i in moving else None for i, p in enumerate(tree.flatten_up_to(params))]
+        at = tree.flatten_up_to(where_gradients(updates, params))
         run = functools.partial(core, tree, lead)
         return _automatic(run, (updates, state), at, required_loss(value, name) if reads_loss else None)
 
