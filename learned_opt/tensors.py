@@ -80,7 +80,9 @@ def each(step: Callable, groups: Sequence[Group], *rows: Tree) -> list:
 
 def _one_by_one(step: Callable, *stacks: Tree) -> Tree:
     """``step`` of every tensor of stacks."""
-    if on_cpu() and jax.tree.leaves(stacks)[0].shape[0] > 1:  # a whole stack would leave the caches at every operation
+    if jax.tree.leaves(stacks)[0].shape[0] == 1:  # by itself: a fifth faster in meta-training than as a stack of one
+        return jax.tree.map(lambda x: x[None], step(*jax.tree.map(lambda x: x[0], stacks)))
+    if on_cpu():  # a whole stack would leave the caches at every operation
         return jax.lax.map(lambda tensor: step(*tensor), stacks)
     return jax.vmap(step)(*stacks)
 
@@ -301,7 +303,7 @@ def _rested(u: jax.Array, gradient: jax.Array, idle: jax.Array) -> tuple[jax.Arr
     """The update, faded, and the steps without a gradient, 254 of which are as many as any more."""
     older = jnp.where(idle >= _NEVER - 1, idle, idle + jnp.uint8(1))
     idle = jnp.where(gradient != 0, jnp.uint8(0), older)
-    return u * jnp.where(idle == _NEVER, 0, jnp.asarray(_FADE, u.dtype) ** idle.astype(u.dtype)), idle
+    return u * jnp.where(idle == _NEVER, 0, jnp.exp(math.log(_FADE) * idle.astype(u.dtype))), idle
 
 
 # --- explicit meshes

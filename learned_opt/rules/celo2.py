@@ -47,9 +47,9 @@ def in_units(g: jax.Array, moments: Moments) -> tuple[jax.Array, Moments]:
     What the network makes of them then hangs on no unit of the loss.
     """
     mean = jnp.mean(moments.r)
-    unit = _UNIT * jax.lax.rsqrt(jnp.where(mean > 0, mean, _UNIT**2))
+    unit = jnp.sqrt(jnp.where(mean > 0, mean, _UNIT**2)) / _UNIT
     m, r, row, col = moments
-    return unit * g, Moments(unit * m, unit**2 * r, unit**2 * row, unit**2 * col)
+    return g / unit, Moments(m / unit, r / unit**2, row / unit**2, col / unit**2)
 
 
 def direction(theta: Theta, p: jax.Array, g: jax.Array, moments: Moments) -> jax.Array:
