@@ -202,7 +202,10 @@ def mean_of_each(xs: list[jax.Array]) -> jax.Array:
     """
     size = xs[0].size
     if on_cpu():
-        xs = _shrink(xs) if xs[0].ndim >= 2 else _one_pass([x[:, None] for x in xs])
+        if xs[0].ndim >= 2:
+            xs = _shrink(xs)
+        elif size <= 512:  # more terms in a row would round
+            xs = _one_pass([x.reshape(-1, 1) for x in xs])
         return jnp.sum(jnp.stack(xs), tuple(range(1, 1 + xs[0].ndim))) / size
     return fenced(jnp.stack([jnp.sum(x) for x in xs])) / size
 
