@@ -70,10 +70,13 @@ def bfloat16_state(
         tx: any Optax transform, or a whole chain.
         rounding: ``(x, key) -> bfloat16``: :func:`stochastic` or :func:`nearest`, which stalls (see above).
         min_size: float32 arrays of fewer elements are left alone: they cost nothing, and hold counts and statistics.
-        seed: of the rounding. The same on all devices that hold copies of the state.
+        seed: of the rounding, in ``[0, 2^32)``. The same on all devices that hold copies of the state.
 
     Returns:
         An Optax transform with ``tx``'s updates, up to the rounding of its state.
+
+    Raises:
+        ValueError: if ``seed`` is out of range.
 
     Example:
         >>> tx = bfloat16_state(optax.adam(1e-3))
@@ -82,7 +85,7 @@ def bfloat16_state(
         >>> state.inner[0].nu.dtype
         dtype(bfloat16)
     """
-    tx = optax.with_extra_args_support(tx)
+    tx, seed = optax.with_extra_args_support(tx), _checked(seed)
 
     def is_large(x):
         return x.dtype == jnp.float32 and x.size >= min_size
@@ -128,6 +131,9 @@ def bfloat16_params(*, rounding: Rounding = stochastic, seed: int = 0) -> optax.
     Returns:
         An Optax transform.
 
+    Raises:
+        ValueError: if ``seed`` is out of range.
+
     Example:
         >>> tx = optax.chain(optax.sgd(1e-3), bfloat16_params())
         >>> params = jnp.ones((64, 64), jnp.bfloat16)
@@ -136,6 +142,7 @@ def bfloat16_params(*, rounding: Rounding = stochastic, seed: int = 0) -> optax.
         >>> bool(0 < jnp.sum(moved < 1) < 64 * 64)
         True
     """
+    seed = _checked(seed)
 
     def init_fn(params):
         del params
@@ -158,6 +165,12 @@ def bfloat16_params(*, rounding: Rounding = stochastic, seed: int = 0) -> optax.
         return updates, RoundedUpdatesState(optax.safe_increment(state.step))
 
     return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _checked(seed: int) -> int:
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be in [0, 2^32), got {seed}")
+    return seed
 
 
 def _keys(seed: int, step: jax.Array) -> Iterator[jax.Array]:

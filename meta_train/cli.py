@@ -60,10 +60,13 @@ def _close_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in buffers goes nowhere
 
 
+class _Parser(argparse.ArgumentParser):
+    def _print_message(self, message, file=None):  # argparse's own passes over what could not be written
+        (file or sys.stderr).write(message or "")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="learned-opt", description="Meta-train, ship and benchmark learned optimizers."
-    )
+    parser = _Parser(prog="learned-opt", description="Meta-train, ship and benchmark learned optimizers.")
     parser.add_argument("--version", action="version", version=f"learned-opt {learned_opt.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 

@@ -33,7 +33,7 @@ def celo2_soap(
     orthogonalize: bool = True,
     every: int = 10,
     max_dim: int = 1024,
-    max_ratio: float = 1e9,
+    max_ratio: float = 2.0,
 ) -> LearnedOptimizer:
     r"""Celo2 in SOAP's coordinates: rotated gradients go through its network, and the direction is rotated back.
 
@@ -61,7 +61,8 @@ def celo2_soap(
         orthogonalize: take the Newton-Schulz steps.
         every: updates between two corrections of a basis.
         max_dim: a longer side of a matrix is not rotated.
-        max_ratio: nor is one of more than so many times the other side.
+        max_ratio: nor is one of more than so many times the other side: on transformers its rotation takes a fifth of
+            a step, and losses are no lower for it.
 
     Returns:
         A rule; theta is that of :func:`learned_opt.rules.celo2.celo2`.

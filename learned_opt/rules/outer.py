@@ -104,7 +104,8 @@ def outer(*, hidden_size: int = 8, every: int = 10) -> LearnedOptimizer:
     on the mean, agree over the rounds and how long they are (:func:`statistics`), and the share of the rounds done. The
     length does not follow the workers' step size, which is left to the user: 0.1 is what the pretrained one was judged
     at, and at 0.3 a network diverged. It sees the mean alone and works for any number of workers. Deltas far beyond
-    their usual length count for little (:func:`limit`).
+    their usual length count for little (:func:`limit`). The learned lengths are in the unit of the parameters, as
+    deltas are: this is no rule for gradients, whose unit is the loss's.
 
     ``init`` starts with :math:`f = 0` and steps of RMS 0.04. Non-finite entries count as 0. State: that of
     ``celo2_soap``. Meta-parameters: 597 for ``hidden_size=8``.

@@ -130,3 +130,17 @@ def test_parameters_move_by_steps_too_small_for_them():
     assert stochastic["none"] is None
     with pytest.raises(ValueError, match="bfloat16_params"):
         precision.bfloat16_params().update(params, precision.bfloat16_params().init(params))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda seed: precision.bfloat16_state(optax.sgd(0.1), seed=seed),
+        lambda seed: precision.bfloat16_params(seed=seed),
+    ],
+)
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_out_of_range_is_refused_not_wrapped(make, seed):
+    make(2**32 - 1)
+    with pytest.raises(ValueError, match="seed must be in"):
+        make(seed)

@@ -89,7 +89,9 @@ def test_list(capsys):
     assert capsys.readouterr().out == "presets: quick, cpu, accelerator, unsupervised\n"
 
 
-@pytest.mark.parametrize("command", [["list"], ["list", "--json"], ["info", "celo2"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "command", [["list"], ["list", "--json"], ["info", "celo2"], ["--version"], ["bench", "--help"]], ids=" ".join
+)
 def test_a_full_disk_behind_the_output(command, tmp_path):
     with open("/dev/full", "w") as full:
         done = subprocess.run(
