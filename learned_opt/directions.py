@@ -1,6 +1,7 @@
 """SOAP, and SOAP followed by Newton-Schulz: the hand-made directions of the learned rules, for Optax."""
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -35,6 +36,7 @@ def scale_by_soap(
     eps: float = 1e-8,
     every: int = 10,
     max_dim: int = 10_000,
+    max_ratio: float = math.inf,
     orthogonalize: bool = False,
     batch_axes: BatchAxes | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -46,6 +48,7 @@ def scale_by_soap(
         eps: see there.
         every: see there.
         max_dim: see there.
+        max_ratio: see there.
         orthogonalize: take five Newton-Schulz steps from the direction of tensors of rank >= 2, and bring it to unit
             RMS.
         batch_axes: see there.
@@ -59,7 +62,7 @@ def scale_by_soap(
     def start(p):
         matrix, dtype = eigenbasis.as_matrix(p), compute_dtype(p.dtype)
         m, v = (jnp.zeros_like(matrix, dtype) for _ in range(2))
-        return AdamInBasis(m, v, eigenbasis.start(matrix, max_dim=max_dim, max_ratio=float("inf"), dtype=dtype))
+        return AdamInBasis(m, v, eigenbasis.start(matrix, max_dim=max_dim, max_ratio=max_ratio, dtype=dtype))
 
     def step(count, gradient, p, state):
         del p
@@ -95,6 +98,7 @@ def soap(
     mask: Mask | None = None,
     every: int = 10,
     max_dim: int = 10_000,
+    max_ratio: float = math.inf,
     batch_axes: BatchAxes | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""SOAP: Adam in the eigenbasis of Shampoo's preconditioner.
@@ -123,6 +127,8 @@ def soap(
         mask: which parameters decay, as in ``optax.adamw``.
         every: updates between two corrections of a basis, by one step of the power method and a QR decomposition.
         max_dim: a longer side of a matrix is not rotated.
+        max_ratio: nor is one of more than so many times the other side; 2 makes SOAP one-sided where the longer side
+            costs most.
         batch_axes: ``(path, shape) -> n``: the first ``n`` axes of that parameter index separate matrices, such as the
             layers of a scanned network.
 
@@ -142,7 +148,8 @@ def soap(
     Reference:
         Vyas et al., "SOAP: Improving and stabilizing Shampoo using Adam", 2024, arXiv:2409.11321.
     """
-    direction = scale_by_soap(b1=b1, b2=b2, eps=eps, every=every, max_dim=max_dim, batch_axes=batch_axes)
+    options = {"every": every, "max_dim": max_dim, "max_ratio": max_ratio, "batch_axes": batch_axes}
+    direction = scale_by_soap(b1=b1, b2=b2, eps=eps, **options)
     return _with_rate(direction, learning_rate, weight_decay, mask)
 
 
@@ -156,6 +163,7 @@ def soap_muon(
     mask: Mask | None = None,
     every: int = 10,
     max_dim: int = 10_000,
+    max_ratio: float = math.inf,
     batch_axes: BatchAxes | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""SOAP followed by Newton-Schulz: :math:`u = -\eta\, \mathrm{NS}(u_\mathrm{SOAP})` at unit RMS.
@@ -173,6 +181,7 @@ def soap_muon(
         mask: see there.
         every: see there.
         max_dim: see there.
+        max_ratio: see there.
         batch_axes: see there.
 
     Returns:
@@ -188,9 +197,8 @@ def soap_muon(
         >>> print(updates["w"].shape)
         (3, 2)
     """
-    direction = scale_by_soap(
-        b1=b1, b2=b2, eps=eps, every=every, max_dim=max_dim, orthogonalize=True, batch_axes=batch_axes
-    )
+    options = {"every": every, "max_dim": max_dim, "max_ratio": max_ratio, "batch_axes": batch_axes}
+    direction = scale_by_soap(b1=b1, b2=b2, eps=eps, orthogonalize=True, **options)
     return _with_rate(direction, learning_rate, weight_decay, mask)
 
 

@@ -108,37 +108,60 @@ def scheduler(
         return {"base": inner.init(k_base), "scheduler": layers}
 
     def build(theta, num_steps=None, batch_axes=None):
-        transform = optax.with_extra_args_support(
-            inner.build(theta["base"], num_steps=num_steps, batch_axes=batch_axes)
-        )
-        layers = theta["scheduler"]
-
-        def init_fn(params):
-            check_params(params)
-            dtype = common_dtype(params)
-            memory = recurrent.lstm_start(layers["lstm"], 1, dtype)
-            start = recurrent.loss_start(dtype)
-            return SchedulerState(jnp.zeros((), jnp.int32), start, memory, transform.init(params))
-
-        def update_fn(updates, state, params=None, *, value=None, **extra_args):
-            value = required_loss(value, "scheduler")
-            losses, loss = recurrent.loss_update(state.loss, value, _HORIZON)
-            read = jnp.concatenate([recurrent.run_embedding(state.step, num_steps, losses.dtype), losses])
-            memory = recurrent.pooled_lstm(layers, read[None], state.memory)
-            scale = rate * jnp.exp(recurrent.linear(layers["step_size"], memory.hidden)[0, 0])
-            scale = scale * scheduled(schedule, state.step, num_steps, scale.dtype)
-            updates, inner_state = transform.update(updates, state.base, params, value=value, **extra_args)
-
-            def scaled(u):
-                dtype = compute_dtype(u.dtype)
-                return (scale.astype(dtype) * u.astype(dtype)).astype(u.dtype)
-
-            updates = jax.tree.map(scaled, updates)
-            return updates, SchedulerState(optax.safe_increment(state.step), loss, memory, inner_state)
-
-        return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+        transform = inner.build(theta["base"], num_steps=num_steps, batch_axes=batch_axes)
+        return stepped(transform, theta["scheduler"], rate, schedule, num_steps)
 
     return LearnedOptimizer(init, build, needs=("value", *(need for need in inner.needs if need != "value")))
+
+
+def stepped(
+    transform: optax.GradientTransformation, layers: Theta, rate: float, schedule: str, num_steps: int | None
+) -> optax.GradientTransformationExtraArgs:
+    """Any Optax transform under a learned schedule: :func:`scheduler`'s ``mult s(t / T) lr u``.
+
+    Args:
+        transform: gives ``u``.
+        layers: the ``theta["scheduler"]`` of a :func:`scheduler`.
+        rate: ``lr``.
+        schedule: ``s``, as for :func:`scheduler`.
+        num_steps: ``T``, or ``None``.
+
+    Returns:
+        An Optax transform; its ``update`` needs ``value=loss``.
+
+    Example:
+        >>> import learned_opt
+        >>> layers = learned_opt.load_rule("flagship-auto").theta["scheduler"]
+        >>> tx = stepped(learned_opt.soap(1.0), layers, 3e-3, "cosine", num_steps=1000)
+        >>> params = jnp.ones((3, 2))
+        >>> updates, state = tx.update(params, tx.init(params), params, value=jnp.float32(1.5))
+    """
+    transform = optax.with_extra_args_support(transform)
+
+    def init_fn(params):
+        check_params(params)
+        dtype = common_dtype(params)
+        memory = recurrent.lstm_start(layers["lstm"], 1, dtype)
+        start = recurrent.loss_start(dtype)
+        return SchedulerState(jnp.zeros((), jnp.int32), start, memory, transform.init(params))
+
+    def update_fn(updates, state, params=None, *, value=None, **extra_args):
+        value = required_loss(value, "scheduler")
+        losses, loss = recurrent.loss_update(state.loss, value, _HORIZON)
+        read = jnp.concatenate([recurrent.run_embedding(state.step, num_steps, losses.dtype), losses])
+        memory = recurrent.pooled_lstm(layers, read[None], state.memory)
+        scale = rate * jnp.exp(recurrent.linear(layers["step_size"], memory.hidden)[0, 0])
+        scale = scale * scheduled(schedule, state.step, num_steps, scale.dtype)
+        updates, inner_state = transform.update(updates, state.base, params, value=value, **extra_args)
+
+        def scaled(u):
+            dtype = compute_dtype(u.dtype)
+            return (scale.astype(dtype) * u.astype(dtype)).astype(u.dtype)
+
+        updates = jax.tree.map(scaled, updates)
+        return updates, SchedulerState(optax.safe_increment(state.step), loss, memory, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def over(

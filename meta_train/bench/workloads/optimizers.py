@@ -4,6 +4,7 @@ All make an Optax transform of a few settings, under one schedule: a linear warm
 decoupled and spares vectors. A setting may be traced, so that all trials of an optimizer share one program.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -14,9 +15,11 @@ import optax.contrib
 
 import learned_opt
 from learned_opt.base import LearnedOptimizer, Theta
-from learned_opt.rules.celo2 import newton_schulz
+from learned_opt.newton_schulz import newton_schulz
+from learned_opt.rules.scheduler import stepped
 
 Settings = Mapping[str, Any]
+_SOAP_RATE = 3e-3  # of the ruleset "nothing set"
 REFERENCE = "nadamw"  # whose validation losses are the targets
 
 
@@ -122,7 +125,13 @@ def baselines() -> list[Optimizer]:
         Optimizer(
             "soap",
             lambda s, num_steps: assembled(soap_direction(s), s, num_steps),
-            {"learning_rate": 3e-3, "one_minus_b1": 0.05, "one_minus_b2": 0.05, "weight_decay": 0.05, "warmup": 0.05},
+            {
+                "learning_rate": _SOAP_RATE,
+                "one_minus_b1": 0.05,
+                "one_minus_b2": 0.05,
+                "weight_decay": 0.05,
+                "warmup": 0.05,
+            },
             {**_ADAM, "learning_rate": Range(3e-4, 3e-2)},
             "Vyas et al. 2024, arXiv:2409.11321; here",
         ),
@@ -178,10 +187,11 @@ def learned(
 
 
 def pretrained(name_or_path: str) -> list[Optimizer]:
-    """A saved rule, and its controls where it is a network in SOAP's basis.
+    """A saved rule, and its controls where it is a network in SOAP's basis or a learned schedule.
 
     The controls take the network away and keep the rest: ``identity``, the same direction with Adam in its place, the
-    same Newton-Schulz steps, unit RMS and rates; ``untrained``, fresh weights; ``no-newton-schulz``.
+    same Newton-Schulz steps, unit RMS and rates; ``untrained``, fresh weights; ``no-newton-schulz``. That of a learned
+    schedule is ``over-soap``, the same schedule over SOAP.
 
     Raises:
         StoreError: as ``learned_opt.load``.
@@ -195,18 +205,43 @@ def pretrained(name_or_path: str) -> list[Optimizer]:
         plain = learned_opt.RULES["celo2_soap"](**{**saved.kwargs, "orthogonalize": False})
         fresh = saved.rule.init(jax.random.key(0))
         found += [
-            identity(f"{name}:identity", rate),
+            identity(f"{name}:identity", rate, saved.kwargs),
             learned(f"{name}:untrained", saved.rule, fresh, rate, "control", "the same rule, fresh weights"),
             learned(f"{name}:no-newton-schulz", plain, saved.theta, rate, "control", "the same weights without it"),
         ]
+    if saved.name == "scheduler":
+        found.append(over_soap(f"{name}:over-soap", saved))
     return found
 
 
-def identity(name: str, learning_rate: float) -> Optimizer:
-    """SOAP's direction through Newton-Schulz steps at unit RMS: what is left of the flagship without its network."""
+def over_soap(name: str, saved: learned_opt.store.SavedRule) -> Optimizer:
+    """A rule's learned schedule over SOAP in place of the rule's direction."""
 
     def make(s: Settings, num_steps: int) -> optax.GradientTransformation:
-        direction = soap_direction({"one_minus_b1": 0.05, "one_minus_b2": 0.05})
+        del s
+        direction = learned_opt.directions.scale_by_soap()
+        shape = saved.kwargs.get("schedule", "constant")
+        return stepped(direction, saved.theta["scheduler"], _SOAP_RATE, shape, num_steps)
+
+    return Optimizer(name, make, {}, {}, "the same schedule over SOAP, at SOAP's default rate", "control")
+
+
+def identity(name: str, learning_rate: float, kwargs: Mapping[str, Any]) -> Optimizer:
+    """SOAP's direction through Newton-Schulz steps at unit RMS: what is left of the flagship without its network.
+
+    Args:
+        name: its label.
+        learning_rate: the rule's default rate.
+        kwargs: of the rule, whose basis it has.
+
+    Returns:
+        The optimizer.
+    """
+    basis = inspect.signature(learned_opt.RULES["celo2_soap"]).parameters
+    same = {key: kwargs.get(key, basis[key].default) for key in ("every", "max_dim", "max_ratio")}
+
+    def make(s: Settings, num_steps: int) -> optax.GradientTransformation:
+        direction = optax.chain(learned_opt.directions.scale_by_soap(**same), optax.scale(-1.0))
         return optax.chain(direction, optax.stateless(lambda u, p: jax.tree.map(_unit, u)), *_decayed(s, num_steps))
 
     setting = {"learning_rate": learning_rate, "weight_decay": 0.0, "warmup": 0.05}

@@ -1,5 +1,7 @@
 """The optimizers on workloads: schedule, what is decayed and orthogonalised, controls, one program for all settings."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -86,7 +88,7 @@ def test_cautious_keeps_what_agrees_with_the_gradient():
 
 
 def test_the_identity_control_is_soap_orthogonalised_at_unit_rms():
-    control = optimizers.identity("control", 0.1)
+    control = optimizers.identity("control", 0.1, {"max_ratio": math.inf})
     settings = {**control.setting, "warmup": 0.01}
     transform = control.make(settings, 1000)
     _, state = transform.update(GRADS, transform.init(PARAMS), PARAMS)  # SOAP's first update moves nothing
@@ -108,6 +110,21 @@ def test_a_flagship_brings_its_controls():
     assert names == ["flagship", "flagship:identity", "flagship:untrained", "flagship:no-newton-schulz"]
     kinds = [optimizer.kind for optimizer in optimizers.pretrained("flagship")]
     assert kinds == ["learned", "control", "control", "control"]
+
+
+def test_a_learned_schedule_brings_itself_over_soap():
+    _, control = optimizers.pretrained("flagship-auto")
+    assert (control.name, control.kind, control.setting) == ("flagship-auto:over-soap", "control", {})
+    transform, soap = control.make({}, 100), learned_opt.directions.scale_by_soap()
+    state, plain = transform.init(PARAMS), soap.init(PARAMS)
+    for _ in range(2):  # SOAP's first update moves nothing
+        updates, state = transform.update(GRADS, state, PARAMS, value=jnp.float32(2.0))
+        direction, plain = soap.update(GRADS, plain, PARAMS)
+    ratios = [u / d for u, d in zip(jax.tree.leaves(updates), jax.tree.leaves(direction), strict=True)]
+    rate = float(ratios[0].reshape(-1)[0])
+    assert 3e-4 < rate < 3e-2  # within a factor of ten of SOAP's own
+    for ratio in ratios:
+        np.testing.assert_allclose(ratio, rate, rtol=1e-4)
 
 
 def test_a_rule_that_sets_its_own_step_size_has_nothing_to_search():

@@ -1,0 +1,61 @@
+"""Bytes a parameter of an optimizer's state and of an update's temporaries, transformers of 10^6 to 10^8 parameters.
+
+Nothing is run: XLA tells what the compiled update allocates beside its arguments, gradients and the state in place.
+Writes reports/memory/memory.csv:
+
+    python benchmarks/memory.py
+"""
+
+import argparse
+import csv
+from pathlib import Path
+
+import jax
+import optax
+from models import transformer
+
+import learned_opt
+
+SIZES = {10**6: (4, 144), 10**7: (8, 320), 10**8: (12, 832)}  # layers, width
+OPTIMIZERS = {
+    "adam": lambda: optax.adam(1e-3),
+    "muon": lambda: optax.contrib.muon(1e-2),
+    "soap": lambda: learned_opt.soap(3e-3, max_dim=1024),
+    "celo2": lambda: learned_opt.RULES["celo2"]().build(learned_opt.load_rule("flagship").theta),
+    "flagship": lambda: learned_opt.load("flagship"),
+    "flagship, state in bfloat16": lambda: learned_opt.bfloat16_state(learned_opt.load("flagship")),
+}
+
+
+def measure(params, make) -> tuple[float, float]:
+    """Bytes a parameter: of the state, of temporaries."""
+    tx, size = optax.with_extra_args_support(make()), sum(x.size for x in jax.tree.leaves(params))
+    state = jax.eval_shape(tx.init, params)
+    compiled = jax.jit(tx.update, donate_argnums=(0, 1)).lower(params, state, params).compile()
+    held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    return held / size, compiled.memory_analysis().temp_size_in_bytes / size
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("reports/memory/memory.csv"))
+    arguments = parser.parse_args()
+    rows = []
+    for layers, width in SIZES.values():
+        params = jax.eval_shape(transformer(layers, width).init, jax.random.key(0))
+        size = sum(x.size for x in jax.tree.leaves(params))
+        for name, make in OPTIMIZERS.items():
+            state, temporaries = measure(params, make)
+            rows.append(
+                {"parameters": size, "optimizer": name, "state": f"{state:.1f}", "temporaries": f"{temporaries:.1f}"}
+            )
+            print(rows[-1], flush=True)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    with arguments.out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
