@@ -4,7 +4,7 @@ Every optimizer's update and `optax.apply_updates` are one compiled step with do
 with Adam alone: what ran before would slow it down (after `celo2_soap` Adam takes half as long again). Prints medians
 over rounds of the rule's time as a multiple of Adam's in the same round: "hot" of updates one after the other, "cold"
 of one update after other data went through the caches, as a net's activations do in training; further the temporary
-bytes and the state's bytes a parameter. Writes reports/update/all_cores_1.json:
+bytes and the state's bytes a parameter. Writes reports/update/one_core.json:
 
     python benchmarks/update.py [--rules celo2 adam] [--rounds 15]
 """
@@ -118,7 +118,7 @@ def main():
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--out", type=Path, default=Path("reports/update/all_cores_1.json"))
+    parser.add_argument("--out", type=Path, default=Path("reports/update/one_core.json"))
     arguments = parser.parse_args()
     report = {
         "jax": jax.__version__,

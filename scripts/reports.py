@@ -35,15 +35,13 @@ def bench(name: str, rules: str, options: str) -> tuple[str, ...]:
     )
 
 
-UPDATE = "python benchmarks/update.py --rounds 9 --rules celo2 adafac_mlp velo mlp --out reports/update"
-SOAP = "python benchmarks/update.py --rounds 9 --rules celo2_soap --out reports/update"
-WIDE = "XLA_FLAGS=--xla_cpu_prefer_vector_width=512"
 REPORTS = {
     "ablation": Report("what each setting of meta-training is worth", ("python benchmarks/ablation.py",)),
     "accelerator": Report(
         "what updates, compilation and meta-training take on one H100",
         ("python benchmarks/update.py --out reports/accelerator/h100.json  # on a machine with the GPU",),
     ),
+    "compile": Report("how long optimizers compile, by depth", ("python benchmarks/compile.py",)),
     "fetched_small": Report(
         "pretrained rules on whole MNIST and CIFAR-10",
         (
@@ -77,9 +75,17 @@ REPORTS = {
             ),
         ),
     ),
+    "large_update": Report(
+        "whole training steps of transformers under learned rules, SOAP, Muon and Adam",
+        ('python benchmarks/large_update.py --rounds 4 --models "transformer 4 x 128" "transformer 4 x 256"',),
+    ),
+    "memory": Report("bytes a parameter of states and of updates' temporaries", ("python benchmarks/memory.py",)),
     "meta_training": Report(
-        "throughput of meta-training beside a bare loop of Adam",
-        tuple(f"python benchmarks/meta_training.py --out reports/meta_training/run_{run}.json" for run in (1, 2, 3)),
+        "throughput of meta-training beside a bare loop of Adam; `before_*.json`: in turns, at commit 54debc2",
+        tuple(
+            f"python benchmarks/meta_training.py --rounds 8 --out reports/meta_training/run_{run}.json"
+            for run in (1, 2)
+        ),
     ),
     "precision": Report("what states and parameters in bfloat16 cost and save", ("python benchmarks/precision.py",)),
     "quick_5000": Report(
@@ -106,30 +112,17 @@ REPORTS = {
         ("python benchmarks/unsupervised_features.py --rule letters --out reports/unsupervised",),
     ),
     "update": Report(
-        "what one update costs on a CPU",
-        (
-            *(
-                f"{command}/{prefix}all_cores_{run}.json"
-                for command, prefix in ((UPDATE, ""), (SOAP, "celo2_soap_"))
-                for run in (1, 2)
-            ),
-            *(
-                f"taskset -c 1 {command}/{prefix}one_core_{run}.json"
-                for command, prefix in ((UPDATE, ""), (SOAP, "celo2_soap_"))
-                for run in (1, 2)
-            ),
-            f"{WIDE} {UPDATE}/wide_vectors_1.json",
-        ),
+        "what one update costs on one core of a CPU",
+        ("taskset -c 1 python benchmarks/update.py --rounds 7 --rules celo2 adafac_mlp velo mlp celo2_soap",),
     ),
     "update_cost": Report(
         "how an update's cost grows from 10^4 to 10^8 parameters", ("python benchmarks/update_scaling.py",)
     ),
     "validation": Report(
-        "the suite that settings are chosen on; the weights of the last two rules are not kept",
-        bench(
-            "validation",
-            "flagship flagship-auto runs/earlier runs/no-newton-schulz",
-            "--suite validation --baselines adamw-cosine,muon,soap",
+        "the suite that settings are chosen on; `forms.csv`: what changes of the flagship's arithmetic cost there",
+        (
+            *bench("validation", "flagship flagship-auto", "--suite validation --baselines soap --devices 1"),
+            "# forms.csv: the same at the commits that it names",
         ),
     ),
     "workloads": Report(
