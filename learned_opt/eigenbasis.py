@@ -2,11 +2,13 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from .features import ema
 
@@ -128,7 +130,7 @@ def correct(step: jax.Array, stacks: list[Stack], *, every: int) -> list[Stack]:
     for members in by_size.values():
         sides = jax.lax.stop_gradient(jnp.concatenate([old[i].sides[j] for i, j in members]))
         now = jnp.concatenate([due[i] for i, _ in members])
-        bases, orders = _correct(jnp.broadcast_to(step < every, now.shape), now, sides[:, 0], sides[:, 1])
+        bases, orders = _divided(_correct, jnp.broadcast_to(step < every, now.shape), now, sides[:, 0], sides[:, 1])
         cuts = np.cumsum([some[i] for i, _ in members])[:-1]
         found |= dict(zip(members, zip(jnp.split(bases, cuts), jnp.split(orders, cuts), strict=True), strict=True))
     new = []
@@ -177,6 +179,29 @@ def _permute(x: jax.Array, left: jax.Array | None, right: jax.Array | None) -> j
 
 def _mean(x: jax.Array) -> jax.Array:
     return jnp.broadcast_to(jnp.mean(x, (-2, -1), keepdims=True), x.shape)
+
+
+def _divided(function: Callable, *stacks: jax.Array) -> Any:
+    """``function(*stacks)``, its rows divided over the devices of the mesh that ``jax.set_mesh`` names.
+
+    Without a mesh every device that holds the stacks decomposes all of them: XLA divides products, but no
+    decompositions.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(
+        name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == jax.sharding.AxisType.Auto
+    )
+    if not axes:
+        return function(*stacks)
+    count = stacks[0].shape[0]
+    more = -count % math.prod(mesh.shape[name] for name in axes)
+
+    def over_devices(x):
+        padded = jnp.pad(x, [(0, more)] + [(0, 0)] * (x.ndim - 1))
+        return jax.lax.with_sharding_constraint(padded, PartitionSpec(axes))
+
+    found = function(*map(over_devices, stacks))
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, PartitionSpec(axes))[:count], found)
 
 
 @jax.custom_batching.custom_vmap

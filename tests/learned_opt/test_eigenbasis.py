@@ -1,12 +1,14 @@
 """The eigenbasis of SOAP against what it should be, and whose turn it is."""
 
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import learned_opt
 from learned_opt import eigenbasis as eb
 
 
@@ -126,3 +128,33 @@ def test_lanes_of_other_ages_get_what_each_gets_alone_and_share_the_conditional(
     outside = text.split("stablehlo.case")[0]
     assert "geqrf" not in outside
     assert "syevd" not in outside
+
+
+def test_decompositions_are_divided_over_the_devices_of_the_mesh():
+    """Five matrices in two turns are three a turn, six sides: two on each of four devices, instead of six on each.
+
+    In float64, since eigenvectors of close eigenvalues hang on the order of sums.
+    """
+    mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
+    tx = learned_opt.soap(0.1, every=2)
+
+    def run(place):
+        params = [jax.random.normal(jax.random.key(i), (12, 12)) for i in range(5)]
+        gradients = [[jnp.roll(p, n + 1, 0) * jnp.arange(1.0, 13.0)[None] for p in params] for n in range(3)]
+        update, state = jax.jit(tx.update), tx.init(place(params))
+        compiled = update.lower(place(gradients[0]), state, place(params)).compile()
+        for g in gradients:
+            updates, state = update(place(g), state, place(params))
+        return updates, set(
+            re.findall(r"\(f64\[(\d+),12,12\][^=\n]*custom-call[^\n]*lapack_dgeqrf", compiled.as_text())
+        )
+
+    with jax.enable_x64(True):
+        alone, whole = run(lambda x: x)
+        with jax.set_mesh(mesh):
+            sharded, divided = run(lambda x: jax.device_put(x, sharding))
+    assert (whole, divided) == ({"6"}, {"2"})
+    for u, v in zip(sharded, alone, strict=True):
+        assert u.sharding.spec == sharding.spec
+        np.testing.assert_allclose(u, v, atol=1e-9)
