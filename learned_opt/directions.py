@@ -148,8 +148,9 @@ def soap(
     Reference:
         Vyas et al., "SOAP: Improving and stabilizing Shampoo using Adam", 2024, arXiv:2409.11321.
     """
-    options = {"every": every, "max_dim": max_dim, "max_ratio": max_ratio, "batch_axes": batch_axes}
-    direction = scale_by_soap(b1=b1, b2=b2, eps=eps, **options)
+    direction = scale_by_soap(
+        b1=b1, b2=b2, eps=eps, every=every, max_dim=max_dim, max_ratio=max_ratio, batch_axes=batch_axes
+    )
     return _with_rate(direction, learning_rate, weight_decay, mask)
 
 
@@ -197,8 +198,16 @@ def soap_muon(
         >>> print(updates["w"].shape)
         (3, 2)
     """
-    options = {"every": every, "max_dim": max_dim, "max_ratio": max_ratio, "batch_axes": batch_axes}
-    direction = scale_by_soap(b1=b1, b2=b2, eps=eps, orthogonalize=True, **options)
+    direction = scale_by_soap(
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        every=every,
+        max_dim=max_dim,
+        max_ratio=max_ratio,
+        orthogonalize=True,
+        batch_axes=batch_axes,
+    )
     return _with_rate(direction, learning_rate, weight_decay, mask)
 
 
