@@ -158,14 +158,15 @@ def outer(*, hidden_size: int = 8, every: int = 10) -> LearnedOptimizer:
             )
 
         def init_fn(params):
-            return OuterState(jnp.zeros((), jnp.int32), jnp.zeros((), common_dtype(params)), inner.init(params))
+            direction = inner.init(params)  # which refuses what no rule can move
+            return OuterState(jnp.zeros((), jnp.int32), jnp.zeros((), common_dtype(params)), direction)
 
         def update_fn(updates, state, params=None, **extra_args):
             del extra_args
             if params is None:
                 raise ValueError("outer reads the parameters: call update(gradients, state, params)")
             structure: Any
-            given, structure = jax.tree.flatten(updates, is_leaf=lambda x: x is None)
+            given, structure = jax.tree.flatten(jax.tree.map(jnp.asarray, updates), is_leaf=lambda x: x is None)
             at = structure.flatten_up_to(where_gradients(updates, params))
             moving = [i for i, x in enumerate(given) if x is not None and x.size]
             if not moving:

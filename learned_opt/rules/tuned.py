@@ -66,6 +66,7 @@ def _learnable(transform: Callable[..., optax.GradientTransformation], **start: 
             return inner(jnp.float32).init(wide(jax.tree.map(as_array, params)))
 
         def update_fn(updates, state, params=None, **extra_args):
+            updates = jax.tree.map(jnp.asarray, updates)  # numbers have no dtype
             dtypes = jax.tree.map(jnp.result_type, updates)
             params = None if params is None else wide(where_gradients(updates, params))
             updates = jax.tree.map(lambda g: clean(g, _LIMIT, compute_dtype(g.dtype)), updates)

@@ -131,7 +131,7 @@ def test_parameters_of_any_kind_and_what_holds_no_parameters(rule):
     """Functions of an unfiltered model, NumPy arrays and numbers; shapes alone at the start; no implicit promotion."""
     tx, kwargs = rule[2], extra(rule)
     params = {"w": np.full((4, 3), 0.5, np.float32), "x": 0.5, "apply": jnp.tanh}
-    grads = {"w": jnp.ones((4, 3)), "x": jnp.ones(()), "apply": None}
+    grads = {"w": np.ones((4, 3), np.float32), "x": 1.0, "apply": None}
     start = tx.init({**params, "apply": None})
     with jax.numpy_dtype_promotion("strict"):
         updates, state = tx.update(grads, start, params, **kwargs)
@@ -139,6 +139,9 @@ def test_parameters_of_any_kind_and_what_holds_no_parameters(rule):
         assert tx.update(half, tx.init(half), half, **kwargs)[0]["w"].dtype == jnp.bfloat16
     assert updates["apply"] is None
     assert updates["w"].shape == (4, 3)
+    assert updates["x"].dtype == jnp.float32
+    with pytest.raises(ValueError, match=r"\['k'\] is key"):
+        tx.init({"k": jax.random.key(0)})
     assert_same_types(state, start)
     shapes = {"w": jax.ShapeDtypeStruct((4, 3), jnp.float32), "x": jax.ShapeDtypeStruct((), jnp.float32), "apply": None}
     assert_same_types(tx.init(shapes), jax.tree.map(jnp.asarray, start))
