@@ -14,36 +14,17 @@ import sys
 import time
 from pathlib import Path
 
-OPTIMIZERS = ("adam", "muon", "soap", "soap_muon", "celo2", "adafac-mlp", "flagship", "flagship-auto")
-
-
-def optimizer(name: str):
-    import jax
-    import optax
-
-    import learned_opt
-
-    if name == "adam":
-        return optax.adam(1e-3)
-    if name == "muon":
-        return optax.contrib.muon(1e-2)
-    if name == "celo2":
-        rule = learned_opt.RULES["celo2"]()
-        return rule.build(rule.init(jax.random.key(0)))
-    if name in ("soap", "soap_muon"):
-        return getattr(learned_opt, name)(3e-3)
-    return learned_opt.load(name, num_steps=1000)
+import jax
+import optax
+from contenders import OPTIMIZERS
+from models import transformer
 
 
 def measure(name: str, layers: int) -> dict:
     """Seconds and lines of HLO of a step, and of the gradient alone."""
-    import jax
-    import optax
-    from models import transformer
-
     model = transformer(layers, 64)
     params, batch = jax.eval_shape(model.init, jax.random.key(0)), jax.eval_shape(model.batch, jax.random.key(0))
-    tx = optax.with_extra_args_support(optimizer(name))
+    tx = optax.with_extra_args_support(OPTIMIZERS[name]())
     state = jax.eval_shape(tx.init, params)
 
     def gradient(params, batch):
@@ -75,7 +56,7 @@ def measure(name: str, layers: int) -> dict:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--optimizers", nargs="+", default=OPTIMIZERS)
+    parser.add_argument("--optimizers", nargs="+", default=list(OPTIMIZERS))
     parser.add_argument("--layers", nargs="+", type=int, default=(2, 8, 24))
     parser.add_argument("--out", type=Path, default=Path("reports/compile/run_1.json"))
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)

@@ -16,26 +16,19 @@ from pathlib import Path
 import jax
 import numpy as np
 import optax
+from contenders import OPTIMIZERS
 from models import resnet, transformer
-
-import learned_opt
 
 MODELS = {
     "transformer 4 x 128": lambda: transformer(4, 128),
     "transformer 4 x 256": lambda: transformer(4, 256, length=128),
     "resnet": lambda: resnet(32),
 }
-OPTIMIZERS = {
-    "adam": lambda: optax.adam(1e-3),
-    "muon": lambda: optax.contrib.muon(1e-2),
-    "soap": lambda: learned_opt.soap(3e-3),
-    "soap_muon": lambda: learned_opt.soap_muon(5e-3),
-    "flagship": lambda: learned_opt.load("flagship"),
-}
+COMPARED = ("adam", "muon", "soap", "soap_muon", "flagship")
 TURN = 10  # steps: a period of the bases' corrections
 
 
-def measure(model, optimizers: dict, rounds: int) -> dict[str, dict]:
+def measure(model, rounds: int) -> dict[str, dict]:
     """Median seconds a step over the turns, and its ratio to Adam's and Muon's in the same turn."""
     params, batch = model.init(jax.random.key(0)), model.batch(jax.random.key(1))
 
@@ -50,8 +43,8 @@ def measure(model, optimizers: dict, rounds: int) -> dict[str, dict]:
         return jax.jit(step, donate_argnums=(0, 1)), tx.init(params)
 
     running = {}
-    for name, make in optimizers.items():
-        step, state = stepper(make())
+    for name in COMPARED:
+        step, state = stepper(OPTIMIZERS[name]())
         carry = (jax.tree.map(lambda x: x + 0, params), state)
         for _ in range(TURN):
             carry = step(*carry)
@@ -86,7 +79,7 @@ def main():
     for name in arguments.models:
         model = MODELS[name]()
         size = sum(x.size for x in jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0))))
-        rows[name] = {"parameters": size, "optimizers": measure(model, OPTIMIZERS, arguments.rounds)}
+        rows[name] = {"parameters": size, "optimizers": measure(model, arguments.rounds)}
         print(name, rows[name], flush=True)
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps({"jax": jax.__version__, "rows": rows}, indent=1) + "\n")

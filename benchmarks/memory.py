@@ -12,17 +12,14 @@ from pathlib import Path
 
 import jax
 import optax
+from contenders import OPTIMIZERS
 from models import transformer
 
 import learned_opt
 
-SIZES = {10**6: (4, 144), 10**7: (8, 320), 10**8: (12, 832)}  # layers, width
-OPTIMIZERS = {
-    "adam": lambda: optax.adam(1e-3),
-    "muon": lambda: optax.contrib.muon(1e-2),
-    "soap": lambda: learned_opt.soap(3e-3, max_dim=1024),
-    "celo2": lambda: learned_opt.RULES["celo2"]().build(learned_opt.load_rule("flagship").theta),
-    "flagship": lambda: learned_opt.load("flagship"),
+SIZES = ((4, 144), (8, 320), (12, 832))  # layers, width
+MEASURED = {name: OPTIMIZERS[name] for name in ("adam", "muon", "celo2", "flagship")} | {
+    "SOAP, sides up to 1,024": lambda: learned_opt.soap(3e-3, max_dim=1024),  # as the flagship's
     "flagship, state in bfloat16": lambda: learned_opt.bfloat16_state(learned_opt.load("flagship")),
 }
 
@@ -41,10 +38,10 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("reports/memory/memory.csv"))
     arguments = parser.parse_args()
     rows = []
-    for layers, width in SIZES.values():
+    for layers, width in SIZES:
         params = jax.eval_shape(transformer(layers, width).init, jax.random.key(0))
         size = sum(x.size for x in jax.tree.leaves(params))
-        for name, make in OPTIMIZERS.items():
+        for name, make in MEASURED.items():
             state, temporaries = measure(params, make)
             rows.append(
                 {"parameters": size, "optimizer": name, "state": f"{state:.1f}", "temporaries": f"{temporaries:.1f}"}

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -148,10 +148,8 @@ def soap(
     Reference:
         Vyas et al., "SOAP: Improving and stabilizing Shampoo using Adam", 2024, arXiv:2409.11321.
     """
-    direction = scale_by_soap(
-        b1=b1, b2=b2, eps=eps, every=every, max_dim=max_dim, max_ratio=max_ratio, batch_axes=batch_axes
-    )
-    return _with_rate(direction, learning_rate, weight_decay, mask)
+    basis = {"every": every, "max_dim": max_dim, "max_ratio": max_ratio, "batch_axes": batch_axes}
+    return _with_rate(learning_rate, weight_decay, mask, b1=b1, b2=b2, eps=eps, **basis)
 
 
 def soap_muon(
@@ -198,23 +196,14 @@ def soap_muon(
         >>> print(updates["w"].shape)
         (3, 2)
     """
-    direction = scale_by_soap(
-        b1=b1,
-        b2=b2,
-        eps=eps,
-        every=every,
-        max_dim=max_dim,
-        max_ratio=max_ratio,
-        orthogonalize=True,
-        batch_axes=batch_axes,
-    )
-    return _with_rate(direction, learning_rate, weight_decay, mask)
+    basis = {"every": every, "max_dim": max_dim, "max_ratio": max_ratio, "batch_axes": batch_axes}
+    return _with_rate(learning_rate, weight_decay, mask, b1=b1, b2=b2, eps=eps, orthogonalize=True, **basis)
 
 
-def _with_rate(direction, learning_rate, weight_decay, mask) -> optax.GradientTransformationExtraArgs:
+def _with_rate(learning_rate, weight_decay, mask, **direction: Any) -> optax.GradientTransformationExtraArgs:
     check_rate("learning_rate", learning_rate)
     check_rate("weight_decay", weight_decay)
     decays = not (isinstance(weight_decay, int | float) and weight_decay == 0)
     decay = decay_weights(weight_decay, mask) if decays else optax.identity()
     rate = optax.scale_by_learning_rate(learning_rate, flip_sign=False)
-    return optax.with_extra_args_support(optax.chain(direction, decay, rate))
+    return optax.with_extra_args_support(optax.chain(scale_by_soap(**direction), decay, rate))

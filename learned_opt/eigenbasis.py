@@ -195,13 +195,9 @@ def _divided(function: Callable, *stacks: jax.Array) -> Any:
         return function(*stacks)
     count = stacks[0].shape[0]
     more = -count % math.prod(mesh.shape[name] for name in axes)
-
-    def over_devices(x):
-        padded = jnp.pad(x, [(0, more)] + [(0, 0)] * (x.ndim - 1))
-        return jax.lax.with_sharding_constraint(padded, PartitionSpec(axes))
-
-    found = function(*map(over_devices, stacks))
-    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, PartitionSpec(axes))[:count], found)
+    over_devices = functools.partial(jax.lax.with_sharding_constraint, shardings=PartitionSpec(axes))
+    padded = [jnp.pad(x, [(0, more)] + [(0, 0)] * (x.ndim - 1)) for x in stacks]
+    return jax.tree.map(lambda x: over_devices(x)[:count], function(*map(over_devices, padded)))
 
 
 @jax.custom_batching.custom_vmap

@@ -81,7 +81,7 @@ def column_mlp(
     """
     shape = inputs[0].shape
     if on_cpu() and len(shape) == 2 and shape[1] < _WIDEST <= shape[0]:
-        # Rows too short for vector instructions: a 32 x 10 matrix of the benchmark's network takes 1.5 times as long.
+        # Rows too short for vector instructions: a sixth of meta-training's throughput (benchmarks/meta_training.py).
         again = functools.partial(column_mlp, eps=eps, outputs=outputs, finish=finish, squares_of=squares_of)
         return [y.T for y in again(columns_of, jax.tree.map(jnp.transpose, inputs), layers)]
     columns = columns_of(*inputs)
@@ -201,12 +201,7 @@ def mean_of_each(xs: list[jax.Array]) -> jax.Array:
     one cost a third of meta-training's throughput (``benchmarks/meta_training.py``).
     """
     size = xs[0].size
-    if on_cpu():
-        if xs[0].ndim >= 2:
-            xs = _shrink(xs)
-        elif size <= 512:  # more terms in a row would round
-            xs = _one_pass([x.reshape(-1, 1) for x in xs])
-        return jnp.sum(jnp.stack(xs), tuple(range(1, 1 + xs[0].ndim))) / size
+    xs = _shrink(xs) if on_cpu() and xs[0].ndim >= 2 else xs
     return fenced(jnp.stack([jnp.sum(x) for x in xs])) / size
 
 

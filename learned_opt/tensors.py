@@ -1,8 +1,8 @@
 """From a rule for one tensor to an Optax transform: one scaffold for every rule.
 
 A rule says what it accumulates for a tensor and how it steps; this file does the rest. Tensors of one shape are stacked
-and go through one compiled body: what is compiled for each tensor more is only its slices of the stacks. States mirror
-the parameters, name by name. What has had no gradient rests.
+and go through one compiled body, and are taken from the stacks by one too. States mirror the parameters, name by name.
+What has had no gradient rests.
 """
 
 import functools

@@ -115,14 +115,11 @@ REPORTS = {
         "what one update costs on one core of a CPU",
         ("taskset -c 1 python benchmarks/update.py --rounds 7 --rules celo2 adafac_mlp velo mlp celo2_soap",),
     ),
-    "update_cost": Report(
-        "how an update's cost grows from 10^4 to 10^8 parameters", ("python benchmarks/update_scaling.py",)
-    ),
     "validation": Report(
         "the suite that settings are chosen on; `forms.csv`: what changes of the flagship's arithmetic cost there",
         (
             *bench("validation", "flagship flagship-auto", "--suite validation --baselines soap --devices 1"),
-            "# forms.csv: the same at the commits that it names",
+            "python scripts/validation_forms.py reports/validation/forms.csv",
         ),
     ),
     "workloads": Report(

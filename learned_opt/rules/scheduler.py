@@ -152,7 +152,6 @@ def stepped(
         memory = recurrent.pooled_lstm(layers, read[None], state.memory)
         scale = rate * jnp.exp(recurrent.linear(layers["step_size"], memory.hidden)[0, 0])
         scale = scale * scheduled(schedule, state.step, num_steps, scale.dtype)
-        updates = jax.tree.map(jnp.asarray, updates)  # numbers have no dtype
         updates, inner_state = transform.update(updates, state.base, params, value=value, **extra_args)
 
         def scaled(u):

@@ -4,7 +4,6 @@ All make an Optax transform of a few settings, under one schedule: a linear warm
 decoupled and spares vectors. A setting may be traced, so that all trials of an optimizer share one program.
 """
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -15,8 +14,11 @@ import optax.contrib
 
 import learned_opt
 from learned_opt.base import LearnedOptimizer, Theta
-from learned_opt.newton_schulz import newton_schulz
+from learned_opt.directions import scale_by_soap
+from learned_opt.features import unit_rms
+from learned_opt.rules.celo2_soap import celo2_soap
 from learned_opt.rules.scheduler import stepped
+from learned_opt.store import SavedRule
 
 Settings = Mapping[str, Any]
 _SOAP_RATE = 3e-3  # of the ruleset "nothing set"
@@ -214,14 +216,13 @@ def pretrained(name_or_path: str) -> list[Optimizer]:
     return found
 
 
-def over_soap(name: str, saved: learned_opt.store.SavedRule) -> Optimizer:
+def over_soap(name: str, saved: SavedRule) -> Optimizer:
     """A rule's learned schedule over SOAP in place of the rule's direction."""
 
     def make(s: Settings, num_steps: int) -> optax.GradientTransformation:
         del s
-        direction = learned_opt.directions.scale_by_soap()
         shape = saved.kwargs.get("schedule", "constant")
-        return stepped(direction, saved.theta["scheduler"], _SOAP_RATE, shape, num_steps)
+        return stepped(scale_by_soap(), saved.theta["scheduler"], _SOAP_RATE, shape, num_steps)
 
     return Optimizer(name, make, {}, {}, "the same schedule over SOAP, at SOAP's default rate", "control")
 
@@ -237,12 +238,13 @@ def identity(name: str, learning_rate: float, kwargs: Mapping[str, Any]) -> Opti
     Returns:
         The optimizer.
     """
-    basis = inspect.signature(learned_opt.RULES["celo2_soap"]).parameters
-    same = {key: kwargs.get(key, basis[key].default) for key in ("every", "max_dim", "max_ratio")}
+    options = {**(celo2_soap.__kwdefaults__ or {}), **kwargs}
+    basis = {key: options[key] for key in ("every", "max_dim", "max_ratio")}
+    unit = optax.stateless_with_tree_map(lambda u, p: unit_rms(u, 1e-16, tuple(range(u.ndim))))
 
     def make(s: Settings, num_steps: int) -> optax.GradientTransformation:
-        direction = optax.chain(learned_opt.directions.scale_by_soap(**same), optax.scale(-1.0))
-        return optax.chain(direction, optax.stateless(lambda u, p: jax.tree.map(_unit, u)), *_decayed(s, num_steps))
+        direction = scale_by_soap(orthogonalize=True, **basis)
+        return optax.chain(direction, optax.scale(-1.0), unit, *_decayed(s, num_steps))
 
     setting = {"learning_rate": learning_rate, "weight_decay": 0.0, "warmup": 0.05}
     space = {"learning_rate": Range(learning_rate / 10, learning_rate * 10), **_DECAY, **_WARMUP}
@@ -277,7 +279,7 @@ def assembled(direction: optax.GradientTransformation, s: Settings, num_steps: i
 
 def soap_direction(s: Settings) -> optax.GradientTransformation:
     """SOAP's direction, uphill."""
-    return optax.chain(learned_opt.soap(1.0, b1=1 - s["one_minus_b1"], b2=1 - s["one_minus_b2"]), optax.scale(-1.0))
+    return optax.chain(scale_by_soap(b1=1 - s["one_minus_b1"], b2=1 - s["one_minus_b2"]), optax.scale(-1.0))
 
 
 def cautious(inner: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -344,10 +346,3 @@ def _decayed(s: Settings, num_steps: int) -> tuple[optax.GradientTransformation,
 
 def _not_vectors(params: Any) -> Any:
     return jax.tree.map(lambda p: jnp.ndim(p) > 1, params)
-
-
-def _unit(u: jax.Array) -> jax.Array:
-    """An update at unit RMS; a matrix after Newton-Schulz steps, kernels as matrices of their last axis."""
-    flat = u.reshape(-1, u.shape[-1]) if u.ndim > 1 else u
-    flat = newton_schulz(flat) if u.ndim > 1 else flat
-    return (flat * jax.lax.rsqrt(jnp.mean(jnp.square(flat)) + 1e-16)).reshape(u.shape)
