@@ -95,6 +95,16 @@ TRAIN: dict[str, tuple[Entry, ...]] = {
     "standard": _STANDARD,
     # for outer steps of local SGD, whose local step size means the same on all of them
     "local_sgd": (*_STANDARD, _GRU),
+    # every kind of network, for rules with few meta-parameters
+    "kinds": (
+        _MLP,
+        _on(_FASHION, "mlp-196-64-64-10-gelu", image_mlp, side=14, width=64, depth=2, activation="gelu", batch_size=32),
+        _on(_FASHION, "conv-8-16-relu", image_conv, side=14, channels=(8, 16), batch_size=32),
+        _on(_FASHION, "autoencoder-64-32-8", image_autoencoder, side=8),
+        _on(_SOTU, "transformer-1x32", char_transformer, layers=1, width=32, length=16, batch_size=8),
+        _GRU,
+        _TABULAR,
+    ),
     # the widest mix that two cores carry
     "mixed": (*_STANDARD, _GRU, _QUADRATIC),
     "broad": (
@@ -187,7 +197,15 @@ HELD_OUT: dict[str, tuple[Entry, ...]] = {
     ),
 }
 
-SAME_FAMILY_NEW_DATA = ("char_rnn", "image_mlp", "quadratic", "tabular_mlp")
+SAME_FAMILY_NEW_DATA = (
+    "char_rnn",
+    "char_transformer",
+    "image_autoencoder",
+    "image_conv",
+    "image_mlp",
+    "quadratic",
+    "tabular_mlp",
+)
 
 
 def suite(name: str, held_out: bool = False) -> tuple[Entry, ...]:

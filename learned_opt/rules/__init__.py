@@ -7,7 +7,22 @@ rule, write a module with the factory and a ``PAPER`` string, and add a row.
 from collections.abc import Callable
 
 from ..base import LearnedOptimizer
-from . import adafac_mlp, celo, celo2, celo2_soap, celo_adam, lstm, mlp, nn_adam, outer, rnn_mlp, scheduler, tuned, velo
+from . import (
+    adafac_mlp,
+    celo,
+    celo2,
+    celo2_soap,
+    celo_adam,
+    control,
+    lstm,
+    mlp,
+    nn_adam,
+    outer,
+    rnn_mlp,
+    scheduler,
+    tuned,
+    velo,
+)
 
 RULES: dict[str, Callable[..., LearnedOptimizer]] = {
     "adafac_mlp": adafac_mlp.adafac_mlp,
@@ -16,6 +31,7 @@ RULES: dict[str, Callable[..., LearnedOptimizer]] = {
     "celo2": celo2.celo2,
     "celo2_soap": celo2_soap.celo2_soap,
     "celo_adam": celo_adam.celo_adam,
+    "control": control.control,
     "lstm": lstm.lstm,
     "mlp": mlp.mlp,
     "nadamw": tuned.nadamw,

@@ -1,0 +1,197 @@
+"""A control layer: a small network sets a few numbers for each tensor and step, over a fixed direction."""
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ..base import LearnedOptimizer, Theta
+from ..features import compute_dtype, ema, emas
+from ..tensors import Direction, each, in_order, rule_transform
+from . import celo2_soap, nadam
+from .recurrent import linear, linear_init
+
+PAPER = "steps relative to weights: Bernstein et al. 2020, arXiv:2002.03432; cautious decay: arXiv:2510.12402"
+
+DIRECTIONS: dict[str, Callable[..., Direction]] = {"celo2_soap": celo2_soap.direction, "nadam": nadam.direction}
+
+_MEMORY = 0.9  # of the mean update
+_DECAYS = (0.9, 0.99)  # of what the network reads of a tensor
+_SEEN = 4  # see `Controlled.seen`
+_FACTS = 4  # of a tensor's shape
+_RUN = 5  # of the run
+_INPUTS = _SEEN * len(_DECAYS) + _FACTS + _RUN
+_LARGEST = 4.0  # factor: from a quarter of the hand-set value to four times
+_VECTOR = 0.05  # the size of a vector, whatever it holds: gains start at 1 and offsets at 0
+_WARMUP = 20  # updates, in a run of unknown length
+_POWER = 1.2  # of the share that is left, to which steps are proportional
+_TINY = 1e-20
+
+
+class Controlled(NamedTuple):
+    """What :func:`control` accumulates of a tensor.
+
+    Attributes:
+        direction: the direction's own.
+        average: running mean (.9) of the updates, ``[*shape]``.
+        seen: ``[2, 4]``, running means (.9, .99) of what the network reads: the cosines of the direction with the
+            weights, with minus the gradient and with ``average``, that of minus the gradient with ``average``.
+    """
+
+    direction: Any
+    average: jax.Array
+    seen: jax.Array
+
+
+def control(
+    *,
+    direction: str = "celo2_soap",
+    direction_kwargs: Mapping[str, Any] | None = None,
+    ratio: float = 0.04,
+    decay: float = 0.2,
+    warmup: float = 0.05,
+    hidden_size: int = 8,
+) -> LearnedOptimizer:
+    r"""A direction whose steps and decay a small network sets for each tensor, in units that carry over to any size.
+
+    A tensor with weights :math:`x` and direction :math:`u` moves by
+
+    .. math:: \kappa_1\, \rho\, s\,
+        \bigl(\max(\mathrm{rms}(x), n^{-1/2})\, u - \kappa_2\, \delta\, [u x < 0]\, x\bigr)
+
+    with :math:`\rho` the share of its size that it moves by in one update (``ratio``), :math:`n` its fan-in, the root
+    of which sets a floor to the size, and :math:`\delta` the cautious ``decay``, which only pulls where the step pulls
+    too. A vector's size counts as .05, whatever it holds, and it has no decay. :math:`s` rises over the share
+    ``warmup`` of the run and falls with what is left, :math:`(1 - t / T)^{1.2}`; where ``num_steps`` is not told it
+    rises over 20 updates and stays.
+
+    The factors :math:`\kappa = 4^{\tanh(\cdot)}` are a network's with one hidden layer, whose last layer starts at
+    zero: fresh meta-parameters are the hand-set values, and no training takes a tensor further than four times from
+    them. The network reads of each tensor, as two running means each, the cosines of direction, gradient, weights and
+    mean update, fan-in, fan-out and rank, how far the size is above its floor, and of the run its time
+    and, where ``num_steps`` is told, the share done. All of it is bounded and has no unit. The network runs once a
+    tensor, whatever its size.
+
+    Args:
+        direction: a name in :data:`DIRECTIONS`.
+        direction_kwargs: arguments of its factory.
+        ratio: :math:`\rho`.
+        decay: :math:`\delta`.
+        warmup: a share of the run.
+        hidden_size: units of the network.
+
+    Returns:
+        A rule that needs nothing; theta is ``{"direction": ..., "control": ...}``.
+
+    Raises:
+        ValueError: unknown direction, or a number out of range.
+
+    Example:
+        >>> rule = control(direction="nadam")
+        >>> params = {"w": jnp.ones((4, 2)), "b": jnp.ones(2)}
+        >>> tx = rule.build(rule.init(jax.random.key(0)), num_steps=100)
+        >>> updates, state = tx.update(params, tx.init(params), params)  # of five steps of warm-up the first
+        >>> print(jnp.round(updates["b"], 4))
+        [-0.0008 -0.0008]
+    """
+    if direction not in DIRECTIONS:
+        raise ValueError(f"unknown direction {direction!r}; directions: {', '.join(DIRECTIONS)}")
+    if not (ratio > 0 and decay >= 0 and 0 <= warmup < 1 and hidden_size >= 1):
+        raise ValueError("control needs a positive ratio, decay >= 0, warmup in [0, 1) and hidden_size >= 1")
+    try:
+        inner = DIRECTIONS[direction](**(direction_kwargs or {}))
+    except TypeError as error:
+        raise ValueError(f"the direction {direction!r} cannot be made with {direction_kwargs}: {error}") from None
+
+    def init(key):
+        k_direction, k_control = jax.random.split(key)
+        last = {"w": jnp.zeros((hidden_size, 2)), "b": jnp.zeros((2,))}
+        layers = {"hidden": linear_init(k_control, _INPUTS, hidden_size), "last": last}
+        return {"direction": inner.init(k_direction), "control": layers}
+
+    def start(p):
+        zeros = jnp.zeros_like(p, compute_dtype(p.dtype))
+        return Controlled(inner.start(p), zeros, jnp.zeros((len(_DECAYS), _SEEN), zeros.dtype))
+
+    def step(theta, count, rate, g, p, tensor, factors):
+        u, accumulators = inner.step(theta, count, g, p, tensor.direction)
+        pairs = [(u, p), (u, -g), (u, tensor.average), (-g, tensor.average)]
+        seen = emas(tensor.seen, jnp.stack([cosine(x, y) for x, y in pairs]), _DECAYS)
+        size = size_of(p)
+        pull = factors[1] * decay * jnp.where(u * p < 0, p, 0) if p.ndim >= 2 else 0.0
+        update = factors[0] * rate * (size * u - pull)
+        return update, Controlled(accumulators, ema(tensor.average, update, _MEMORY), seen)
+
+    def build(theta, num_steps=None, batch_axes=None):
+        total = jnp.asarray(0 if num_steps is None else num_steps)
+
+        def update(groups, count, shared, value):
+            del value
+            run = run_facts(count, total)
+            rows = in_order([jax.vmap(facts)(group.param, group.tensors.seen) for group in groups], groups)
+            inputs = jnp.concatenate([rows, jnp.broadcast_to(run.astype(rows.dtype), (len(rows), _RUN))], axis=1)
+            factors = control_factors(theta["control"], inputs)
+            rate = ratio * schedule(count, total, warmup)
+            results = each(functools.partial(step, theta["direction"], count, rate), groups, factors)
+            settled = inner.settle(count, [tensor.direction for _, tensor in results])
+            return [
+                (u, tensor._replace(direction=new)) for (u, tensor), new in zip(results, settled, strict=True)
+            ], shared
+
+        return rule_transform("control", start=start, update=update, batch_axes=batch_axes)
+
+    return LearnedOptimizer(init, build)
+
+
+def fan_in(shape: tuple[int, ...]) -> int:
+    """Inputs of a tensor of rank >= 2: all axes but the last, as in Haiku and Flax."""
+    return math.prod(shape[:-1])
+
+
+def size_of(p: jax.Array) -> jax.Array:
+    """What a tensor's steps are relative to."""
+    if p.ndim < 2:
+        return jnp.asarray(_VECTOR, p.dtype)
+    return jnp.maximum(jnp.sqrt(jnp.mean(p * p) + _TINY), fan_in(p.shape) ** -0.5)
+
+
+def schedule(count: jax.Array, total: jax.Array, warmup: float) -> jax.Array:
+    """The share ``s`` of the full step after ``count`` of ``total`` updates; ``total`` 0 stands for unknown."""
+    warm = jnp.where(total > 0, warmup * total, _WARMUP)
+    left = jnp.where(total > 0, jnp.clip((total - count) / jnp.maximum(total - warm, 1), 0, 1), 1.0)
+    return jnp.minimum((count + 1) / jnp.maximum(warm, 1), left**_POWER)
+
+
+def cosine(x: jax.Array, y: jax.Array) -> jax.Array:
+    """The cosine of the angle between two tensors, 0 where one is 0."""
+    return jnp.sum(x * y) * jax.lax.rsqrt(jnp.sum(x * x) * jnp.sum(y * y) + _TINY)
+
+
+def facts(p: jax.Array, seen: jax.Array) -> jax.Array:
+    """What the network reads of a tensor: ``[12]``.
+
+    Args:
+        p: its weights.
+        seen: of :class:`Controlled`.
+    """
+    matrix = p.ndim >= 2
+    above = jnp.log(size_of(p) * fan_in(p.shape) ** 0.5) if matrix else 0.0
+    shape = [math.log10(fan_in(p.shape)) / 4 if matrix else 0.0, math.log10(max(p.shape[-1:], default=1)) / 4, matrix]
+    return jnp.concatenate([seen.reshape(-1), jnp.stack([jnp.tanh(above), *map(float, shape)]).astype(seen.dtype)])
+
+
+def run_facts(count: jax.Array, total: jax.Array) -> jax.Array:
+    """What it reads of the run: ``[5]``; two of the time, and whether the length is known, the share done, its root."""
+    known = total > 0
+    done = jnp.where(known, jnp.clip(count / jnp.maximum(total, 1), 0, 1), 0.0)
+    time = jnp.log1p(count.astype(jnp.float32))
+    return jnp.stack([jnp.tanh(time / 4), jnp.tanh(time / 10), known.astype(jnp.float32), done, jnp.sqrt(done)])
+
+
+def control_factors(theta: Theta, inputs: jax.Array) -> jax.Array:
+    """The factors of each tensor: ``[tensors, 2]`` within 1/4 and 4, from ``inputs [tensors, 17]``."""
+    hidden = jnp.tanh(linear(theta["hidden"], inputs))
+    return _LARGEST ** jnp.tanh(linear(theta["last"], hidden))
