@@ -8,6 +8,7 @@ and enters as a bias per row or column.
 
 import functools
 import math
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,6 +24,8 @@ _FEW = 8  # units of which sums are better than products on an accelerator
 _LANES = 8  # of a vector register
 _WIDEST = 16  # of any
 _HIGHEST = jax.lax.Precision.HIGHEST
+_PALLAS = os.environ.get("LEARNED_OPT_PALLAS") == "1"  # read before anything is compiled, so that nothing gets stale
+_PALLAS_UNITS = 32  # of a layer at most: more do not fit into registers
 
 
 class Layers(NamedTuple):
@@ -42,6 +45,26 @@ class Layers(NamedTuple):
 def on_cpu() -> bool:
     """Whether JAX runs on CPUs by default: what is fast there compiles forever on accelerators."""
     return jax.default_backend() == "cpu"
+
+
+def in_pallas(x: jax.Array, layers: Layers) -> bool:
+    """Whether a network goes through the kernels of :mod:`learned_opt.pallas_kernels`: decided here and nowhere else.
+
+    It does in processes that are started with ``LEARNED_OPT_PALLAS=1``, on GPUs and, interpreted, on CPUs; not inside
+    ``shard_map``, nor for networks with layers of more than 32 units.
+
+    Args:
+        x: the tensor.
+        layers: the network.
+    """
+    if not _PALLAS or jax.default_backend() not in ("gpu", "cpu"):
+        return False
+    return max(b.size for _, b in (layers.first, *layers.hidden)) <= _PALLAS_UNITS and not _varies(x)
+
+
+def _varies(x: jax.Array) -> bool:
+    """Whether ``x`` is a device's own, inside ``shard_map``."""
+    return bool(jax.typeof(x).manual_axis_type.varying)
 
 
 def column_mlp(
@@ -79,27 +102,40 @@ def column_mlp(
         >>> print(y)
         [1. 1.]
     """
+    form = plain_column_mlp
+    if in_pallas(inputs[0], layers):
+        from . import pallas_kernels  # Pallas is experimental: only who asks for it imports it
+
+        form = pallas_kernels.column_mlp
+    return form(columns_of, inputs, layers, eps=eps, outputs=outputs, finish=finish, squares_of=squares_of)
+
+
+def plain_column_mlp(
+    columns_of: Columns,
+    inputs: tuple,
+    layers: Layers,
+    *,
+    eps: float,
+    outputs: int = 1,
+    finish: Callable[[list[jax.Array]], list[jax.Array]] = list,
+    squares_of: Columns | None = None,
+) -> list[jax.Array]:
+    """:func:`column_mlp` as XLA compiles it: what the other forms are measured by, and differentiated as."""
     shape = inputs[0].shape
     if on_cpu() and len(shape) == 2 and shape[1] < _WIDEST <= shape[0]:
         # Rows too short for vector instructions: a sixth of meta-training's throughput (benchmarks/meta_training.py).
-        again = functools.partial(column_mlp, eps=eps, outputs=outputs, finish=finish, squares_of=squares_of)
+        again = functools.partial(plain_column_mlp, eps=eps, outputs=outputs, finish=finish, squares_of=squares_of)
         return [y.T for y in again(columns_of, jax.tree.map(jnp.transpose, inputs), layers)]
     columns = columns_of(*inputs)
     squares = [c * c for c in columns] if squares_of is None else squares_of(*inputs)
     layers = jax.tree.map(lambda w: w.astype(columns[0].dtype), layers)
     w, bias = layers.first
-    by_shape: dict[tuple[int, ...], list[int]] = {}
-    for i, c in enumerate(columns):
-        by_shape.setdefault(c.shape, []).append(i)
-    scaled = {
-        s: w[np.array(where)] * jax.lax.rsqrt(eps + mean_of_each([squares[i] for i in where]))[:, None]
-        for s, where in by_shape.items()
-    }
-    extra = [  # of the columns that are constant along an axis: [h, *s]
-        _product(weights, jnp.stack([columns[i] for i in by_shape[s]])) for s, weights in scaled.items() if s != shape
-    ]
+    by_shape = same_shapes(columns)
+    whole = by_shape.pop(shape)
+    scaled = scaled_rows(w, whole, mean_of_each([squares[i] for i in whole]), eps)
+    extra = [constant_part(w, columns, squares, where, eps) for where in by_shape.values()]
     w, b = layers.last
-    layers = Layers((scaled[shape], bias), layers.hidden, (w[:, :outputs], b[:outputs]))
+    layers = Layers((scaled, bias), layers.hidden, (w[:, :outputs], b[:outputs]))
 
     def network(columns: list[jax.Array], extra: list[jax.Array]) -> list[jax.Array]:
         if not on_cpu():
@@ -109,7 +145,28 @@ def column_mlp(
             return _of_sums(columns, extra, layers)
         return _by_rows(lambda columns, extra: _of_products(columns, extra, layers), columns, extra)
 
-    return finish(network([columns[i] for i in by_shape[shape]], extra))
+    return finish(network([columns[i] for i in whole], extra))
+
+
+def same_shapes(columns: list[jax.Array]) -> dict[tuple[int, ...], list[int]]:
+    """Which columns there are of each shape."""
+    by_shape: dict[tuple[int, ...], list[int]] = {}
+    for i, c in enumerate(columns):
+        by_shape.setdefault(c.shape, []).append(i)
+    return by_shape
+
+
+def scaled_rows(w: jax.Array, where: list[int], means: jax.Array, eps: float) -> jax.Array:
+    """``[k, h]``: the first layer's rows for ``k`` columns, times those columns' inverse RMS."""
+    return w[np.array(where)] * jax.lax.rsqrt(eps + means)[:, None]
+
+
+def constant_part(
+    w: jax.Array, columns: list[jax.Array], squares: list[jax.Array], where: list[int], eps: float
+) -> jax.Array:
+    """``[h, *shape]``: what columns of one shape, constant along an axis, add to the first layer's units."""
+    weights = scaled_rows(w, where, mean_of_each([squares[i] for i in where]), eps)
+    return _product(weights, jnp.stack([columns[i] for i in where]))
 
 
 def _product(w: jax.Array, x: jax.Array) -> jax.Array:
