@@ -38,6 +38,21 @@ _LOCAL = replace(
     told_length=0.7,
     local_rates=[0.05, 0.3],
 )
+_CONTROL = Config(
+    rule="control",
+    trainable=["control"],
+    suite="kinds",
+    estimator="nres",
+    meta_steps=400,
+    particles=4,
+    sigma=0.1,
+    told_length=0.8,
+    measure="log",
+    outer_learning_rate=1e-2,
+    checkpoint_every=20,
+    log_every=5,
+    bench_suite="",
+)
 _FEATURES = replace(preset("unsupervised"), outer_learning_rate=3e-3)
 
 STAGES: dict[str, list[Config]] = {
@@ -54,6 +69,8 @@ STAGES: dict[str, list[Config]] = {
         replace(_SCHEDULER, rule_kwargs=_AUTO, max_length=3000, meta_steps=3000, outer_learning_rate=2e-3),
         replace(_SCHEDULER, rule_kwargs=_AUTO | {"base": "celo2_soap", "base_kwargs": {}}, meta_steps=0),
     ],
+    "flagship-2": [replace(_CONTROL, rule_kwargs={"direction": "celo2_soap"})],
+    "flagship-light": [replace(_CONTROL, rule_kwargs={"direction": "nadam"})],
     "scheduler-adam": [replace(_SCHEDULER, trainable=[], rule_kwargs=_ADAM)],
     "adafac-mlp": [replace(_SHORT, rule="adafac_mlp", meta_steps=1000)],
     "outer": [
@@ -82,7 +99,16 @@ def outer_flagship(folder: Path) -> Path:
     return learned_opt.save(folder, "outer", theta | {"direction": learned_opt.load_rule("flagship").theta}, kwargs={})
 
 
-STARTS = {"flagship-auto": scheduled_flagship, "outer": outer_flagship}  # the others start fresh
+def controlled_flagship(folder: Path) -> Path:
+    """A fresh control layer over the flagship's direction, saved."""
+    kwargs = STAGES["flagship-2"][0].rule_kwargs
+    theta = learned_opt.RULES["control"](**kwargs).init(jax.random.key(0))
+    direction = learned_opt.load_rule("flagship").theta
+    return learned_opt.save(folder, "control", theta | {"direction": direction}, kwargs=kwargs)
+
+
+# the others start fresh
+STARTS = {"flagship-auto": scheduled_flagship, "flagship-2": controlled_flagship, "outer": outer_flagship}
 
 
 def main() -> None:

@@ -95,15 +95,25 @@ TRAIN: dict[str, tuple[Entry, ...]] = {
     "standard": _STANDARD,
     # for outer steps of local SGD, whose local step size means the same on all of them
     "local_sgd": (*_STANDARD, _GRU),
-    # every kind of network, for rules with few meta-parameters
+    # every kind of network, batches from 4 up, for rules with few meta-parameters
     "kinds": (
-        _MLP,
-        _on(_FASHION, "mlp-196-64-64-10-gelu", image_mlp, side=14, width=64, depth=2, activation="gelu", batch_size=32),
-        _on(_FASHION, "conv-8-16-relu", image_conv, side=14, channels=(8, 16), batch_size=32),
+        _on(_FASHION, "mlp-64-32-10-relu-batch-4", image_mlp, side=8, width=32, batch_size=4),
+        _on(
+            _FASHION,
+            "mlp-196-64-64-10-gelu",
+            image_mlp,
+            side=14,
+            width=64,
+            depth=2,
+            activation="gelu",
+            init_scale=(0.5, 2.0),
+            batch_size=32,
+        ),
+        _on(_FASHION, "conv-8-16-relu", image_conv, side=14, channels=(8, 16), batch_size=16),
         _on(_FASHION, "autoencoder-64-32-8", image_autoencoder, side=8),
-        _on(_SOTU, "transformer-1x32", char_transformer, layers=1, width=32, length=16, batch_size=8),
+        _on(_SOTU, "transformer-1x32", char_transformer, width=32, length=16, init_scale=(0.5, 2.0), batch_size=8),
+        _on(_SOTU, "transformer-2x64", char_transformer, layers=2, width=64, length=32, batch_size=4),
         _GRU,
-        _TABULAR,
     ),
     # the widest mix that two cores carry
     "mixed": (*_STANDARD, _GRU, _QUADRATIC),

@@ -120,9 +120,8 @@ def control(
         u, accumulators = inner.step(theta, count, g, p, tensor.direction)
         pairs = [(u, p), (u, -g), (u, tensor.average), (-g, tensor.average)]
         seen = emas(tensor.seen, jnp.stack([cosine(x, y) for x, y in pairs]), _DECAYS)
-        size = size_of(p)
-        pull = factors[1] * decay * jnp.where(u * p < 0, p, 0) if p.ndim >= 2 else 0.0
-        update = factors[0] * rate * (size * u - pull)
+        move, pull = factors.astype(p.dtype) * jnp.array([1, decay if p.ndim >= 2 else 0], p.dtype)
+        update = move * rate.astype(p.dtype) * (size_of(p) * u - pull * jnp.where(u * p < 0, p, 0))
         return update, Controlled(accumulators, ema(tensor.average, update, _MEMORY), seen)
 
     def build(theta, num_steps=None, batch_axes=None):
@@ -132,7 +131,7 @@ def control(
             del value
             run = run_facts(count, total)
             rows = in_order([jax.vmap(facts)(group.param, group.tensors.seen) for group in groups], groups)
-            inputs = jnp.concatenate([rows, jnp.broadcast_to(run.astype(rows.dtype), (len(rows), _RUN))], axis=1)
+            inputs = jnp.concatenate([rows, jnp.broadcast_to(run, (len(rows), _RUN))], axis=1)
             factors = control_factors(theta["control"], inputs)
             rate = ratio * schedule(count, total, warmup)
             results = each(functools.partial(step, theta["direction"], count, rate), groups, factors)
@@ -160,9 +159,10 @@ def size_of(p: jax.Array) -> jax.Array:
 
 def schedule(count: jax.Array, total: jax.Array, warmup: float) -> jax.Array:
     """The share ``s`` of the full step after ``count`` of ``total`` updates; ``total`` 0 stands for unknown."""
-    warm = jnp.where(total > 0, warmup * total, _WARMUP)
-    left = jnp.where(total > 0, jnp.clip((total - count) / jnp.maximum(total - warm, 1), 0, 1), 1.0)
-    return jnp.minimum((count + 1) / jnp.maximum(warm, 1), left**_POWER)
+    done, last = count.astype(jnp.float32), total.astype(jnp.float32)
+    warm = jnp.where(total > 0, warmup * last, _WARMUP)
+    left = jnp.where(total > 0, jnp.clip((last - done) / jnp.maximum(last - warm, 1), 0, 1), 1)
+    return jnp.minimum((done + 1) / jnp.maximum(warm, 1), left**_POWER)
 
 
 def cosine(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -180,15 +180,15 @@ def facts(p: jax.Array, seen: jax.Array) -> jax.Array:
     matrix = p.ndim >= 2
     above = jnp.log(size_of(p) * fan_in(p.shape) ** 0.5) if matrix else 0.0
     shape = [math.log10(fan_in(p.shape)) / 4 if matrix else 0.0, math.log10(max(p.shape[-1:], default=1)) / 4, matrix]
-    return jnp.concatenate([seen.reshape(-1), jnp.stack([jnp.tanh(above), *map(float, shape)]).astype(seen.dtype)])
+    return jnp.concatenate([seen.reshape(-1), jnp.stack([jnp.tanh(above), *map(float, shape)])]).astype(jnp.float32)
 
 
 def run_facts(count: jax.Array, total: jax.Array) -> jax.Array:
     """What it reads of the run: ``[5]``; two of the time, and whether the length is known, the share done, its root."""
-    known = total > 0
-    done = jnp.where(known, jnp.clip(count / jnp.maximum(total, 1), 0, 1), 0.0)
+    known = (total > 0).astype(jnp.float32)
+    done = known * jnp.clip(count.astype(jnp.float32) / jnp.maximum(total, 1).astype(jnp.float32), 0, 1)
     time = jnp.log1p(count.astype(jnp.float32))
-    return jnp.stack([jnp.tanh(time / 4), jnp.tanh(time / 10), known.astype(jnp.float32), done, jnp.sqrt(done)])
+    return jnp.stack([jnp.tanh(time / 4), jnp.tanh(time / 10), known, done, jnp.sqrt(done)])
 
 
 def control_factors(theta: Theta, inputs: jax.Array) -> jax.Array:

@@ -31,7 +31,7 @@ def small(factory):
 
     A basis is chosen at the first step alone, before it could depend on theta: meta-gradients take it for a constant.
     """
-    sizes = {"lstm_size": 6, "bank_size": 3, "every": 1000}
+    sizes = {"lstm_size": 6, "bank_size": 3, "every": 1000, "direction_kwargs": {"every": 1000}}
     return factory(**{name: sizes[name] for name in sizes.keys() & inspect.signature(factory).parameters.keys()})
 
 

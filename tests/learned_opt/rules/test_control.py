@@ -1,0 +1,116 @@
+"""The control layer: its units, its bounds, its schedule, and the direction under it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from learned_opt.rules import nadam
+from learned_opt.rules.control import control, schedule
+
+PARAMS = {"w": jnp.linspace(-1.0, 2.0, 12).reshape(4, 3), "b": jnp.array([0.5, -2.0, 0.0])}
+GRADIENTS = jax.tree.map(lambda p: jnp.cos(3 * p), PARAMS)
+RULE = control(direction="nadam")
+THETA = RULE.init(jax.random.key(0))
+
+
+def updates_of(rule, theta, gradients, params=PARAMS, steps=3, num_steps=None):
+    tx = rule.build(theta, num_steps=num_steps)
+    state, found = tx.init(params), []
+    for _ in range(steps):
+        updates, state = tx.update(gradients, state, params)
+        params = optax.apply_updates(params, updates)
+        found.append(updates)
+    return found
+
+
+def test_nadam_is_optax_s():
+    direction, tx = nadam.direction(), optax.scale_by_adam(b1=0.9, b2=0.99, nesterov=True)
+    ours, theirs = direction.start(PARAMS["w"]), tx.init(PARAMS["w"])
+    for t in range(4):
+        g = jnp.cos(PARAMS["w"] + t)
+        u, ours = direction.step({}, jnp.int32(t), g, PARAMS["w"], ours)
+        expected, theirs = tx.update(g, theirs)
+        np.testing.assert_allclose(-u, expected, rtol=2e-6, atol=2e-7)
+
+
+def test_the_first_update_in_closed_form():
+    """Nesterov's first step is 1 + .9 / 1.9 times the sign of the gradient; the decay pulls where the step does."""
+    (updates,) = updates_of(RULE, THETA, GRADIENTS, steps=1)
+    u = jax.tree.map(lambda g: -(1 + 0.9 / 1.9) * np.sign(g), GRADIENTS)
+    rate, p = 0.04 / 20, np.asarray(PARAMS["w"], np.float64)
+    size = max(np.sqrt(np.mean(p**2)), 4**-0.5)
+    np.testing.assert_allclose(updates["w"], rate * (size * u["w"] - 0.2 * np.where(u["w"] * p < 0, p, 0)), rtol=1e-5)
+    np.testing.assert_allclose(updates["b"], rate * 0.05 * u["b"], rtol=1e-5)
+
+
+def test_small_weights_move_by_the_floor():
+    params = jax.tree.map(lambda p: 1e-3 * p, PARAMS)
+    (updates,) = updates_of(control(direction="nadam", decay=0.0), THETA, GRADIENTS, params, steps=1)
+    np.testing.assert_allclose(np.abs(updates["w"]), 0.04 / 20 * 0.5 * (1 + 0.9 / 1.9), rtol=1e-5)
+
+
+@pytest.mark.parametrize("direction", ["nadam", "celo2_soap"])
+def test_the_unit_of_the_loss_does_not_matter(direction):
+    rule = control(direction=direction)
+    theta = rule.init(jax.random.key(1))
+    theta["control"] = jax.tree.map(lambda x: jax.random.normal(jax.random.key(2), x.shape), theta["control"])
+    ones = updates_of(rule, theta, GRADIENTS)
+    thousands = updates_of(rule, theta, jax.tree.map(lambda g: 1e3 * g, GRADIENTS))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-8), ones, thousands)
+
+
+def test_the_unit_of_the_weights_does_not_matter_above_the_floor():
+    scale = 8.0
+    ones = updates_of(RULE, THETA, GRADIENTS, steps=2)
+    eights = updates_of(RULE, THETA, GRADIENTS, PARAMS | {"w": scale * PARAMS["w"]}, steps=2)
+    for a, b in zip(ones, eights, strict=True):
+        np.testing.assert_allclose(scale * a["w"], b["w"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_no_network_goes_beyond_four_times(sign):
+    """With a network at its bound the first update is four times, or a quarter of, the hand-set one."""
+    rule = control(direction="nadam", decay=0.0)
+    control_theta = THETA["control"] | {"last": jax.tree.map(lambda x: x + sign * 1e6, THETA["control"]["last"])}
+    control_theta["last"]["w"] = jnp.zeros_like(control_theta["last"]["w"])
+    (fresh,), (bound,) = (updates_of(rule, t, GRADIENTS, steps=1) for t in (THETA, THETA | {"control": control_theta}))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(4.0**sign * a, b, rtol=1e-5), fresh, bound)
+
+
+def test_the_schedule():
+    told = np.array([schedule(jnp.int32(t), jnp.int32(100), 0.05) for t in range(101)])
+    np.testing.assert_allclose(told[:5], [0.2, 0.4, 0.6, 0.8, 1.0], rtol=1e-6)
+    np.testing.assert_allclose(told[5:], ((100 - np.arange(5, 101)) / 95) ** 1.2, atol=1e-6)
+    untold = np.array([schedule(jnp.int32(t), jnp.int32(0), 0.05) for t in (0, 9, 19, 20, 10_000)])
+    np.testing.assert_allclose(untold, [0.05, 0.5, 1.0, 1.0, 1.0], rtol=1e-6)
+
+
+def test_a_length_that_is_told_late_is_the_same():
+    """Traced, as in meta-training, and a Python number."""
+    told = updates_of(RULE, THETA, GRADIENTS, num_steps=7)
+    traced = jax.jit(lambda n: updates_of(RULE, THETA, GRADIENTS, num_steps=n))(jnp.int32(7))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-9), told, traced)
+
+
+def test_a_convex_problem_is_solved():
+    target = jnp.linspace(-1.0, 1.0, 24).reshape(6, 4)
+    tx = RULE.build(THETA, num_steps=300)
+
+    def step(carry, _):
+        params, state = carry
+        updates, state = tx.update(params - target, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    start = jnp.ones((6, 4))
+    (params, _), _ = jax.jit(lambda c: jax.lax.scan(step, c, None, 300))((start, tx.init(start)))
+    assert float(jnp.max(jnp.abs(params - target))) < 0.01
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"direction": "sgd"}, {"ratio": 0.0}, {"decay": -1.0}, {"warmup": 1.0}, {"direction_kwargs": {"x": 1}}]
+)
+def test_a_mistake_gets_one_line(arguments):
+    with pytest.raises(ValueError, match="^[^\n]+$"):
+        control(**arguments)
