@@ -1,11 +1,13 @@
-"""Local SGD for any Optax transform: delays, outer steps, compression, fragments, real processes."""
+"""Local SGD for any Optax transform: delays, outer steps, compression, fragments, overlap, real processes."""
 
 from .hosts import Watchdog, check_anchor, load_anchor, load_tree, newest_anchor, save_anchor, save_tree
+from .link import Link
 from .published import diloco, muloco, post_local, sparseloco
 from .transform import LocalSGDState, local_sgd
 from .workers import map_workers, rescue, spread_workers, worker_axes, worker_specs
 
 __all__ = [
+    "Link",
     "LocalSGDState",
     "Watchdog",
     "check_anchor",

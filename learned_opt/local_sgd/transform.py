@@ -1,4 +1,8 @@
-"""Local SGD as an Optax transform: workers step alone, and meet every ``sync_every`` steps."""
+"""Local SGD as an Optax transform: workers step alone, and meet every ``sync_every`` steps.
+
+A round has two halves. *Send*: the mean over the workers of how far each has moved from the anchor. *Take*: the outer
+step of that mean. Both are at the round's last step, or ``overlap`` steps lie between them.
+"""
 
 import functools
 from collections.abc import Callable
@@ -17,8 +21,40 @@ Mean = Callable[[Any], Any]
 InnerPolicy = Callable[[Any, Mean, Params], Any]
 
 
+class Outbox(NamedTuple):
+    """What a worker sends at the end of a round; each worker's own.
+
+    Attributes:
+        deltas: anchor less parameters, the params' tree in float32 or wider.
+        error: what compression had left unsent before, likewise; ``()`` without compression.
+        loss: float, the mean of the round's ``value=``.
+        size: float, the squared norm of the deltas.
+        weight: float, what the worker counts for.
+    """
+
+    deltas: Any
+    error: Any
+    loss: jax.Array
+    size: jax.Array
+    weight: Any
+
+
+class Flight(NamedTuple):
+    """What the workers' messages come to, not yet used; equal on all workers.
+
+    Attributes:
+        mean: the mean delta, the params' tree in float32 or wider.
+        total: float, the sum of the weights.
+        scalars: float [2], the mean loss and the mean squared norm of a worker's delta.
+    """
+
+    mean: Any
+    total: jax.Array
+    scalars: jax.Array
+
+
 class LocalSGDState(NamedTuple):
-    """State of :func:`local_sgd`. Scalars but for the trees; the first eight fields are equal on all workers.
+    """State of :func:`local_sgd`. Scalars but for the trees; the first ten fields are equal on all workers.
 
     Attributes:
         step: int32, local steps taken.
@@ -29,10 +65,13 @@ class LocalSGDState(NamedTuple):
         statistics: :class:`~learned_opt.schedules.Statistics` of the last round.
         anchor: the parameters as last synchronised.
         outer: state of the outer transform (a tuple of one state a fragment where there are several).
+        flight: a :class:`Flight`, the mean that was sent and is not taken yet (``()`` without overlap).
+        waiting: bool, whether there is one (``()`` without overlap).
         inner: state of the worker's inner transform.
         error: what compression has left unsent, the params' tree in float32 or wider (``()`` without compression).
         value_sum: float, sum of the round's ``value=`` so far.
         samples: float, sum of the round's ``samples=`` so far.
+        outbox: an :class:`Outbox` for :class:`~learned_opt.local_sgd.Link` to send (``()`` without ``linked``).
     """
 
     step: jax.Array
@@ -43,13 +82,43 @@ class LocalSGDState(NamedTuple):
     statistics: schedules.Statistics
     anchor: Params
     outer: Any
+    flight: Any
+    waiting: Any
     inner: Any
     error: Any
     value_sum: jax.Array
     samples: jax.Array
+    outbox: Any
 
 
-REPLICATED = LocalSGDState._fields[:8]
+REPLICATED = LocalSGDState._fields[:10]
+
+
+class Halves(NamedTuple):
+    """What a :class:`~learned_opt.local_sgd.Link` does between the steps of a linked transform, for one worker each.
+
+    Attributes:
+        overlap: steps between the two.
+        axis_name: the workers' axis.
+        count: ``params -> number of fragments``.
+        pick: ``(tree, params, part) -> the tree, the other fragments masked``.
+        send: ``message -> (flight, error, bytes)``: the collective; the last is an int.
+        take: ``(part, params, state, flight, error) -> (params, state)``: the outer step; no collective.
+    """
+
+    overlap: int
+    axis_name: tuple[str, ...]
+    count: Callable[[Any], int]
+    pick: Callable[[Any, Any, int], Any]
+    send: Callable[[Outbox], tuple[Flight, Any, int]]
+    take: Callable[[int, Params, LocalSGDState, Flight, Any], tuple[Params, LocalSGDState]]
+
+
+class LocalSGD(optax.GradientTransformationExtraArgs):
+    """The transform that :func:`local_sgd` returns: ``init``, ``update``, and ``halves`` where it is linked."""
+
+    halves: Halves | None = None
+
 
 INNER_POLICIES: dict[str, InnerPolicy] = {
     "keep": lambda state, mean, params: state,
@@ -69,7 +138,10 @@ def local_sgd(
     fragments: int | Any = 1,
     statistic: Callable[[Params], Any] | None = None,
     drop_nonfinite: bool = False,
-) -> optax.GradientTransformationExtraArgs:
+    overlap: int = 0,
+    mixing: float = 0.0,
+    linked: bool = False,
+) -> LocalSGD:
     r"""Let every worker step alone with ``inner``, and apply ``outer`` to the mean of what they did every H steps.
 
     Worker i steps from the anchor x_0 for H local steps, x_i <- x_i + inner(grad_i). Then
@@ -80,6 +152,14 @@ def local_sgd(
     ``optax.sgd(1.0)``; ``optax.sgd(0.7, momentum=0.9, nesterov=True)`` is DiLoCo's; ``optax.sgd(alpha, momentum=beta)``
     is SlowMo's for a constant inner step; ``optax.adam`` and learned rules are as good. Workers are the lanes of
     ``vmap(axis_name=...)`` or the devices of a ``shard_map`` axis; collectives run at synchronisations only.
+
+    With ``overlap=tau`` the mean of what the workers had done at step t is used at step t + tau only, by workers that
+    have gone on meanwhile and are drawn to the anchor by a share:
+
+    .. math:: x_0 \leftarrow x_0 + \mathrm{outer}(d_t), \qquad x_i \leftarrow \alpha x_i + (1 - \alpha) x_0
+
+    which is Streaming DiLoCo's (fragments, tau, alpha). In one program this is the arithmetic; that the message travels
+    while the steps go on is done by :class:`~learned_opt.local_sgd.Link` with ``linked=True``.
 
     It must be outermost (last in an ``optax.chain``): the update it emits at a synchronisation puts every worker on
     the anchor, which a later transform would undo. :func:`~learned_opt.local_sgd.worker_axes` refuses other places.
@@ -98,7 +178,8 @@ def local_sgd(
         sync_every: steps a round, H >= 1: an int (or int32 scalar), or a schedule of (round, step, statistics), see
             :mod:`learned_opt.schedules`. It is read when a round starts and must be equal on all workers.
         axis_name: the mapped axis of the workers, or a tuple of axes: a mesh axis and that of a ``vmap`` inside it make
-            several workers a device (JAX 0.10 sums over both under ``shard_map(check_vma=False)`` only).
+            several workers a device (JAX 0.10 sums over both under ``shard_map(check_vma=False)`` only). ``()``: one
+            worker, no map, see :func:`~learned_opt.local_sgd.lookahead`.
         inner_state: what becomes of the inner state at a synchronisation. ``"keep"``: nothing. ``"average"``: floating
             leaves are averaged, counters, keys and flags kept. ``"reset"``: ``inner.init`` at the new anchor, counters
             too. Or a function ``(inner_state, mean, anchor) -> inner_state``, ``mean(tree)`` averaging as above.
@@ -111,6 +192,13 @@ def local_sgd(
             ``statistics.custom``.
         drop_nonfinite: give weight 0 to a worker whose delta or mean loss is not finite, in place of passing its NaN on
             to all. Its own parameters stay NaN, which no update can mend: see :func:`~learned_opt.local_sgd.rescue`.
+        overlap: steps tau from a round's message to its use, less than ``sync_every``; 0: none. Rounds of a schedule
+            have at least tau + 1 steps. One message is on its way at a time. ``outer`` then gets none of ``update``'s
+            extra arguments but ``value=``, the mean loss of the round (NaN where there was none).
+        mixing: alpha in [0, 1), the share of a worker's own parameters where it takes a round's result; 0: it is put on
+            the anchor, and what it did since its message is lost.
+        linked: ``update`` then has no collective: a worker leaves its message in the state, for a
+            :class:`~learned_opt.local_sgd.Link` to carry.
 
     Returns:
         An Optax transform with state :class:`LocalSGDState`. ``update(grads, state, params, *, worker_weight=None,
@@ -148,11 +236,12 @@ def local_sgd(
 
     Reference:
         Stich, "Local SGD converges fast and communicates little", 2019; Wang et al., "SlowMo", 2020; Douillard et al.,
-        "DiLoCo", 2023, and "Streaming DiLoCo", 2025; Karimireddy et al., "Error feedback fixes SignSGD", 2019.
+        "DiLoCo", 2023, and "Streaming DiLoCo with overlapping communication", 2025 (arXiv:2501.18512); Karimireddy et
+        al., "Error feedback fixes SignSGD", 2019.
     """
     schedule, constant = _schedule(sync_every)
     axes = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
-    if not axes or not all(isinstance(name, str) for name in axes):
+    if not all(isinstance(name, str) for name in axes):
         raise ValueError(f"axis_name must be a name or a tuple of names, got {axis_name!r}")
     code = communication.resolve(compression)
     policies = INNER_POLICIES | {"reset": lambda state, mean, params: inner.init(params)}
@@ -167,7 +256,18 @@ def local_sgd(
         raise ValueError(f"fragments must be at least 1, got {fragments}")
     if not 0 <= error_feedback <= 1:
         raise ValueError(f"error_feedback must be True, False or a number within 0 to 1, got {error_feedback!r}")
+    if isinstance(overlap, bool) or not isinstance(overlap, int) or overlap < 0:
+        raise ValueError(f"overlap must be a number of steps, 0 or more, got {overlap!r}")
+    if constant and isinstance(sync_every, int) and overlap >= sync_every:
+        raise ValueError(f"overlap must be less than sync_every={sync_every}, got {overlap}: one message at a time")
+    if not 0 <= mixing < 1:
+        raise ValueError(f"mixing must be within 0 (the anchor) to 1 (a worker's own parameters), got {mixing!r}")
+    if overlap and inner_state != "keep":
+        raise ValueError(f"inner_state={inner_state!r} happens when workers meet: with overlap use 'keep'")
+    if linked and not overlap:
+        raise ValueError("linked=True sends between steps: it needs overlap, at least 1")
 
+    feedback = bool(code and error_feedback)
     outer_wants_args = isinstance(outer, optax.GradientTransformationExtraArgs)
     if isinstance(inner, optax.MultiSteps):  # it passes extra arguments on, which Optax's wrapper would drop
         inner = optax.GradientTransformationExtraArgs(inner.init, inner.update)
@@ -180,7 +280,10 @@ def local_sgd(
             raise ValueError(f"sync_every: a schedule must return one number, got {period.dtype}{list(period.shape)}")
         if not isinstance(period, jax.core.Tracer) and period < 1:
             raise ValueError(f"sync_every must be at least 1, got {period} for round {round_}")
-        return jnp.maximum(period, 1).astype(jnp.int32)
+        return jnp.maximum(period, 1 + overlap).astype(jnp.int32)
+
+    def zeros(params: Params) -> Any:
+        return jax.tree.map(lambda p: jnp.zeros(p.shape, wide(p)), params)
 
     def init(params: Params) -> LocalSGDState:
         zero = functools.partial(jnp.zeros, (), jnp.int32)  # each its own array: one buffer cannot be donated twice
@@ -190,6 +293,7 @@ def local_sgd(
         parts = [pick(params, labels, part) for part in range(count)]
         custom = jax.tree.map(jnp.array, statistic(params)) if statistic else ()
         statistics = schedules.Statistics(nan(), nan(), nan(), nan(), custom)
+        scalar = functools.partial(jnp.zeros, ())
         return LocalSGDState(
             step=zero(),
             round=zero(),
@@ -199,10 +303,95 @@ def local_sgd(
             statistics=statistics,
             anchor=jax.tree.map(jnp.array, params),
             outer=step_outer.init(parts[0]) if count == 1 else tuple(step_outer.init(part) for part in parts),
+            flight=Flight(zeros(params), scalar(), jnp.zeros(2)) if overlap and not linked else (),
+            waiting=jnp.zeros((), bool) if overlap and not linked else (),
             inner=inner.init(params),
-            error=jax.tree.map(lambda p: jnp.zeros(p.shape, wide(p)), params) if code and error_feedback else (),
-            value_sum=jnp.zeros(()),
-            samples=jnp.zeros(()),
+            error=zeros(params) if feedback else (),
+            value_sum=scalar(),
+            samples=scalar(),
+            outbox=Outbox(zeros(params), zeros(params) if feedback else (), scalar(), scalar(), scalar())
+            if linked
+            else (),
+        )
+
+    def pack(anchor: Any, ends: Any, error: Any, state: LocalSGDState, weight: Any, told: bool) -> Outbox:
+        """What a worker sends: a fragment's delta from the anchor to where it ends."""
+        deltas = jax.tree.map(lambda a, e: a.astype(e.dtype) - e, anchor, ends)
+        loss = state.value_sum / jnp.where(state.samples > 0, state.samples, 1)
+        size = jnp.asarray(optax.tree.norm(deltas, squared=True), state.value_sum.dtype)
+        if drop_nonfinite:  # a sum of squares is finite only if all are
+            weight = jnp.where(jnp.isfinite(size) & jnp.isfinite(loss), 1.0 if weight is None else weight, 0.0)
+        return Outbox(deltas, error, loss if told else jnp.full_like(loss, jnp.nan), size, weight)
+
+    def send(message: Outbox) -> tuple[Flight, Any, WorkerMean]:
+        """The mean of the messages, and what compression left of this one."""
+        mean_of = WorkerMean(axes, message.weight, [])
+        total, scalars = mean_of.scalars(jnp.stack([message.loss, message.size]))
+        if code is None:
+            mean, left = mean_of.mean(message.deltas, total), ()
+        else:
+            mean, left = mean_of.compressed_mean(
+                message.deltas, message.error if feedback else None, code, total, float(error_feedback)
+            )
+        return Flight(mean, total, scalars), left if feedback else (), mean_of
+
+    def remember(state: LocalSGDState, left: Any) -> LocalSGDState:
+        """The state with what compression left unsent."""
+        return state._replace(error=merge(state.error, left)) if feedback else state
+
+    def sent(state: LocalSGDState) -> LocalSGDState:
+        """The state once a round's message is on its way."""
+        return state._replace(
+            round=state.round + 1,
+            since_sync=jnp.zeros_like(state.since_sync),
+            value_sum=jnp.zeros_like(state.value_sum),
+            samples=jnp.zeros_like(state.samples),
+        )
+
+    def take(
+        part: int, ends: Any, state: LocalSGDState, flight: Flight, weighted: bool, extra: Any, mean_of: WorkerMean
+    ) -> tuple[Any, LocalSGDState]:
+        """Where the fragment of a worker that ends there goes, and the state after the outer step of the mean."""
+        labels, count = fragment_labels(fragments, state.anchor)
+        tracked = tracked_axes(axes)
+        anchor = pick(state.anchor, labels, part)
+        outer_old = state.outer if count == 1 else state.outer[part]
+        delta = jax.tree.map(lambda d, a: d.astype(a.dtype), flight.mean, anchor)
+        outward, outer_new = step_outer.update(delta, outer_old, anchor, **extra)
+        anchor_new = optax.apply_updates(anchor, outward)
+        if weighted:  # with nobody left there is nothing to learn from
+            anchor_new, outer_new = jax.tree.map(
+                lambda new, old: jnp.where(flight.total > 0, new, old), (anchor_new, outer_new), (anchor, outer_old)
+            )
+        whole = merge(state.anchor, anchor_new)
+        landing = jax.tree.map(lambda a, e: a.astype(e.dtype), anchor_new, ends)
+        if mixing:
+            landing = jax.tree.map(lambda a, e: (1 - mixing) * a + mixing * e, landing, ends)
+        told = flight.scalars[0]
+        statistics = schedules.Statistics(
+            value=told,
+            first_value=jnp.where(jnp.isnan(state.statistics.first_value), told, state.statistics.first_value),
+            delta_sq=jnp.asarray(optax.tree.norm(flight.mean, squared=True), told.dtype),
+            worker_sq=flight.scalars[1],
+            custom=statistic(whole) if statistic else (),
+        )
+        inner_next = policy(state.inner, lambda tree: mean_of.mean(tree, flight.total), whole)
+        period = next_period(state.round, state.step, statistics)
+        if tracked & varying(period):
+            raise ValueError(
+                "sync_every: the schedule's answer differs across workers; let it read its arguments (round, step, "
+                "statistics) and replicated values alone"
+            )
+        if axes and not constant and not tracked:  # nothing proves them equal: one that disagreed would hang the rest
+            period = jax.lax.pmax(period, axes)
+            mean_of.sent.append(period.dtype.itemsize)
+        return landing, state._replace(
+            period=period,
+            bytes=communication.add_bytes(state.bytes, sum(mean_of.sent)),
+            statistics=statistics,
+            anchor=whole,
+            outer=outer_new if count == 1 else tuple(outer_new if i == part else o for i, o in enumerate(state.outer)),
+            inner=inner_next,
         )
 
     def update(
@@ -241,99 +430,95 @@ def local_sgd(
         )
         labels, count = fragment_labels(fragments, params)
 
-        def carry_on() -> tuple[Any, LocalSGDState]:
+        def branch(local: Any, state: LocalSGDState) -> tuple[Any, LocalSGDState]:
             return vary(local, tracked), _vary_workers(state, tracked)
 
-        def synchronise(part: int) -> tuple[Any, LocalSGDState]:
-            sent: list[int] = []
+        def ends_of(part: int) -> Any:
+            fragment = pick(params, labels, part), pick(local, labels, part)
+            return jax.tree.map(lambda p, u: p.astype(wide(p)) + u, *fragment)
+
+        def message_of(part: int) -> Outbox:
             weight = None if worker_weight is None else jnp.asarray(worker_weight, state.value_sum.dtype)
             if samples is not None:
                 weight = state.samples if weight is None else weight * state.samples
-            anchor = pick(state.anchor, labels, part)
-            deltas = jax.tree.map(
-                lambda a, p, u: a.astype(wide(p)) - (p.astype(wide(p)) + u),
-                *(anchor, pick(params, labels, part), pick(local, labels, part)),
-            )
+            error = pick(state.error, labels, part) if feedback else ()
+            return pack(pick(state.anchor, labels, part), ends_of(part), error, state, weight, value is not None)
 
-            loss = state.value_sum / jnp.where(state.samples > 0, state.samples, 1)
-            size = jnp.asarray(optax.tree.norm(deltas, squared=True), state.value_sum.dtype)
-            if drop_nonfinite:  # a sum of squares is finite only if all are
-                weight = jnp.where(jnp.isfinite(size) & jnp.isfinite(loss), 1.0 if weight is None else weight, 0.0)
-            if value is None:
-                loss = jnp.full_like(loss, jnp.nan)
-            send = WorkerMean(axes, weight, sent)
-            total, scalars = send.scalars(jnp.stack([loss, size]))
+        def land(
+            part: int, state: LocalSGDState, flight: Flight, weighted: bool, outer_extra: Any, mean_of: WorkerMean
+        ) -> tuple[Any, LocalSGDState]:
+            landing, state = take(part, ends_of(part), state, flight, weighted, outer_extra, mean_of)
+            back = jax.tree.map(lambda a, p: a - p.astype(a.dtype), landing, pick(params, labels, part))
+            return branch(merge(local, back), state)
 
-            if code is None:
-                mean, error = send.mean(deltas, total), state.error
-            else:
-                mean, left = send.compressed_mean(
-                    deltas,
-                    pick(state.error, labels, part) if error_feedback else None,
-                    code,
-                    total,
-                    float(error_feedback),
-                )
-                error = merge(state.error, left) if error_feedback else ()
+        def synchronise(part: int) -> tuple[Any, LocalSGDState]:
+            message = message_of(part)
+            flight, left, mean_of = send(message)
+            outer_extra = mean_of.mean(extra, flight.total) if outer_wants_args else {}
+            return land(part, sent(remember(state, left)), flight, message.weight is not None, outer_extra, mean_of)
 
-            outer_extra = send.mean(extra, total) if outer_wants_args else {}
-            outer_old = state.outer if count == 1 else state.outer[part]
-            delta = jax.tree.map(lambda d, a: d.astype(a.dtype), mean, anchor)
-            outward, outer_new = step_outer.update(delta, outer_old, anchor, **outer_extra)
-            anchor_new = optax.apply_updates(anchor, outward)
-            if weight is not None:  # with nobody left there is nothing to learn from
-                anchor_new, outer_new = jax.tree.map(
-                    lambda new, old: jnp.where(total > 0, new, old), (anchor_new, outer_new), (anchor, outer_old)
-                )
+        def depart(part: int) -> tuple[Any, LocalSGDState]:
+            message = message_of(part)
+            if linked:
+                weight = jnp.ones_like(message.loss) if message.weight is None else message.weight
+                whole = Outbox(merge(state.outbox.deltas, message.deltas), state.error, *message[2:4], weight)
+                return branch(local, sent(state)._replace(outbox=whole))
+            flight, left, mean_of = send(message)
+            after = sent(remember(state, left))._replace(
+                flight=flight._replace(mean=merge(state.flight.mean, flight.mean)),
+                waiting=jnp.ones_like(state.waiting),
+                bytes=communication.add_bytes(state.bytes, sum(mean_of.sent)),
+            )
+            return branch(local, after)
 
-            whole = merge(state.anchor, anchor_new)
-            landing = jax.tree.map(
-                lambda a, p: a.astype(wide(p)) - p.astype(wide(p)), anchor_new, pick(params, labels, part)
-            )
-            first = jnp.where(jnp.isnan(state.statistics.first_value), scalars[0], state.statistics.first_value)
-            statistics = schedules.Statistics(
-                value=scalars[0],
-                first_value=first,
-                delta_sq=jnp.asarray(optax.tree.norm(mean, squared=True), size.dtype),
-                worker_sq=scalars[1],
-                custom=statistic(whole) if statistic else (),
-            )
-            inner_next = policy(state.inner, lambda tree: send.mean(tree, total), whole)
-            period = next_period(state.round + 1, state.step, statistics)
-            if tracked & varying(period):
-                raise ValueError(
-                    "sync_every: the schedule's answer differs across workers; let it read its arguments (round, step, "
-                    "statistics) and replicated values alone"
-                )
-            if not constant and not tracked:  # nothing proves them equal: a worker that disagreed would hang the rest
-                period = jax.lax.pmax(period, axes)
-                sent.append(period.dtype.itemsize)
-            return vary(merge(local, landing), tracked), _vary_workers(
-                state._replace(
-                    round=state.round + 1,
-                    since_sync=jnp.zeros_like(state.since_sync),
-                    period=period,
-                    bytes=communication.add_bytes(state.bytes, sum(sent)),
-                    statistics=statistics,
-                    anchor=whole,
-                    outer=outer_new
-                    if count == 1
-                    else tuple(outer_new if i == part else o for i, o in enumerate(state.outer)),
-                    inner=inner_next,
-                    error=error,
-                    value_sum=jnp.zeros_like(state.value_sum),
-                    samples=jnp.zeros_like(state.samples),
-                ),
-                tracked,
-            )
+        def arrive(part: int) -> tuple[Any, LocalSGDState]:
+            flight = state.flight._replace(mean=pick(state.flight.mean, labels, part))
+            outer_extra = {"value": flight.scalars[0]} if outer_wants_args else {}
+            after = state._replace(waiting=jnp.zeros_like(state.waiting))
+            return land(part, after, flight, True, outer_extra, WorkerMean(axes, None, []))
 
         due = state.since_sync >= state.period
-        if count == 1:
-            return jax.lax.cond(due, lambda: synchronise(0), carry_on)
-        branches = [carry_on, *(lambda part=part: synchronise(part) for part in range(count))]
-        return jax.lax.switch(jnp.where(due, 1 + state.round % count, 0), branches)
+        last = synchronise if not overlap else depart
+        branches: list[Callable[[], Any]] = [
+            lambda: branch(local, state),
+            *(functools.partial(last, part) for part in range(count)),
+        ]
+        which = jnp.where(due, 1 + state.round % count, 0)
+        if overlap and not linked:
+            branches += [functools.partial(arrive, part) for part in range(count)]
+            taken = state.waiting & (state.since_sync >= overlap)
+            which = jnp.where(taken, 1 + count + (state.round - 1) % count, which)
+        if len(branches) == 2:
+            return jax.lax.cond(due, branches[1], branches[0])
+        return jax.lax.switch(which, branches)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    def take_linked(
+        part: int, params: Params, state: LocalSGDState, flight: Flight, left: Any
+    ) -> tuple[Params, LocalSGDState]:
+        state = remember(state, left)
+        mine = pick(params, fragment_labels(fragments, params)[0], part)
+        ends = jax.tree.map(lambda p: p.astype(wide(p)), mine)
+        outer_extra = {"value": flight.scalars[0]} if outer_wants_args else {}
+        landing, state = take(part, ends, state, flight, True, outer_extra, WorkerMean(axes, None, []))
+        landing = jax.tree.map(lambda a, p: a.astype(p.dtype), landing, mine)
+        tracked = tracked_axes(axes)
+        return vary(merge(params, landing), tracked), _vary_workers(state, tracked)
+
+    def send_linked(message: Outbox) -> tuple[Flight, Any, int]:
+        flight, left, mean_of = send(message)
+        return flight, left, sum(mean_of.sent)
+
+    opt = LocalSGD(init, update)
+    if linked:
+        opt.halves = Halves(
+            overlap,
+            axes,
+            lambda params: fragment_labels(fragments, params)[1],
+            lambda tree, params, part: pick(tree, fragment_labels(fragments, params)[0], part),
+            send_linked,
+            take_linked,
+        )
+    return opt
 
 
 def _arrays(params: Params) -> Params:

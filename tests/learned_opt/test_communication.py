@@ -146,6 +146,15 @@ def test_alpha_beta_model():
         communication.wall_clock(
             steps=1, rounds=1, sent_bytes=1, workers=2, seconds_per_step=0.0, collectives=0, **link
         )
+    alone = {"steps": 100, "rounds": 5, "sent_bytes": 20e6, "workers": 4, "seconds_per_step": 0.01, **link}
+    each = run.communication / 5
+    for overlap in (0, 1, 7):  # what the steps do not hide is left, a round at a time
+        bare = communication.wall_clock(overlap=overlap, **alone)
+        np.testing.assert_allclose(bare.communication, 5 * max(each - 0.01 * overlap, 0), rtol=1e-9)
+        assert bare.total == bare.compute + bare.communication
+    assert communication.wall_clock(overlap=10**6, **alone).total == run.compute
+    with pytest.raises(ValueError, match="overlap at least 0"):
+        communication.wall_clock(overlap=-1, **alone)
     none = communication.wall_clock(steps=3, rounds=0, sent_bytes=0, workers=4, seconds_per_step=2.0, **link)
     assert none == (6.0, 0.0, 6.0)
     for bad in ({"workers": 0}, {"workers": 2, "collective": "gossip"}):

@@ -562,7 +562,7 @@ def test_bad_delays():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"axis_name": ()}, "axis_name must be"),
+        ({"axis_name": (1,)}, "axis_name must be"),
         ({"compression": "int4"}, "compression must be"),
         ({"inner_state": "mean"}, "inner_state must be one of"),
         ({"inner_state": "average", "fragments": 2}, "with fragments use 'keep'"),
