@@ -66,12 +66,15 @@ REPORTS = {
         ),
     ),
     "local_sgd": Report(
-        "local SGD: delays, growing batches, outer steps, the cost of communication, recovery from faults",
+        "local SGD: delays, growing batches, outer steps, one worker, the cost of communication, faults",
         (
             "learned-opt data fetch fashion_mnist",
             *(
                 f"python benchmarks/local_sgd_{study}.py"
-                for study in ("stich", "patel_dieuleveut", "batches", "communication", "faults", "outer")
+                for study in (
+                    *("stich", "patel_dieuleveut", "batches", "communication", "faults", "outer", "overlap"),
+                    *("one_worker", "when"),
+                )
             ),
         ),
     ),

@@ -2,6 +2,7 @@
 
 from .hosts import Watchdog, check_anchor, load_anchor, load_tree, newest_anchor, save_anchor, save_tree
 from .link import Link
+from .one_worker import ema_nesterov, lookahead
 from .published import diloco, muloco, post_local, sparseloco
 from .transform import LocalSGDState, local_sgd
 from .workers import map_workers, rescue, spread_workers, worker_axes, worker_specs
@@ -12,9 +13,11 @@ __all__ = [
     "Watchdog",
     "check_anchor",
     "diloco",
+    "ema_nesterov",
     "load_anchor",
     "load_tree",
     "local_sgd",
+    "lookahead",
     "map_workers",
     "muloco",
     "newest_anchor",

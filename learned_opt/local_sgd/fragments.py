@@ -22,7 +22,7 @@ def fragment_labels(fragments: int | Any, params: Any) -> tuple[list[int] | None
     leaves = jax.tree.leaves(params)
     moving = [i for i, leaf in enumerate(leaves) if is_parameter(leaf)]
     if isinstance(fragments, int):
-        if fragments > max(len(moving), 1):
+        if leaves and fragments > max(len(moving), 1):  # Optax's tools ask for the state of no leaves
             raise ValueError(
                 f"fragments={fragments}, but the parameters have {len(moving)} leaves; a leaf is not split"
             )

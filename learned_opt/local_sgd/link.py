@@ -20,7 +20,7 @@ class Link:
     To be called after every step. At the end of a round it hands the workers' messages to a thread, which runs the
     all-reduce as a program of its own; ``overlap`` steps later it waits for what is left of it, and makes the outer
     step. The numbers are those of the same ``local_sgd`` without ``linked``, up to rounding. Every process makes a
-    link and calls it after the same steps.
+    link and calls it after the same steps; :meth:`wait` comes before any other collective.
 
     On CPU, programs that one thread starts follow one another: hence the thread. On a GPU or TPU programs of one device
     take turns whoever starts them; there, the processes' CPU devices can carry the messages.
@@ -117,6 +117,17 @@ class Link:
             message = self._copy(state.outbox._replace(deltas=deltas, error=error))
             self._flight = part, self._start(part, message)
         return params, state
+
+    def wait(self) -> None:
+        """Wait until nothing is on its way; the result is still taken when it is due.
+
+        Before any other collective of these processes, and at the end: two at a time would get into each other's way.
+
+        Raises:
+            Exception: what went wrong in the all-reduce.
+        """
+        if self._flight is not None:
+            self._flight[1].result()
 
     def carry(self, program: Any, message: Outbox) -> tuple[Flight, Any]:
         """Run the all-reduce and wait for it; called in the thread. To be replaced by what a test or a benchmark needs.

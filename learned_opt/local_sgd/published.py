@@ -29,8 +29,8 @@ def diloco(
         sync_every: H.
         learning_rate: :math:`\eta`.
         momentum: :math:`\mu`.
-        **options: of :func:`~learned_opt.local_sgd.local_sgd`. ``fragments=n``, ``sync_every=H // n``, ``overlap=tau`` and
-            ``mixing=0.5`` is Streaming DiLoCo.
+        **options: of :func:`~learned_opt.local_sgd.local_sgd`. ``fragments=n``, ``sync_every=H // n``, ``overlap=tau``
+            and ``mixing=0.5`` is Streaming DiLoCo.
 
     Returns:
         An Optax transform, as ``local_sgd``.

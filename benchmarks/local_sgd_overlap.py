@@ -1,0 +1,221 @@
+"""What overlap hides: two real processes with a slow link between them, beside the alpha-beta model.
+
+A link of `--delays` seconds is a sleep before each all-reduce, in the thread that carries it (`Link.carry`); the
+all-reduce itself goes over gloo. A step is that of a perceptron of 233,740 parameters and a sleep of 20 ms, which
+leaves the core to others as a step on an accelerator does: both processes share one. For each overlap tau a run
+of 96 steps, 16 a round, with tau = 0 for waiting at once; medians over repeats that take turns. The model,
+`communication.wall_clock(overlap=tau)`, is given the time of a step and of a message, both measured apart.
+
+The second half of the table is the model alone: a network of 10^8 parameters in float32 on 8 workers, half a second a
+step, 100 steps between two messages of a parameter, on three links; whole, or in four fragments.
+
+    python benchmarks/local_sgd_overlap.py    # some four minutes; writes reports/local_sgd/overlap.csv and .png
+"""
+
+import argparse
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType
+from local_sgd_communication import example, middle, perceptron
+from matplotlib.figure import Figure
+
+from learned_opt import communication
+from learned_opt.local_sgd import Link, local_sgd, map_workers, spread_workers, worker_axes
+
+REPORT = Path(__file__).parents[1] / "reports" / "local_sgd"
+STEPS, EVERY = 96, 16
+PAUSE = 0.02  # seconds
+OVERLAPS = (0, 1, 2, 4, 8, 15)
+NETWORKS = {  # seconds, bytes a second
+    "10 Gbit/s, 1 ms": {"latency": 1e-3, "bandwidth": 1.25e9},
+    "1 Gbit/s, 30 ms": {"latency": 0.03, "bandwidth": 1.25e8},
+    "100 Mbit/s, 100 ms": {"latency": 0.1, "bandwidth": 1.25e7},
+}
+MODEL = {"workers": 8, "seconds_per_step": 0.5}
+MODEL_STEPS, MODEL_EVERY, MODEL_BYTES, FRAGMENTS = 1000, 100, 4e8, 4
+
+
+# ---- a process ----
+
+
+def worker(args):
+    jax.distributed.initialize(args.coordinator, args.processes, args.process_id)
+    mesh = jax.make_mesh((args.processes,), ("workers",), axis_types=(AxisType.Auto,))
+    start, gradient = perceptron()
+
+    def run(overlap, delay, every=EVERY, steps=STEPS):
+        opt = local_sgd(optax.sgd(1e-3), sync_every=every, overlap=max(overlap, 1), mixing=0.5, linked=True)
+        state = opt.init(start)
+        axes = worker_axes(state)
+
+        def one(params, state):
+            updates, state = opt.update(gradient(params, state.step), state, params)
+            return optax.apply_updates(params, updates), state
+
+        step = jax.jit(map_workers(one, in_axes=(0, axes), out_axes=(0, axes), mesh=mesh))
+        params = spread_workers(start, args.processes, mesh=mesh)
+        state = spread_workers(state, args.processes, axes, mesh=mesh)
+        messages, link = [], Link(opt, state, mesh=mesh)
+        carry = link.carry
+
+        def slow(program, message):
+            began = time.perf_counter()
+            time.sleep(delay)
+            result = carry(program, message)
+            messages.append(time.perf_counter() - began)
+            return result
+
+        link.carry = slow
+
+        def measure():
+            p, s = params, state
+            messages.clear()
+            link._round, link._since, link._flight = 0, 0, None  # the same programs for a run from the start
+            jax.block_until_ready(meet(jnp.zeros((args.processes,))))  # both begin together
+            began = time.perf_counter()
+            for _ in range(steps):
+                p, s = jax.block_until_ready(step(p, s))
+                time.sleep(PAUSE)
+                p, s = link(p, s)
+                if not overlap:
+                    link.wait()
+            jax.block_until_ready(p)
+            took = time.perf_counter() - began
+            link.wait()
+            return took, float(np.mean(messages or [0.0]))
+
+        measure()
+        return measure
+
+    meet = jax.jit(map_workers(lambda x: jax.lax.psum(x, "workers"), in_axes=(0,), out_axes=None, mesh=mesh))
+    runs = {(0, 0.0): run(1, 0.0, every=10**6)}  # steps alone
+    runs |= {(overlap, delay): run(overlap, delay) for delay in args.delays for overlap in OVERLAPS}
+    seconds = {key: [] for key in runs}
+    for _ in range(args.repeats):
+        for key, measure in runs.items():
+            seconds[key].append(measure())
+    if jax.process_index() == 0:
+        found = [[*key, *middle([s for s, _ in took]), float(np.median([m for _, m in took]))]
+                 for key, took in seconds.items()]  # fmt: skip
+        print(json.dumps(found), flush=True)
+
+
+# ---- the launcher ----
+
+
+def measure(repeats, delays):
+    module, processes = example(), 2
+    command = [sys.executable, __file__, "--worker", "--coordinator", f"localhost:{module.free_port()}"]
+    command += ["--processes", str(processes), "--repeats", str(repeats), "--delays", *map(str, delays)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **module.cpu_environment()}
+    peers = [
+        subprocess.Popen([*command, "--process-id", str(i)], env=environment, stdout=subprocess.PIPE, text=True)
+        for i in range(processes)
+    ]
+    try:
+        said = peers[0].communicate()[0]
+    finally:
+        for peer in peers:
+            peer.kill()
+            peer.wait()
+    return next(json.loads(line) for line in said.splitlines() if line.startswith("[["))
+
+
+def compare(found):
+    """Rows of measured and predicted seconds of a run."""
+    alone = found[0][2] / STEPS
+    rows = []
+    for overlap, delay, seconds, deviation, _ in found[1:]:
+        rounds = STEPS // EVERY
+        message = next(row[4] for row in found[1:] if row[0] == 0 and row[1] == delay)
+        bare = {"latency": message / 2, "bandwidth": 1.0}  # two workers: T = 2 latencies
+        # of the last round, sent at the last step, nothing is waited for but at once
+        waited = rounds - (overlap > 0)
+        predicted = communication.wall_clock(
+            steps=STEPS, rounds=waited, sent_bytes=0, workers=2, seconds_per_step=alone, overlap=overlap, **bare
+        ).total
+        rows.append(row("measured", f"{delay:g} s a message", overlap, seconds, predicted, alone * STEPS, deviation))
+    return rows
+
+
+def model():
+    """Rows of the model alone."""
+    rows = []
+    for name, network in NETWORKS.items():
+        for parts in (1, FRAGMENTS):
+            every = MODEL_EVERY // parts
+            for overlap in (0, 1, 5, 10, every - 1):
+                rounds, sent = MODEL_STEPS // every, MODEL_BYTES / parts * (MODEL_STEPS // every)
+                run = {"steps": MODEL_STEPS, "rounds": rounds, "sent_bytes": sent, **MODEL, **network}
+                found = communication.wall_clock(overlap=overlap, **run)
+                label = f"{name}, {'whole' if parts == 1 else f'{parts} fragments'}"
+                rows.append(row("model", label, overlap, None, found.total, found.compute, None))
+    return rows
+
+
+def row(kind, link, overlap, seconds, predicted, steps_alone, deviation):
+    short = lambda x: "" if x is None else float(f"{x:.4g}")  # noqa: E731
+    return {
+        "kind": kind, "link": link, "overlap": overlap, "seconds": short(seconds), "half_interquartile":
+        short(deviation), "predicted": short(predicted), "steps_alone": short(steps_alone),
+    }  # fmt: skip
+
+
+def plot(rows):
+    figure = Figure(figsize=(10.5, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    measured = [r for r in rows if r["kind"] == "measured"]
+    for i, link in enumerate(dict.fromkeys(r["link"] for r in measured)):
+        mine = [r for r in measured if r["link"] == link]
+        x, y, e, p = ([r[key] for r in mine] for key in ("overlap", "seconds", "half_interquartile", "predicted"))
+        left.errorbar(x, y, e, fmt="o", color=f"C{i}", capsize=2, label=f"{link}, measured")
+        left.plot(x, p, "--", color=f"C{i}", label="model")
+    left.axhline(measured[0]["steps_alone"], color="0.5", lw=1, label="steps alone")
+    left.set(xlabel="overlap, steps", ylabel="seconds", ylim=(0, None), title=f"{STEPS} steps, {EVERY} a round")
+    modelled = [r for r in rows if r["kind"] == "model"]
+    for i, link in enumerate(dict.fromkeys(r["link"] for r in modelled)):
+        mine = [r for r in modelled if r["link"] == link]
+        x, y = [r["overlap"] for r in mine], [100 * (1 - r["steps_alone"] / r["predicted"]) for r in mine]
+        right.plot(x, y, "o-" if "whole" in link else "s--", color=f"C{i // 2}", ms=3, label=link)
+    right.set(xscale="symlog", xlim=(0, None), ylim=(0, 100), xlabel="overlap, steps", ylabel="% of the time waited")
+    right.set_title("Model: 100 million parameters, 8 workers")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(fontsize=7, frameon=False)
+    figure.savefig(REPORT / "overlap.png", dpi=120)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--delays", type=float, nargs="+", default=[0.05, 0.2], help="seconds added to a message")
+    parser.add_argument("--worker", action="store_true", help="be one process, do not launch any")
+    parser.add_argument("--coordinator")
+    parser.add_argument("--processes", type=int)
+    parser.add_argument("--process-id", type=int)
+    args = parser.parse_args()
+    if args.worker:
+        return worker(args)
+    rows = compare(measure(args.repeats, args.delays)) + model()
+    with open(REPORT / "overlap.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    plot(rows)
+    for r in rows:
+        print(*r.values())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
