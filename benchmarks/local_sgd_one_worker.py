@@ -5,7 +5,7 @@ and `ema_nesterov` keep the constants of their papers (0.7, momentum 0.6, every 
 none to take, a share of 0.5. The rate of every one of the six is tuned on the same grid, by the validation loss on two
 seeds; the losses shown are those of three others, each on the same start and batches with and without the wrapper.
 
-    python benchmarks/local_sgd_one_worker.py    # some minutes on one core; writes reports/local_sgd/one_worker.csv
+    python benchmarks/local_sgd_one_worker.py    # three minutes of one core; writes reports/local_sgd/one_worker.csv
 """
 
 import argparse

@@ -95,6 +95,8 @@ class Watchdog:
 def save_anchor(path: str | os.PathLike[str], state: LocalSGDState, metadata: Mapping[str, Any] | None = None) -> None:
     """Write what all workers share (anchor, outer state, counters, statistics) to one safetensors file, atomically.
 
+    A mean on its way (``overlap``, not ``linked``) is shared too, and is taken after the restart.
+
     One process calls it, at any time: what is written is the last synchronisation's. Each worker's inner state is its
     own, see :func:`save_tree`.
 

@@ -62,8 +62,9 @@ def run(opt, workers, mesh):
     [
         (local_sgd(optax.adam(0.05), NESTEROV, sync_every=schedules.post_local(2, 5), inner_state="average"), 8, 4),
         (local_sgd(optax.sgd(0.1), sync_every=2, compression="int8", fragments=2), 4, 6),
+        (local_sgd(optax.adam(0.05), NESTEROV, sync_every=3, overlap=1, mixing=0.5, fragments=2), 2, 4),
     ],
-    ids=["post-local, Nesterov, averaged Adam, 8 devices", "int8, fragments, 4 devices"],
+    ids=["post-local, Nesterov, averaged Adam, 8 devices", "int8, fragments, 4 devices", "overlap, 2 devices"],
 )
 def test_devices_equal_lanes(opt, workers, rounds):
     lanes, state = run(opt, workers, None)
