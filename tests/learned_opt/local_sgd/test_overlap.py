@@ -76,19 +76,16 @@ def run(opt, params=W0, targets=TARGETS, steps=STEPS, link=False):
 
 
 @pytest.mark.parametrize(
-    ("every", "overlap", "mixing", "fragments"),
+    ("every", "overlap", "mixing", "fragments", "link"),
     [
-        (4, 0, 0.0, [["a", "b"]]),
-        (4, 1, 0.0, [["a", "b"]]),
-        (5, 4, 0.5, [["a", "b"]]),
-        (3, 2, 0.5, [["a"], ["b"]]),
-        (4, 0, 0.25, [["b"], ["a"]]),
+        (4, 0, 0.0, [["a", "b"]], False),
+        (4, 0, 0.25, [["b"], ["a"]], False),
+        *((4, 1, 0.0, [["a", "b"]], link) for link in (False, True)),
+        *((5, 4, 0.5, [["a", "b"]], link) for link in (False, True)),
+        *((3, 2, 0.5, [["a"], ["b"]], link) for link in (False, True)),
     ],
 )
-@pytest.mark.parametrize("link", [False, True], ids=["in one program", "linked"])
 def test_streaming_diloco_line_by_line(every, overlap, mixing, fragments, link):
-    if link and not overlap:
-        pytest.skip("nothing to carry")
     anchor, workers, rounds = streaming(every, overlap, mixing, fragments)
     labels = {name: part for part, names in enumerate(fragments) for name in names}
     with jax.enable_x64(True):
