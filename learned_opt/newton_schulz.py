@@ -5,8 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-_QUINTIC = (3.4445, -4.775, 2.0315)
-_STEPS = 5
+COEFFICIENTS = ((3.4445, -4.775, 2.0315),) * 5  # of each step; cheaper ones: reports/direction
 _LONG = 4  # times the shorter side, from which on the steps are multiplied up first
 _SHORT = 64  # the shorter side from which on that pays
 
@@ -43,9 +42,9 @@ def newton_schulz(x: jax.Array) -> jax.Array:
 
 
 def _by_steps(x: jax.Array) -> jax.Array:
-    for _ in range(_STEPS):
+    for c1, c3, c5 in COEFFICIENTS:
         a = x @ jnp.swapaxes(x, -1, -2)
-        x = _QUINTIC[0] * x + (_QUINTIC[1] * a + _QUINTIC[2] * (a @ a)) @ x
+        x = c1 * x + (c3 * a + c5 * (a @ a)) @ x
     return x
 
 
@@ -53,7 +52,7 @@ def _by_gram(x: jax.Array) -> jax.Array:
     a = x @ jnp.swapaxes(x, -1, -2)
     one = jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), a.shape)
     factors = []
-    for _ in range(_STEPS):
-        factors.append(_QUINTIC[0] * one + _QUINTIC[1] * a + _QUINTIC[2] * (a @ a))
+    for c1, c3, c5 in COEFFICIENTS:
+        factors.append(c1 * one + c3 * a + c5 * (a @ a))
         a = factors[-1] @ a @ factors[-1]
     return functools.reduce(jnp.matmul, reversed(factors)) @ x

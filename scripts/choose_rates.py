@@ -12,9 +12,9 @@ import math
 import tempfile
 from pathlib import Path
 
-from meta_train.commands import shared
 from meta_train.bench.workloads.optimizers import Optimizer, baselines, pretrained
 from meta_train.bench.workloads.training import program, run
+from meta_train.commands import shared
 from tasks import workloads
 from tasks.base import Workload
 

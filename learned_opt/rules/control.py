@@ -129,11 +129,12 @@ def control(
 
         def update(groups, count, shared, value):
             del value
-            run = run_facts(count, total)
-            rows = in_order([jax.vmap(facts)(group.param, group.tensors.seen) for group in groups], groups)
-            inputs = jnp.concatenate([rows, jnp.broadcast_to(run, (len(rows), _RUN))], axis=1)
-            factors = control_factors(theta["control"], inputs)
-            rate = ratio * schedule(count, total, warmup)
+            if not groups:
+                return [], shared
+            dtype = max((group.param.dtype for group in groups), key=lambda dtype: dtype.itemsize)
+            rows = [jax.vmap(facts)(group.param, group.tensors.seen).astype(dtype) for group in groups]
+            factors = control_factors(theta["control"], in_order(rows, groups), run_facts(count, total, dtype))
+            rate = ratio * schedule(count, total, warmup, dtype)
             results = each(functools.partial(step, theta["direction"], count, rate), groups, factors)
             settled = inner.settle(count, [tensor.direction for _, tensor in results])
             return [
@@ -157,9 +158,9 @@ def size_of(p: jax.Array) -> jax.Array:
     return jnp.maximum(jnp.sqrt(jnp.mean(p * p) + _TINY), fan_in(p.shape) ** -0.5)
 
 
-def schedule(count: jax.Array, total: jax.Array, warmup: float) -> jax.Array:
+def schedule(count: jax.Array, total: jax.Array, warmup: float, dtype=jnp.float32) -> jax.Array:
     """The share ``s`` of the full step after ``count`` of ``total`` updates; ``total`` 0 stands for unknown."""
-    done, last = count.astype(jnp.float32), total.astype(jnp.float32)
+    done, last = count.astype(dtype), total.astype(dtype)
     warm = jnp.where(total > 0, warmup * last, _WARMUP)
     left = jnp.where(total > 0, jnp.clip((last - done) / jnp.maximum(last - warm, 1), 0, 1), 1)
     return jnp.minimum((done + 1) / jnp.maximum(warm, 1), left**_POWER)
@@ -180,18 +181,19 @@ def facts(p: jax.Array, seen: jax.Array) -> jax.Array:
     matrix = p.ndim >= 2
     above = jnp.log(size_of(p) * fan_in(p.shape) ** 0.5) if matrix else 0.0
     shape = [math.log10(fan_in(p.shape)) / 4 if matrix else 0.0, math.log10(max(p.shape[-1:], default=1)) / 4, matrix]
-    return jnp.concatenate([seen.reshape(-1), jnp.stack([jnp.tanh(above), *map(float, shape)])]).astype(jnp.float32)
+    return jnp.concatenate([seen.reshape(-1), jnp.stack([jnp.tanh(above), *map(float, shape)]).astype(seen.dtype)])
 
 
-def run_facts(count: jax.Array, total: jax.Array) -> jax.Array:
+def run_facts(count: jax.Array, total: jax.Array, dtype) -> jax.Array:
     """What it reads of the run: ``[5]``; two of the time, and whether the length is known, the share done, its root."""
-    known = (total > 0).astype(jnp.float32)
-    done = known * jnp.clip(count.astype(jnp.float32) / jnp.maximum(total, 1).astype(jnp.float32), 0, 1)
-    time = jnp.log1p(count.astype(jnp.float32))
+    known = (total > 0).astype(dtype)
+    done = known * jnp.clip(count.astype(dtype) / jnp.maximum(total, 1).astype(dtype), 0, 1)
+    time = jnp.log1p(count.astype(dtype))
     return jnp.stack([jnp.tanh(time / 4), jnp.tanh(time / 10), known, done, jnp.sqrt(done)])
 
 
-def control_factors(theta: Theta, inputs: jax.Array) -> jax.Array:
-    """The factors of each tensor: ``[tensors, 2]`` within 1/4 and 4, from ``inputs [tensors, 17]``."""
+def control_factors(theta: Theta, tensors: jax.Array, run: jax.Array) -> jax.Array:
+    """The factors of each tensor: ``[tensors, 2]`` within 1/4 and 4, from ``[tensors, 12]`` and ``[5]``."""
+    inputs = jnp.concatenate([tensors, jnp.broadcast_to(run, (len(tensors), _RUN))], axis=1)
     hidden = jnp.tanh(linear(theta["hidden"], inputs))
     return _LARGEST ** jnp.tanh(linear(theta["last"], hidden))
