@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import optax.contrib
 
@@ -193,7 +194,7 @@ def pretrained(name_or_path: str) -> list[Optimizer]:
 
     The controls take the network away and keep the rest: ``identity``, the same direction with Adam in its place, the
     same Newton-Schulz steps, unit RMS and rates; ``untrained``, fresh weights; ``no-newton-schulz``. That of a learned
-    schedule is ``over-soap``, the same schedule over SOAP, and that of a control layer ``hand-set``, its fresh network.
+    schedule is ``over-soap``, the same schedule over SOAP, and that of a trained control layer ``hand-set``, its fresh network.
 
     Raises:
         StoreError: as ``learned_opt.load``.
@@ -211,7 +212,7 @@ def pretrained(name_or_path: str) -> list[Optimizer]:
             learned(f"{name}:untrained", saved.rule, fresh, rate, "control", "the same rule, fresh weights"),
             learned(f"{name}:no-newton-schulz", plain, saved.theta, rate, "control", "the same weights without it"),
         ]
-    if saved.name == "control":
+    if saved.name == "control" and np.any(saved.theta["control"]["last"]["w"]):
         fresh = {**saved.theta, "control": saved.rule.init(jax.random.key(0))["control"]}
         found.append(learned(f"{name}:hand-set", saved.rule, fresh, None, "control", "the same with a fresh network"))
     if saved.name == "scheduler":
