@@ -34,7 +34,7 @@ class RuleState(NamedTuple):
     Attributes:
         step: int32 scalar, updates done.
         shared: what concerns all tensors: running means of the loss, an LSTM's memory. ``()`` for most rules.
-        tensors: what the rule accumulates, a NamedTuple of trees over the parameters.
+        tensors: what the rule accumulates, a tree over the parameters or a NamedTuple of such.
         idle: uint8, a tree over the parameters: steps since an entry's gradient last was neither zero nor non-finite,
             255 where it never was. ``()`` where nothing rests.
     """
@@ -138,7 +138,7 @@ def rule_transform(
 
     Args:
         name: of the rule, for messages.
-        start: ``parameter -> accumulators``, a NamedTuple whose structure is the same for all tensors.
+        start: ``parameter -> accumulators``, an array or a NamedTuple of arrays, of the same structure for all tensors.
         update: ``(groups, step, shared, value) -> ([(updates, accumulators) for each group], shared)``; see
             :func:`each`. ``value`` is the loss, or ``None``.
         start_shared: ``dtype -> shared``, the dtype being the widest that any tensor is computed in.

@@ -48,3 +48,18 @@ def test_code_runs(page):
     for block in re.findall(r"^```python\n(.*?)^```$", (ROOT / page).read_text(), flags=re.DOTALL | re.MULTILINE):
         exec(compile(block, page, "exec"), names)
     assert names
+
+
+def test_where_things_are_they_are():
+    """Of the table that sends a newcomer from a question to a function."""
+    table = (ROOT / "docs" / "how_it_works.md").read_text().split("\n## Where things are\n")[1].split("\n## ")[0]
+    rows = [re.findall(r"`([^`]+)`", line.rpartition("|")[0].rpartition("|")[2]) for line in table.splitlines()]
+    rows = [names for names in rows if names]
+    assert len(rows) >= 5
+    for *names, path in rows:
+        text = (ROOT / path).read_text()
+        assert names
+        assert all(re.search(rf"\bdef {name}\(", text) for name in names), (names, path)
+    steps = (ROOT / "CONTRIBUTING.md").read_text()
+    (copied,) = [path for *_, path in rows if path.startswith("learned_opt/rules/")]
+    assert f"copied from `{copied}`" in steps

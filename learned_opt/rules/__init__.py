@@ -1,7 +1,7 @@
 """The learned update rules, one a file, and ``RULES``: name -> factory.
 
 A factory takes keyword arguments that JSON can hold and returns a :class:`learned_opt.base.LearnedOptimizer`. To add a
-rule, write a module with the factory and a ``PAPER`` string, and add a row.
+rule, write a module with the factory and a ``PAPER`` string, and add a row; ``CONTRIBUTING.md`` has the steps.
 """
 
 from collections.abc import Callable
