@@ -15,8 +15,15 @@ X = np.random.default_rng(0).normal(size=(6, 11)).astype(np.float32)
 
 
 def sent_and_received(code, x):
-    message = code.encode(jnp.asarray(x))
-    return message, np.asarray(code.decode(message, jax.ShapeDtypeStruct(x.shape, x.dtype)))
+    """Compiled as one: op by op each of the many small operations would be a program of its own."""
+
+    @jax.jit
+    def both(x):
+        message = code.encode(x)
+        return message, code.decode(message, jax.ShapeDtypeStruct(x.shape, x.dtype))
+
+    message, y = both(jnp.asarray(x))
+    return message, np.asarray(y)
 
 
 def test_bfloat16():

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from support.rules import small
 
 from learned_opt import mup
 from learned_opt.rules import RULES
@@ -50,23 +51,25 @@ def test_other_layouts_by_a_fan_in_of_one_s_own():
 
 @pytest.mark.parametrize("name", sorted(RULES))
 def test_every_rule_s_updates_are_multiplied(name):
-    rule = RULES[name]()
+    rule = small(RULES[name])
     params = {"w": jnp.linspace(-1, 1, 24).reshape(6, 4), "b": jnp.ones(4), "none": None}
     base = {"w": jnp.zeros((2, 3)), "b": jnp.zeros(3), "none": None, "unused": jnp.zeros(2)}
     grads = jax.tree.map(jnp.cos, params)
 
-    def two_updates(theta, scaled):
-        tx = rule.build(theta, num_steps=10)
-        tx = optax.chain(tx, mup.scale_by_width(base) if scaled else optax.identity())
+    @jax.jit
+    def two_updates(theta):
+        """Plain and multiplied, of one rule's run: as in ``optax.chain``, of which the last test has a whole run."""
+        tx, scale = rule.build(theta, num_steps=10), mup.scale_by_width(base)
 
         def step(state, _):
+            state, scale_state = state
             updates, state = tx.update(grads, state, params, value=jnp.float32(1.0))
-            return state, updates
+            scaled, scale_state = scale.update(updates, scale_state, params)
+            return (state, scale_state), (updates, scaled)
 
-        return jax.lax.scan(step, tx.init(params), None, length=2)[1]
+        return jax.lax.scan(step, (tx.init(params), scale.init(params)), None, length=2)[1]
 
-    theta = rule.init(jax.random.key(0))
-    plain, scaled = jax.jit(lambda theta: (two_updates(theta, False), two_updates(theta, True)))(theta)
+    plain, scaled = two_updates(rule.init(jax.random.key(0)))
     np.testing.assert_allclose(scaled["w"], plain["w"] / 3, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(scaled["b"], plain["b"])
     assert float(jnp.max(jnp.abs(plain["w"]))) > 0

@@ -7,6 +7,7 @@ import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.rules import small
 
 from learned_opt import precision
 from learned_opt.rules import RULES
@@ -75,7 +76,7 @@ def test_second_moment_follows_its_mean_where_rounding_to_nearest_stalls():
 
 @pytest.mark.parametrize("name", sorted(RULES))
 def test_every_rule_runs_on_a_bfloat16_state(name):
-    rule = RULES[name]()
+    rule = small(RULES[name])
     params = {"w": jnp.linspace(-1, 1, 16).reshape(4, 4), "b": jnp.ones(4), "none": None}
     # random matrices: what is next to zero in a rule's coordinates is rounding, which it normalises
     grads = {"w": jax.random.normal(jax.random.key(1), (3, 4, 4)), "b": jnp.cos(jnp.ones((3, 4))), "none": None}

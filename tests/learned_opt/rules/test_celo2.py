@@ -51,15 +51,26 @@ def reference(theta, params, gradients):
 
 SHAPES = [(), (1,), (7,), (32,), (4096,), (5, 3), (3, 5), (32, 10), (64, 32), (50, 48), (6, 1), (1, 6), (1, 1)]
 SHAPES += [(2, 3, 4), (3, 3, 8, 16), (5, 5, 2, 4), (16, 1, 1)]
+SOME = [
+    (),
+    (7,),
+    (5, 3),
+    (3, 5),
+    (1, 6),
+    (6, 1),
+    (2, 3, 4),
+]  # compiling a network of sums for every shape takes seconds
 
 
 @pytest.mark.parametrize(
     ("shapes", "hidden", "accelerator"),
     [
-        (SHAPES, 8, False),
+        (SOME, 8, False),
+        pytest.param(SHAPES, 8, False, marks=pytest.mark.slow),
         ([(5, 3), (9,)], 2, False),
         ([(5, 3), (64, 16), (9,)], 32, False),
-        ([*SHAPES, (2100, 129)], 8, True),
+        ([*SOME, (2100, 129)], 8, True),
+        pytest.param([*SHAPES, (2100, 129)], 8, True, marks=pytest.mark.slow),
         ([(5, 3), (64, 16), (9,)], 32, True),
     ],
 )

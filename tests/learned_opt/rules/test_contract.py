@@ -1,7 +1,5 @@
 """What every registered rule promises, whatever it is: one suite over RULES, so that registering a rule tests it."""
 
-import inspect
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +7,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import PartitionSpec as P
+from support.rules import small
 
 from learned_opt.rules import RULES
 
@@ -26,21 +25,19 @@ def gradients(params, t=0.0):
     return jax.tree.map(lambda p: jnp.cos(3 * p + t).astype(p.dtype), params)
 
 
-def small(factory):
-    """The rule with few memory cells and a small bank, if it has them: what it promises does not hang on that.
-
-    A basis is chosen at the first step alone, before it could depend on theta: meta-gradients take it for a constant.
-    """
-    sizes = {"lstm_size": 6, "bank_size": 3, "every": 1000, "direction_kwargs": {"every": 1000}}
-    return factory(**{name: sizes[name] for name in sizes.keys() & inspect.signature(factory).parameters.keys()})
-
-
 @pytest.fixture(scope="module", params=sorted(RULES))
 def rule(request):
     """A rule at fresh meta-parameters, its update compiled at most once a structure."""
     made = small(RULES[request.param])
     theta = made.init(jax.random.key(0))
     return made, theta, made.build(theta, num_steps=10)
+
+
+# What the scaffold of all rules (learned_opt/tensors.py) answers for is tested by default on the rules that compile
+# soon, new ones among them; `pytest -m slow` tests it on the others.
+LONG = ("adafac_mlp", "celo", "outer", "rnn_mlp", "scheduler", "velo")
+SCAFFOLD = [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in sorted(RULES)]
+of_the_scaffold = pytest.mark.parametrize("rule", SCAFFOLD, indirect=True, scope="module")
 
 
 def extra(rule):
@@ -127,6 +124,7 @@ def test_what_has_no_gradient_stays_where_it_is(rule):
     assert table[-1, 1, [1, 3]].min() > 0
 
 
+@of_the_scaffold
 def test_parameters_of_any_kind_and_what_holds_no_parameters(rule):
     """Functions of an unfiltered model, NumPy arrays and numbers; shapes alone at the start; no implicit promotion."""
     tx, kwargs = rule[2], extra(rule)
@@ -161,6 +159,7 @@ def test_states_mirror_the_parameters_for_optax_s_tools(rule):
     assert jax.tree.structure(named) == jax.tree.structure(state)
 
 
+@of_the_scaffold
 def test_half_precision_params_and_vmap(rule):
     tx = rule[2]
     params = {k: PARAMS[k].astype(jnp.bfloat16) for k in ("vector", "matrix")}
@@ -179,6 +178,7 @@ def test_half_precision_params_and_vmap(rule):
     np.testing.assert_allclose(together[0], jax.jit(run)(matrix), rtol=1e-4, atol=1e-5)
 
 
+@of_the_scaffold
 def test_empty_trees_none_and_masked_nodes_pass_through(rule):
     tx, kwargs = rule[2], extra(rule)
     for empty in ({}, (), {"a": None}):
@@ -199,6 +199,7 @@ def test_params_that_are_not_real_floats_are_refused(rule, dtype):
         rule[2].init({"x": jnp.zeros(3, dtype)})
 
 
+@of_the_scaffold
 def test_inside_optax_s_wrappers(rule):
     made, theta, tx = rule
     params = {"a": jnp.ones(5), "b": jnp.ones((4, 3))}
@@ -212,9 +213,11 @@ def test_inside_optax_s_wrappers(rule):
         )(scale=0.5),
     }
     for name, wrapped in wrappers.items():
+        # these two make the transform, or a conditional around it, anew at every update
+        update = jax.jit(wrapped.update) if name in ("multi_steps", "inject_hyperparams") else wrapped.update
         state = wrapped.init(params)
-        updates, state = wrapped.update(gradients(params), state, params, **extra(rule))
-        updates, state = wrapped.update(gradients(params), state, params, **extra(rule))
+        updates, state = update(gradients(params), state, params, **extra(rule))
+        updates, state = update(gradients(params), state, params, **extra(rule))
         assert_finite(updates)
         assert any(float(jnp.max(jnp.abs(u))) > 0 for u in jax.tree.leaves(updates)), name
 
@@ -293,6 +296,7 @@ def test_workers_of_a_shard_map_step_by_themselves(rule):
     assert shapes["w"].shape == (2, 2, 3)
 
 
+@of_the_scaffold
 def test_state_survives_a_checkpoint(rule, tmp_path):
     tx = rule[2]
     params = {"w": jnp.ones((4, 3)), "b": jnp.ones(5)}
