@@ -40,30 +40,38 @@ def tiny_sets(tmp_path_factory):
 
 @functools.cache
 def trained(network):
-    """Losses of some steps of Adam on one batch, and the first gradient."""
-    family = TINY[network]()
+    """Losses of some steps of Adam on one batch, the first gradient, and validation losses before them.
+
+    The step is compiled once and by itself: XLA compiles convolutions in a loop slowly, and runs them slower.
+    """
+    family, optimizer = TINY[network](), optax.adam(3e-3)
 
     @jax.jit
-    def run(arrays):
+    def start(arrays):
+        params = family.task(arrays, {}).init(jax.random.key(0))
+        return params, optimizer.init(params)
+
+    @jax.jit
+    def step(arrays, params, state):
         task = family.task(arrays, {})
-        params = task.init(jax.random.key(0))
-        optimizer = optax.adam(3e-3)
         batch = task.batch(jax.random.key(1), "train")
+        value, grads = jax.value_and_grad(lambda p: task.loss(p, jax.random.key(2), batch)[0])(params)
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, value, grads
 
-        def loss(p):
-            return task.loss(p, jax.random.key(2), batch)[0]
+    @jax.jit
+    def validate(arrays, params, key):
+        task = family.task(arrays, {})
+        return task.loss(params, key, task.batch(key, "valid"))[0]
 
-        def step(carry, _):
-            p, state = carry
-            value, grads = jax.value_and_grad(loss)(p)
-            updates, state = optimizer.update(grads, state, p)
-            return (optax.apply_updates(p, updates), state), value
-
-        _, losses = jax.lax.scan(step, (params, optimizer.init(params)), length=12)
-        valid = [task.loss(params, k, task.batch(k, "valid"))[0] for k in valid_keys(2)]
-        return losses, jax.grad(loss)(params), jnp.stack(valid)
-
-    return jax.tree.map(np.asarray, run(family.data))
+    params, state = start(family.data)
+    valid = [validate(family.data, params, key) for key in valid_keys(2)]
+    losses, gradients = [], []
+    for _ in range(12):
+        params, state, value, grads = step(family.data, params, state)
+        losses.append(value)
+        gradients = gradients or [grads]
+    return jax.tree.map(np.asarray, (jnp.stack(losses), gradients[0], jnp.stack(valid)))
 
 
 def test_every_network_of_the_suites_is_tested():
