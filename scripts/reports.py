@@ -42,6 +42,15 @@ REPORTS = {
         ("python benchmarks/update.py --out reports/accelerator/h100.json  # on a machine with the GPU",),
     ),
     "compile": Report("how long optimizers compile, by depth", ("python benchmarks/compile.py",)),
+    "control": Report(
+        "what the numbers of the rule `control` are worth",
+        ("learned-opt data fetch moby_dick", "learned-opt data fetch kjv", "learned-opt data fetch cifar10")
+        + ("python benchmarks/control.py",),
+    ),
+    "direction": Report(
+        "what cheaper forms of the flagship's direction cost in loss",
+        ("learned-opt data fetch moby_dick", "python benchmarks/direction.py"),
+    ),
     "fetched_small": Report(
         "pretrained rules on whole MNIST and CIFAR-10",
         (

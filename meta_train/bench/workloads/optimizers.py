@@ -194,7 +194,8 @@ def pretrained(name_or_path: str) -> list[Optimizer]:
 
     The controls take the network away and keep the rest: ``identity``, the same direction with Adam in its place, the
     same Newton-Schulz steps, unit RMS and rates; ``untrained``, fresh weights; ``no-newton-schulz``. That of a learned
-    schedule is ``over-soap``, the same schedule over SOAP, and that of a trained control layer ``hand-set``, its fresh network.
+    schedule is ``over-soap``, the same schedule over SOAP, and that of a trained control layer ``hand-set``, its fresh
+    network.
 
     Raises:
         StoreError: as ``learned_opt.load``.
