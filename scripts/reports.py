@@ -44,8 +44,10 @@ REPORTS = {
     "compile": Report("how long optimizers compile, by depth", ("python benchmarks/compile.py",)),
     "control": Report(
         "what the numbers of the rule `control` are worth",
-        ("learned-opt data fetch moby_dick", "learned-opt data fetch kjv", "learned-opt data fetch cifar10")
-        + ("python benchmarks/control.py",),
+        (
+            *(f"learned-opt data fetch {name}" for name in ("moby_dick", "kjv", "cifar10")),
+            "python benchmarks/control.py",
+        ),
     ),
     "direction": Report(
         "what cheaper forms of the flagship's direction cost in loss",
