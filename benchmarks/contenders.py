@@ -12,5 +12,6 @@ OPTIMIZERS = {
     "celo2": lambda: learned_opt.RULES["celo2"]().build(learned_opt.load_rule("flagship").theta),
     "adafac-mlp": lambda: learned_opt.load("adafac-mlp"),
     "flagship": lambda: learned_opt.load("flagship"),
+    "flagship-2": lambda: learned_opt.load("flagship-2", num_steps=1000),
     "flagship-auto": lambda: learned_opt.load("flagship-auto", num_steps=1000),
 }
