@@ -42,13 +42,6 @@ REPORTS = {
         ("python benchmarks/update.py --out reports/accelerator/h100.json  # on a machine with the GPU",),
     ),
     "compile": Report("how long optimizers compile, by depth", ("python benchmarks/compile.py",)),
-    "control": Report(
-        "what the numbers of the rule `control` are worth",
-        (
-            *(f"learned-opt data fetch {name}" for name in ("moby_dick", "kjv", "cifar10")),
-            "python benchmarks/control.py",
-        ),
-    ),
     "direction": Report(
         "what cheaper forms of the flagship's direction cost in loss",
         ("learned-opt data fetch moby_dick", "python benchmarks/direction.py"),
