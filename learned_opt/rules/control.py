@@ -95,7 +95,7 @@ def control(
         >>> tx = rule.build(rule.init(jax.random.key(0)), num_steps=100)
         >>> updates, state = tx.update(params, tx.init(params), params)  # of five steps of warm-up the first
         >>> print(jnp.round(updates["b"], 4))
-        [-0.0008 -0.0008]
+        [-0.0006 -0.0006]
     """
     if direction not in DIRECTIONS:
         raise ValueError(f"unknown direction {direction!r}; directions: {', '.join(DIRECTIONS)}")

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support.rules import small
+from support.rules import SHORT_BY_DEFAULT, small
 
 from learned_opt import mup
 from learned_opt.rules import RULES
@@ -49,7 +49,7 @@ def test_other_layouts_by_a_fan_in_of_one_s_own():
     assert jax.tree.leaves(mup.width_multipliers(params, base)) == [0.25, 1 / 16]
 
 
-@pytest.mark.parametrize("name", sorted(RULES))
+@pytest.mark.parametrize("name", SHORT_BY_DEFAULT)
 def test_every_rule_s_updates_are_multiplied(name):
     rule = small(RULES[name])
     params = {"w": jnp.linspace(-1, 1, 24).reshape(6, 4), "b": jnp.ones(4), "none": None}

@@ -7,7 +7,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import PartitionSpec as P
-from support.rules import small
+from support.rules import SHORT_BY_DEFAULT, small
 
 from learned_opt.rules import RULES
 
@@ -33,11 +33,8 @@ def rule(request):
     return made, theta, made.build(theta, num_steps=10)
 
 
-# What the scaffold of all rules (learned_opt/tensors.py) answers for is tested by default on the rules that compile
-# soon, new ones among them; `pytest -m slow` tests it on the others.
-LONG = ("adafac_mlp", "celo", "outer", "rnn_mlp", "scheduler", "velo")
-SCAFFOLD = [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in sorted(RULES)]
-of_the_scaffold = pytest.mark.parametrize("rule", SCAFFOLD, indirect=True, scope="module")
+# of learned_opt/tensors.py
+of_the_scaffold = pytest.mark.parametrize("rule", SHORT_BY_DEFAULT, indirect=True, scope="module")
 
 
 def extra(rule):
@@ -236,6 +233,7 @@ def test_sharded_params_give_the_same_and_stay_sharded(rule):
 SPECS = {"rows": P("x", None), "columns": P(None, "x"), "vector": P("x"), "kernel": P(None, "x", None)}
 
 
+@of_the_scaffold
 def test_explicit_meshes_take_every_sharding_and_keep_it(rule):
     """JAX's default mesh, whose axes are explicit: shards of rows, of columns, of vectors and of kernels."""
     mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,), devices=jax.devices()[:2])
@@ -259,6 +257,7 @@ def test_explicit_meshes_take_every_sharding_and_keep_it(rule):
         np.testing.assert_allclose(sharded[name], alone[name], rtol=2e-3, atol=1e-3, err_msg=name)
 
 
+@of_the_scaffold
 def test_stacked_layers_are_layers_of_their_own(rule):
     """Of a scanned network, one hundred times as large a gradient in one of them: as the same layers in a list."""
     made, theta, _ = rule
