@@ -10,12 +10,12 @@ goes on.
 """
 
 import argparse
-import csv
 import functools
 from pathlib import Path
 
 import jax
 import numpy as np
+import tables
 
 import learned_opt
 from meta_train.bench.workloads.optimizers import Optimizer, learned, pretrained
@@ -66,11 +66,7 @@ def main():
         row = {"setting": optimizer.name} | {name: f"{loss:.4f}" for name, loss in losses.items()}
         rows.append(row | {"ratio": f"{np.exp(np.mean(np.log(ratios))):.4f}"})
         print(rows[-1], flush=True)
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        with arguments.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        tables.write(arguments.out, rows)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,13 @@ twentieth and then a cosine, three seeds, and is paired with the form as it is. 
 """
 
 import argparse
-import csv
 from pathlib import Path
 from unittest import mock
 
 import jax
 import numpy as np
 import optax
+import tables
 
 import learned_opt
 from learned_opt import newton_schulz, precision
@@ -84,7 +84,6 @@ def main():
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("reports/direction/losses.csv"))
     arguments = parser.parse_args()
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     rows, usual = [], None
     for name, form in FORMS.items():
         with mock.patch.object(newton_schulz, "COEFFICIENTS", form.get("coefficients", QUINTIC)):
@@ -102,10 +101,7 @@ def main():
             }
         )
         print(rows[-1], flush=True)
-        with arguments.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        tables.write(arguments.out, rows)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import matplotlib
+import tables
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -344,10 +345,7 @@ def plot(rows, curves):
 
 
 def write(name, rows):
-    with open(REPORT / name, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    tables.write(REPORT / name, rows)
 
 
 def read(name):

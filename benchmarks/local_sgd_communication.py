@@ -17,7 +17,6 @@ predicted with one collective a round, to show what leaving that out would cost.
 """
 
 import argparse
-import csv
 import importlib.util
 import json
 import os
@@ -29,6 +28,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import matplotlib
+import tables
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -157,10 +157,11 @@ def middle(values):
 # ---- the launcher ----
 
 
-def measure(processes, repeats):
+def launch(script, processes, repeats, *more):
+    """What the first of several processes of a script says in one line of JSON."""
     module = example()
-    command = [sys.executable, __file__, "--worker", "--coordinator", f"localhost:{module.free_port()}"]
-    command += ["--processes", str(processes), "--repeats", str(repeats)]
+    command = [sys.executable, script, "--worker", "--coordinator", f"localhost:{module.free_port()}"]
+    command += ["--processes", str(processes), "--repeats", str(repeats), *more]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **module.cpu_environment()}
     peers = [
         subprocess.Popen([*command, "--process-id", str(i)], env=environment, stdout=subprocess.PIPE, text=True)
@@ -172,7 +173,7 @@ def measure(processes, repeats):
         for peer in peers:
             peer.kill()
             peer.wait()
-    return next(json.loads(line) for line in said.splitlines() if line.startswith("{"))
+    return next(json.loads(line) for line in said.splitlines() if line.startswith(("{", "[[")))
 
 
 def fit(points, workers):
@@ -283,13 +284,11 @@ def main():
     REPORT.mkdir(parents=True, exist_ok=True)
     path = REPORT / "communication.json"
     if not args.predict_only:
-        path.write_text(json.dumps({processes: measure(processes, args.repeats) for processes in (2, 4)}) + "\n")
+        measured = {processes: launch(__file__, processes, args.repeats) for processes in (2, 4)}
+        path.write_text(json.dumps(measured) + "\n")
     found = {int(processes): f for processes, f in json.loads(path.read_text()).items()}
     rows, networks = compare(found)
-    with open(REPORT / "communication.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    tables.write(REPORT / "communication.csv", rows)
     plot(rows, networks)
     for processes, network in networks.items():
         print(processes, "processes:", network, "a step alone", found[processes]["step"])

@@ -9,7 +9,6 @@ seeds; the losses shown are those of three others, each on the same start and ba
 """
 
 import argparse
-import csv
 import time
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import tables
 
 from learned_opt.local_sgd import ema_nesterov, lookahead
 from tasks.base import num_params
@@ -95,10 +95,7 @@ def main():
                 }
             )
             print(*(v for k, v in rows[-1].items() if k != "plain"), f"{time.time() - began:.0f} s", flush=True)
-    with args.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [name for name in rows[0] if name != "plain"], extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
+    tables.write(args.out, rows, without={"plain"})
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ by method: a run that was cut off goes on. Writes reports/local_sgd/outer.json, 
 """
 
 import argparse
-import csv
 import json
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import tables
 from matplotlib.figure import Figure
 
 import learned_opt
@@ -203,16 +203,13 @@ def main():
             losses = [row["final_loss"] for row in results[name]]
             print(f"{task}: {name} {losses}, {time.time() - begun:.0f} s", flush=True)
             write_atomically(path, json.dumps(found) + "\n")
-    with (arguments.out / "outer.csv").open("w", newline="") as file:
-        rows = [
-            {"task": task, "method": method} | row
-            for task, results in found.items()
-            for method, of_method in results["methods"].items()
-            for row in of_method
-        ]
-        writer = csv.DictWriter(file, [name for name in rows[0] if name != "curve"], extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
+    rows = [
+        {"task": task, "method": method} | row
+        for task, results in found.items()
+        for method, of_method in results["methods"].items()
+        for row in of_method
+    ]
+    tables.write(arguments.out / "outer.csv", rows, without={"curve"})
     plot(found, arguments.out / "outer.png")
 
 

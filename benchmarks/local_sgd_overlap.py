@@ -16,10 +16,7 @@ steps a round, 40 rounds), nothing tuned again: the last five rounds' loss of th
 """
 
 import argparse
-import csv
 import json
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -28,8 +25,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import tables
 from jax.sharding import AxisType
-from local_sgd_communication import example, middle, perceptron
+from local_sgd_communication import launch, middle, perceptron
 from matplotlib.figure import Figure
 
 from learned_opt import communication
@@ -170,24 +168,6 @@ def costs():
 # ---- the launcher ----
 
 
-def measure(repeats, delays):
-    module, processes = example(), 2
-    command = [sys.executable, __file__, "--worker", "--coordinator", f"localhost:{module.free_port()}"]
-    command += ["--processes", str(processes), "--repeats", str(repeats), "--delays", *map(str, delays)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **module.cpu_environment()}
-    peers = [
-        subprocess.Popen([*command, "--process-id", str(i)], env=environment, stdout=subprocess.PIPE, text=True)
-        for i in range(processes)
-    ]
-    try:
-        said = peers[0].communicate()[0]
-    finally:
-        for peer in peers:
-            peer.kill()
-            peer.wait()
-    return next(json.loads(line) for line in said.splitlines() if line.startswith("[["))
-
-
 def compare(found):
     """Rows of measured and predicted seconds of a run."""
     alone = found[0][2] / STEPS
@@ -252,13 +232,6 @@ def plot(rows):
     figure.savefig(REPORT / "overlap.png", dpi=120)
 
 
-def write(name, rows):
-    with open(REPORT / name, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
@@ -271,11 +244,11 @@ def main():
     args = parser.parse_args()
     if args.worker:
         return worker(args)
-    write("overlap_loss.csv", costs())
+    tables.write(REPORT / "overlap_loss.csv", costs())
     if args.only == "loss":
         return 0
-    rows = compare(measure(args.repeats, args.delays)) + model()
-    write("overlap.csv", rows)
+    rows = compare(launch(__file__, 2, args.repeats, "--delays", *map(str, args.delays))) + model()
+    tables.write(REPORT / "overlap.csv", rows)
     plot(rows)
     for r in rows:
         print(*r.values())

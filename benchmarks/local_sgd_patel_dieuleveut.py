@@ -14,7 +14,6 @@ rules at several scales c; constant and decaying steps. The distance that the di
 """
 
 import argparse
-import csv
 import functools
 import time
 from pathlib import Path
@@ -22,6 +21,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import matplotlib
+import tables
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -208,10 +208,7 @@ def against_constant(rounds, values, fixed):
 
 
 def write(name, rows):
-    with open(REPORT / f"patel_dieuleveut_{name}.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    tables.write(REPORT / f"patel_dieuleveut_{name}.csv", tables.shortened(rows, 6))
 
 
 def plot_stationary(rows):

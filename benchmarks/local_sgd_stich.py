@@ -20,6 +20,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import matplotlib
+import tables
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -223,10 +224,7 @@ def main():
             rows = [{k: number(v) for k, v in row.items()} for row in csv.DictReader(file)]
     else:
         rows = [row for name in args.data for row in run(name, args.seeds)]
-        with open(REPORT / "stich.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+        tables.write(REPORT / "stich.csv", rows)
     for name in args.data:
         plot(name, rows)
 

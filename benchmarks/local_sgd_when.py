@@ -11,6 +11,7 @@ import csv
 from pathlib import Path
 
 import numpy as np
+import tables
 from matplotlib.figure import Figure
 
 REPORT = Path(__file__).parents[1] / "reports" / "local_sgd"
@@ -61,10 +62,7 @@ def main():
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(fontsize=8, frameon=False)
     figure.savefig(REPORT / "when.png", dpi=120)
-    with (REPORT / "when.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    tables.write(REPORT / "when.csv", rows)
     for row in rows:
         if row["best"]:
             print(*row.values())

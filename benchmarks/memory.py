@@ -7,11 +7,11 @@ Writes reports/memory/memory.csv:
 """
 
 import argparse
-import csv
 from pathlib import Path
 
 import jax
 import optax
+import tables
 from contenders import OPTIMIZERS
 from models import transformer
 
@@ -47,11 +47,7 @@ def main():
                 {"parameters": size, "optimizer": name, "state": f"{state:.1f}", "temporaries": f"{temporaries:.1f}"}
             )
             print(rows[-1], flush=True)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    tables.write(arguments.out, rows)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ to reports/precision:
 """
 
 import argparse
-import csv
 import os
 import time
 from pathlib import Path
@@ -24,6 +23,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
+import tables
 
 import learned_opt
 from learned_opt import precision
@@ -130,10 +130,7 @@ def costs(rounds=15):
 
 
 def write(rows, path):
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    tables.write(path, tables.shortened(rows, 5))
 
 
 def variant(tx, name):

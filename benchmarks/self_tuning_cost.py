@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import tables
 
 from learned_opt import self_tuning as st
 
@@ -165,10 +166,7 @@ def main():
                 })  # fmt: skip
                 print(f"{name:8s} {own:16s} {form:22s} {1e3 * seconds[form]:7.2f} {ratio:9.2f} {more:13.2f}"
                       f" {temporaries:11.2f}", flush=True)  # fmt: skip
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    tables.write(path, rows)
 
 
 if __name__ == "__main__":

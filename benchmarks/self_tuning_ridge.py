@@ -21,6 +21,7 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 import matplotlib
+import tables
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -224,10 +225,7 @@ def main():
     for form in args.forms:
         table[form], paths[form] = study(form, args.cycles)
     rows = [row for form in FORMS for row in table.get(form, [])]
-    with open(REPORT / "ridge.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    tables.write(REPORT / "ridge.csv", rows)
     np.savez_compressed(REPORT / "ridge_paths.npz", **{k: v.astype(np.float32) for k, v in paths.items()})
     if set(table) == set(FORMS):
         summary(rows)

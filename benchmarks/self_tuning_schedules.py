@@ -19,7 +19,6 @@ times a run, and the test loss of those weights; and by the validation loss at t
 """
 
 import argparse
-import csv
 import functools
 import time
 from pathlib import Path
@@ -27,6 +26,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import matplotlib
+import tables
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -184,10 +184,7 @@ def table(results, baseline):
 
 
 def write(name, rows):
-    with open(REPORT / f"{name}.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    tables.write(REPORT / f"{name}.csv", rows)
 
 
 def rows_of(results, rates, **columns):

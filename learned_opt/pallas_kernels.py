@@ -21,16 +21,7 @@ _BLOCK = 1024  # elements of a block at most
 _WARPS = 8  # with which Triton keeps 32 units of such a block in registers; with 4 it spills
 
 
-def column_mlp(
-    columns_of: Columns,
-    inputs: tuple,
-    layers: Layers,
-    *,
-    eps: float,
-    outputs: int = 1,
-    finish: Callable[[list[jax.Array]], list[jax.Array]] = list,
-    squares_of: Columns | None = None,
-) -> list[jax.Array]:
+def column_mlp(columns_of: Columns, inputs: tuple, layers: Layers, **options: Any) -> list[jax.Array]:
     r"""Apply a ReLU network to every parameter of a tensor: :func:`learned_opt.kernels.column_mlp` in two kernels.
 
     The first computes :math:`q_{iB} = \sum_B c_i^2` of every column :math:`c_i` of the tensor's shape and every block
@@ -41,17 +32,13 @@ def column_mlp(
     Derivatives are those of the plain form. On a CPU the kernels are interpreted, which is slow and for tests.
 
     Args:
-        columns_of: ``(*inputs) -> columns``, element by element; each of the tensor's shape, or with axes of size one
-            along which it is constant. Like ``finish`` and ``squares_of`` it may hold numbers, but no arrays.
-        inputs: arrays (or lists of arrays) of the tensor's rank, the first of its full shape.
-        layers: the network, one row of ``first`` per column.
-        eps: see above.
-        outputs: how many of the last layer's outputs to compute.
-        finish: what is made of them, element by element.
-        squares_of: ``(*inputs) -> the columns' squares``, where those are cheaper than the columns are.
+        columns_of: as there; like ``finish`` and ``squares_of`` it may hold numbers, but no arrays.
+        inputs: as there, as all others are.
+        layers: see there.
+        **options: ``eps``, ``outputs``, ``finish``, ``squares_of``.
 
     Returns:
-        ``finish`` of ``outputs`` arrays, each of the tensor's shape.
+        What the plain form returns.
 
     Example:
         >>> w, b = jnp.eye(2), jnp.zeros(2)
@@ -60,20 +47,19 @@ def column_mlp(
         >>> print(y)
         [1. 1.]
     """
-    arguments: dict[str, Any] = {"eps": eps, "outputs": outputs, "finish": finish, "squares_of": squares_of}
 
     @jax.custom_jvp
     def in_two_passes(inputs, layers):
-        return _in_two_passes(columns_of, inputs, layers, **arguments)
+        return _in_two_passes(columns_of, inputs, layers, **options)
 
     @in_two_passes.defjvp
     def _(primals, tangents):
-        return jax.jvp(functools.partial(plain_column_mlp, columns_of, **arguments), primals, tangents)
+        return jax.jvp(functools.partial(plain_column_mlp, columns_of, **options), primals, tangents)
 
     return in_two_passes(inputs, layers)
 
 
-def _in_two_passes(columns_of, inputs, layers, *, eps, outputs, finish, squares_of) -> list[jax.Array]:
+def _in_two_passes(columns_of, inputs, layers, *, eps, outputs=1, finish=list, squares_of=None) -> list:
     shape = inputs[0].shape
     inputs = jax.tree.map(jnp.atleast_1d, inputs)  # a block has an axis
     squares_of = squares_of or (lambda *inputs: [c * c for c in columns_of(*inputs)])

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from ..base import LearnedOptimizer, Theta
 from ..features import compute_dtype, ema, emas
-from ..tensors import Direction, each, in_order, rule_transform
+from ..mup import inputs_before_last
+from ..tensors import Direction, common_dtype, each, in_order, rule_transform
 from . import celo2_soap, nadam
 from .recurrent import linear, linear_init
 
@@ -131,7 +132,7 @@ def control(
             del value
             if not groups:
                 return [], shared
-            dtype = max((group.param.dtype for group in groups), key=lambda dtype: dtype.itemsize)
+            dtype = common_dtype([group.param for group in groups])
             rows = [jax.vmap(facts)(group.param, group.tensors.seen).astype(dtype) for group in groups]
             factors = control_factors(theta["control"], in_order(rows, groups), run_facts(count, total, dtype))
             rate = ratio * schedule(count, total, warmup, dtype)
@@ -146,19 +147,14 @@ def control(
     return LearnedOptimizer(init, build)
 
 
-def fan_in(shape: tuple[int, ...]) -> int:
-    """Inputs of a tensor of rank >= 2: all axes but the last, as in Haiku and Flax."""
-    return math.prod(shape[:-1])
-
-
 def size_of(p: jax.Array) -> jax.Array:
     """What a tensor's steps are relative to."""
     if p.ndim < 2:
         return jnp.asarray(_VECTOR, p.dtype)
-    return jnp.maximum(jnp.sqrt(jnp.mean(p * p) + _TINY), fan_in(p.shape) ** -0.5)
+    return jnp.maximum(jnp.sqrt(jnp.mean(p * p) + _TINY), inputs_before_last("", p.shape) ** -0.5)
 
 
-def schedule(count: jax.Array, total: jax.Array, warmup: float, dtype=jnp.float32) -> jax.Array:
+def schedule(count: jax.Array, total: jax.Array, warmup: float, dtype) -> jax.Array:
     """The share ``s`` of the full step after ``count`` of ``total`` updates; ``total`` 0 stands for unknown."""
     done, last = count.astype(dtype), total.astype(dtype)
     warm = jnp.where(total > 0, warmup * last, _WARMUP)
@@ -178,10 +174,10 @@ def facts(p: jax.Array, seen: jax.Array) -> jax.Array:
         p: its weights.
         seen: of :class:`Controlled`.
     """
-    matrix = p.ndim >= 2
-    above = jnp.log(size_of(p) * fan_in(p.shape) ** 0.5) if matrix else 0.0
-    shape = [math.log10(fan_in(p.shape)) / 4 if matrix else 0.0, math.log10(max(p.shape[-1:], default=1)) / 4, matrix]
-    return jnp.concatenate([seen.reshape(-1), jnp.stack([jnp.tanh(above), *map(float, shape)]).astype(seen.dtype)])
+    fan_in, fan_out = inputs_before_last("", p.shape), max(p.shape[-1:], default=1)
+    above = jnp.log(size_of(p) * fan_in**0.5) if p.ndim >= 2 else 0.0
+    of_shape = jnp.stack([jnp.tanh(above), math.log10(fan_in) / 4, math.log10(fan_out) / 4, float(p.ndim >= 2)])
+    return jnp.concatenate([seen.reshape(-1), of_shape.astype(seen.dtype)])
 
 
 def run_facts(count: jax.Array, total: jax.Array, dtype) -> jax.Array:

@@ -80,10 +80,10 @@ def test_no_network_goes_beyond_four_times(sign):
 
 
 def test_the_schedule():
-    told = np.array([schedule(jnp.int32(t), jnp.int32(100), 0.05) for t in range(101)])
+    told = np.array([schedule(jnp.int32(t), jnp.int32(100), 0.05, jnp.float32) for t in range(101)])
     np.testing.assert_allclose(told[:5], [0.2, 0.4, 0.6, 0.8, 1.0], rtol=1e-6)
     np.testing.assert_allclose(told[5:], ((100 - np.arange(5, 101)) / 95) ** 1.2, atol=1e-6)
-    untold = np.array([schedule(jnp.int32(t), jnp.int32(0), 0.05) for t in (0, 9, 19, 20, 10_000)])
+    untold = np.array([schedule(jnp.int32(t), jnp.int32(0), 0.05, jnp.float32) for t in (0, 9, 19, 20, 10_000)])
     np.testing.assert_allclose(untold, [0.05, 0.5, 1.0, 1.0, 1.0], rtol=1e-6)
 
 
