@@ -11,6 +11,7 @@ from pathlib import Path
 from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import tables
@@ -39,6 +40,7 @@ FORMS = {
     "3 steps": {"coefficients": QUINTIC[:3]},
     "bases corrected every 5 steps": {"every": 5},
     "bases corrected every 20 steps": {"every": 20},
+    "Newton-Schulz in bfloat16": {"products": jnp.dtype(jnp.bfloat16)},
     "state in bfloat16": {"bfloat16": True},
 }
 
@@ -86,7 +88,10 @@ def main():
     arguments = parser.parse_args()
     rows, usual = [], None
     for name, form in FORMS.items():
-        with mock.patch.object(newton_schulz, "COEFFICIENTS", form.get("coefficients", QUINTIC)):
+        with (
+            mock.patch.object(newton_schulz, "COEFFICIENTS", form.get("coefficients", QUINTIC)),
+            mock.patch.object(newton_schulz, "products_dtype", lambda dtype, form=form: form.get("products", dtype)),
+        ):
             found = np.array(losses(form, arguments.seeds))
         usual = found if usual is None else usual
         apart = found - usual

@@ -83,8 +83,11 @@ REPORTS = {
         ),
     ),
     "large_update": Report(
-        "whole training steps of transformers under learned rules, SOAP, Muon and Adam",
-        ('python benchmarks/large_update.py --rounds 4 --models "transformer 4 x 128" "transformer 4 x 256"',),
+        "whole training steps of transformers and a ResNet under learned rules, SOAP, Muon and Adam",
+        (
+            'python benchmarks/large_update.py --rounds 4 --models "transformer 4 x 128" "transformer 4 x 256"',
+            "python benchmarks/large_update.py --rounds 3 --models resnet --out reports/large_update/resnet.json",
+        ),
     ),
     "memory": Report("bytes a parameter of states and of updates' temporaries", ("python benchmarks/memory.py",)),
     "meta_training": Report(

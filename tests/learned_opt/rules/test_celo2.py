@@ -140,6 +140,21 @@ def test_newton_schulz_brings_singular_values_near_one(shape):
     assert np.all(np.isfinite(jax.grad(lambda x: jnp.sum(newton_schulz(x)))(jnp.zeros(shape))))
 
 
+@pytest.mark.parametrize("shape", [(24, 24), (64, 512)])
+def test_newton_schulz_in_bfloat16_on_accelerators(shape, monkeypatch):
+    """Singular values near 1 all the same; float32 where a precision is asked for."""
+    x = jax.random.normal(jax.random.key(0), shape)
+    exact = newton_schulz(x)
+    monkeypatch.setattr("learned_opt.newton_schulz.on_cpu", lambda: False)
+    found = newton_schulz(x)
+    assert found.dtype == jnp.float32
+    assert 1e-4 < np.max(np.abs(found - exact)) < 0.1
+    values = np.linalg.svd(np.asarray(found), compute_uv=False)
+    assert np.all((values < 0.1) | ((values > 0.5) & (values < 1.3)))  # those of tiny ones are still on their way
+    with jax.default_matmul_precision("highest"):
+        np.testing.assert_allclose(newton_schulz(x), exact, atol=2e-3)
+
+
 @pytest.mark.parametrize("shape", [(64, 300), (300, 64), (2, 64, 256)])
 def test_newton_schulz_steps_of_long_matrices_may_be_multiplied_up(shape):
     """Against the steps one by one in float64, on singular values from 1 to 1e-8."""
