@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import optax
-from jax.experimental import multihost_utils
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 
 import learned_opt
@@ -351,9 +350,15 @@ def _check_folder(workdir: Path, config: Config, *, resume: bool) -> None:
 def _share(mistake: UserError | None) -> None:
     """Ends all processes of a run where one has found a mistake: the others would wait for it."""
     if jax.process_count() > 1:
-        found = np.reshape(multihost_utils.process_allgather(np.asarray(mistake is not None)), -1)
+        mesh = make_mesh()
+        mine = np.full(jax.local_device_count(), mistake is not None)
+        marks = jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec(*mesh.axis_names)), mine)
+        found = jax.jit(lambda m: m, out_shardings=NamedSharding(mesh, PartitionSpec()))(marks)
+        # On all devices: one that still connected to a process that has ended would keep this one from ending.
+        found = np.asarray(jax.block_until_ready(found))
         if mistake is None and found.any():
-            mistake = UserError(f"process {int(np.argmax(found))} of this run has found a mistake, which it names")
+            number = mesh.devices[int(np.argmax(found))].process_index
+            mistake = UserError(f"process {number} of this run has found a mistake, which it names")
     if mistake is not None:
         raise mistake
 
