@@ -38,8 +38,9 @@ FORMS = {
     "Polar Express, 3 steps": {"coefficients": EXPRESS[:3]},
     "4 steps": {"coefficients": QUINTIC[:4]},
     "3 steps": {"coefficients": QUINTIC[:3]},
-    "bases corrected every 5 steps": {"every": 5},
-    "bases corrected every 20 steps": {"every": 20},
+    "bases corrected every 5 steps": {"kwargs": {"every": 5}},
+    "bases corrected every 20 steps": {"kwargs": {"every": 20}},
+    "no basis for a side 3 times the other": {"kwargs": {"max_ratio": 3.0}},
     "Newton-Schulz in bfloat16": {"products": jnp.dtype(jnp.bfloat16)},
     "state in bfloat16": {"bfloat16": True},
 }
@@ -48,7 +49,7 @@ FORMS = {
 def losses(form: dict, seeds: int) -> list[float]:
     """The mean validation loss of a form at the end, one a seed."""
     saved, family = learned_opt.load_rule("flagship"), gpt("moby_dick", layers=2, width=64, length=64, batch_size=16)
-    rule = learned_opt.RULES["celo2_soap"](**saved.kwargs, **({"every": form["every"]} if "every" in form else {}))
+    rule = learned_opt.RULES["celo2_soap"](**{**saved.kwargs, **form.get("kwargs", {})})
     schedule = optax.warmup_cosine_decay_schedule(0.0, RATE, STEPS // 20, STEPS)
     tx = optax.chain(rule.build(saved.theta), optax.scale_by_learning_rate(schedule, flip_sign=False))
     tx = precision.bfloat16_state(tx) if "bfloat16" in form else tx

@@ -21,7 +21,7 @@ def newton_schulz(x: jax.Array) -> jax.Array:
     ``X`` is read only twice. In float32 that differs from the steps one by one by some 1e-4 of the largest entry.
 
     On accelerators the products are bfloat16's, as Muon's authors have it, unless ``jax_default_matmul_precision`` asks
-    for another: the steps only shape the direction, and it costs no loss (reports/direction).
+    for another: the steps only shape the direction, and the loss is level (reports/direction).
 
     Args:
         x: ``[..., n, m]``.

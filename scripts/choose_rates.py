@@ -1,9 +1,9 @@
 """Rates of the ruleset *nothing set*: ``python scripts/choose_rates.py``, after ``learned-opt data fetch`` of three.
 
-On every workload of ``workloads_small`` each baseline runs at its rate of before, at twice and at half of it, and on
-beyond whichever end is the best, one seed. ``reports/workloads/rates.csv`` has the validation losses at the end of the
-budget; what is chosen is the rate of the lowest geometric mean, and stands in ``optimizers.py``. Finished runs are kept
-with the benchmark's own; the same command goes on where it was.
+On every workload of ``workloads_small`` each baseline runs at its rate of before and at twice of it, and on beyond
+whichever end is the best until the best has a neighbour on both sides, one seed. ``reports/workloads/rates.csv`` has
+the validation losses at the end of the budget; what is chosen is the rate of the lowest geometric mean, and stands in
+``optimizers.py``. Finished runs are kept with the benchmark's own; the same command goes on where it was.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def _climb(workload: Workload, optimizer: Optimizer, found: dict[tuple[str, str, float], float]) -> None:
-    """The rate of before, its neighbours, and further while the best is at an end."""
+    """From the rate of before uphill or downhill, until the best has worse neighbours."""
     made, losses = program(workload, optimizer), {}
 
     def loss(place: int) -> float:
@@ -52,13 +52,12 @@ def _climb(workload: Workload, optimizer: Optimizer, found: dict[tuple[str, str,
             print(f"{workload.name} {optimizer.name} {rate:g}: {losses[place]:.4f}", flush=True)
         return losses[place]
 
-    ends = [-1, 1]
-    for place in (0, 1, -1):
-        loss(place)
-    while len(losses) < MOST and (best := min(losses, key=loss)) in ends:
-        side = ends.index(best)
-        ends[side] += 2 * side - 1
-        loss(ends[side])
+    first, last = 0, 1
+    while last - first < MOST - 1:
+        best = min(range(first, last + 1), key=loss)
+        if first < best < last:
+            break
+        first, last = (first - 1, last) if best == first else (first, last + 1)
 
 
 def _read() -> dict[tuple[str, str, float], float]:

@@ -73,7 +73,7 @@ def unsupervised(
         >>> rule = unsupervised()
         >>> theta = rule.init_theta(jax.random.key(0))
         >>> phi = rule.init(jax.random.key(1), (6, 5, 4), "tanh")
-        >>> phi = rule.update(theta, phi, jax.random.normal(jax.random.key(2), (16, 6)))
+        >>> phi = jax.jit(rule.update)(theta, phi, jax.random.normal(jax.random.key(2), (16, 6)))
         >>> rule.features(phi, jnp.ones((3, 6))).shape
         (3, 4)
     """
@@ -145,7 +145,8 @@ def hand_set(*, hebbian: float = 0.4, decorrelation: float = 0.1, rate: float = 
     Example:
         >>> rule = hand_set()
         >>> phi = rule.init(jax.random.key(1), (6, 5, 4))
-        >>> phi = rule.update(rule.init_theta(jax.random.key(0)), phi, jax.random.normal(jax.random.key(2), (16, 6)))
+        >>> x = jax.random.normal(jax.random.key(2), (16, 6))
+        >>> phi = jax.jit(rule.update)(rule.init_theta(jax.random.key(0)), phi, x)
     """
     merge = np.zeros(len(TERMS), np.float32)
     merge[TERMS.index("hebbian")], merge[TERMS.index("decorrelation")] = hebbian, decorrelation

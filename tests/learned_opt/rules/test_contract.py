@@ -36,6 +36,11 @@ def rule(request):
 # of learned_opt/tensors.py
 of_the_scaffold = pytest.mark.parametrize("rule", SHORT_BY_DEFAULT, indirect=True, scope="module")
 
+META_GRADIENTS = [
+    pytest.param(name, marks=[pytest.mark.slow] * (name in ("celo", "outer", "rnn_mlp", "scheduler")))
+    for name in sorted(RULES)
+]
+
 
 def extra(rule):
     return {"value": jnp.array(1.5, jnp.float32)} if "value" in rule[0].needs else {}
@@ -51,7 +56,7 @@ def assert_same_types(new, old):
     jax.tree.map(lambda a, b: np.testing.assert_equal((a.shape, a.dtype), (b.shape, b.dtype)), new, old)
 
 
-def test_one_trace_stable_types_and_the_same_in_scan(rule):
+def test_one_trace_and_stable_types(rule):
     tx, kwargs, traces = rule[2], extra(rule), []
 
     @jax.jit
@@ -67,6 +72,15 @@ def test_one_trace_stable_types_and_the_same_in_scan(rule):
         params, state = optax.apply_updates(params, updates), new_state
     assert len(traces) == 1
     assert_finite(updates)
+
+
+@of_the_scaffold
+def test_a_scan_computes_what_a_loop_does(rule):
+    tx, kwargs = rule[2], extra(rule)
+    params, state, update = PARAMS, tx.init(PARAMS), jax.jit(tx.update)
+    for t in range(3):
+        updates, state = update(gradients(params, t), state, params, **kwargs)
+        params = optax.apply_updates(params, updates)
 
     def step(carry, t):
         params, state = carry
@@ -332,6 +346,7 @@ def test_what_a_rule_needs_is_named_when_missing(rule):
         made.build(theta).update(params, tx.init(params), params)
 
 
+@pytest.mark.parametrize("rule", META_GRADIENTS, indirect=True, scope="module")
 def test_meta_gradients_are_finite_differences_in_float64(rule):
     """Twenty steps on a smooth loss, a random direction of theta; central differences at two sizes, extrapolated to 0.
 

@@ -122,7 +122,11 @@ def test_objectives_prefer_features_that_tell_the_classes_apart(name):
 
 
 @pytest.mark.parametrize(
-    ("objective", "estimator"), [(training.ridge, "bptt"), (training.nearest_centroid, "truncated_bptt")]
+    ("objective", "estimator"),
+    [
+        (training.ridge, "bptt"),
+        pytest.param(training.nearest_centroid, "truncated_bptt", marks=pytest.mark.slow),
+    ],
 )
 def test_the_meta_gradient_equals_finite_differences(objective, estimator):
     with jax.enable_x64(True):
