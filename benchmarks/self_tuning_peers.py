@@ -25,12 +25,8 @@ Finished runs are kept and not repeated; delete peers.json to start afresh.
 """
 
 import argparse
-import collections
-import csv
 import functools
 import itertools
-import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -40,12 +36,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from self_tuning_search import CHUNK, Lab, Watch, interval
+from self_tuning_search import CHUNK, REPORT, Lab, Watch, interval, missing
 
 from learned_opt import self_tuning as st
 from meta_train.train.problems import fashion_cnn, make_tuner
 
-REPORT = Path(__file__).parents[1] / "reports" / "self_tuning"
 STEPS = 4000  # that a plain run takes in the time, about: what the lengths of trials are parts of
 SPACE = {
     "dropout_conv1": st.interval(0.05, 0.0, 0.8),
@@ -254,45 +249,18 @@ def plot(runs, curves):
     fig.savefig(REPORT / "peers.png", dpi=110)
 
 
-def load_results():
-    if not (REPORT / "peers.json").exists():
-        return [], {}
-    curves = collections.defaultdict(list)
-    with open(REPORT / "peers.csv", newline="") as file:
-        for row in csv.DictReader(file):
-            point = float(row["processor_s"]), int(row["steps"]), float(row["best_valid"])
-            curves[row["method"], int(row["seed"])].append(point)
-    return json.loads((REPORT / "peers.json").read_text()), dict(curves)
-
-
-def save(runs, curves):
-    with open(REPORT / "peers.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["method", "seed", "processor_s", "steps", "best_valid"])
-        for (method, seed), curve in curves.items():
-            writer.writerows([method, seed, f"{s:.2f}", steps, f"{best:.4f}"] for s, steps, best in curve)
-    (REPORT / "peers.json").write_text("[\n" + ",\n".join(map(json.dumps, runs)) + "\n]\n")
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=20.0, help="processor time a run")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     args = parser.parse_args()
-    REPORT.mkdir(parents=True, exist_ok=True)
-    problem = fashion_cnn(width=4, batch_size=32)._replace(specs=SPACE)
-    lab = Lab(problem, rows=None)
-    runs, curves = load_results()
-    done = {(run["method"], run["seed"]) for run in runs if run["seconds"] == args.seconds}
-    runs = [run for run in runs if (run["method"], run["seed"]) in done]
-    for seed, method in itertools.product(range(args.seeds), args.methods):
-        if (method, seed) in done:
-            continue
-        result, curves[method, seed] = record(lab, method, seed, args.seconds)
-        runs.append(result)
-        save(runs, curves)
-        print({k: v for k, v in result.items() if k != "chosen"}, flush=True)
+    lab = Lab(fashion_cnn(width=4, batch_size=32)._replace(specs=SPACE), rows=None)
+
+    def do(method, seed):
+        return record(lab, method, seed, args.seconds)
+
+    runs, curves = missing("peers", do, args.seeds, args.methods, args.seconds)
     summary(runs, curves)
     plot(runs, curves)
 

@@ -315,24 +315,53 @@ def plot(runs, curves):
     fig.savefig(REPORT / "search.png", dpi=110)
 
 
-def load_results():
-    if not (REPORT / "search.json").exists():
+def load_results(name):
+    """The runs and curves that an earlier call left of a study."""
+    if not (REPORT / f"{name}.json").exists():
         return [], {}
     curves = collections.defaultdict(list)
-    with open(REPORT / "search.csv", newline="") as file:
+    with open(REPORT / f"{name}.csv", newline="") as file:
         for row in csv.DictReader(file):
             point = float(row["processor_s"]), int(row["steps"]), float(row["best_valid"])
             curves[row["method"], int(row["seed"])].append(point)
-    return json.loads((REPORT / "search.json").read_text()), dict(curves)
+    return json.loads((REPORT / f"{name}.json").read_text()), dict(curves)
 
 
-def save(runs, curves):
-    with open(REPORT / "search.csv", "w", newline="") as file:
-        writer = csv.writer(file)
+def save(name, runs, curves):
+    with open(REPORT / f"{name}.csv", "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["method", "seed", "processor_s", "steps", "best_valid"])
         for (method, seed), curve in curves.items():
             writer.writerows([method, seed, f"{s:.2f}", steps, f"{best:.4f}"] for s, steps, best in curve)
-    (REPORT / "search.json").write_text("[\n" + ",\n".join(map(json.dumps, runs)) + "\n]\n")
+    (REPORT / f"{name}.json").write_text("[\n" + ",\n".join(map(json.dumps, runs)) + "\n]\n")
+
+
+def missing(name, do, seeds, methods, seconds, hidden=("chosen",)):
+    """Does the runs of a study that are not kept yet, each written when it is done.
+
+    Args:
+        name: of the study's files.
+        do: ``(method, seed) -> result, curve``.
+        seeds: how many.
+        methods: their names.
+        seconds: a run's processor time; runs kept of another are dropped.
+        hidden: what of a result is not printed.
+
+    Returns:
+        All runs and curves.
+    """
+    REPORT.mkdir(parents=True, exist_ok=True)
+    runs, curves = load_results(name)
+    done = {(run["method"], run["seed"]) for run in runs if run["seconds"] == seconds}
+    runs = [run for run in runs if (run["method"], run["seed"]) in done]
+    for seed, method in itertools.product(range(seeds), methods):
+        if (method, seed) in done:
+            continue
+        result, curves[method, seed] = do(method, seed)
+        runs.append(result)
+        save(name, runs, curves)
+        print({k: v for k, v in result.items() if k not in hidden}, flush=True)
+    return runs, curves
 
 
 def main():
@@ -341,20 +370,14 @@ def main():
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     args = parser.parse_args()
-    REPORT.mkdir(parents=True, exist_ok=True)
     if {"TPE", "Hyperband"} & set(args.methods):
         _optuna()
     lab = Lab()
-    runs, curves = load_results()
-    done = {(run["method"], run["seed"]) for run in runs if run["seconds"] == args.seconds}
-    runs = [run for run in runs if (run["method"], run["seed"]) in done]
-    for seed, method in itertools.product(range(args.seeds), args.methods):
-        if (method, seed) in done:
-            continue
-        result, curves[method, seed] = record(lab, method, seed, args.seconds, SETTINGS[method])
-        runs.append(result)
-        save(runs, curves)
-        print({k: v for k, v in result.items() if k not in ("chosen", "last")}, flush=True)
+
+    def do(method, seed):
+        return record(lab, method, seed, args.seconds, SETTINGS[method])
+
+    runs, curves = missing("search", do, args.seeds, args.methods, args.seconds, ("chosen", "last"))
     summary(runs)
     plot(runs, curves)
 
