@@ -39,7 +39,7 @@ def choose_tasks(suite: str | None, own: Sequence[Entry] = ()) -> list[Entry]:
         entries = list(suites.suite(suite, held_out=True)) if suite else []
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    return _distinct([*entries, *own], "task")
+    return user_code.distinct([*entries, *own], "task")
 
 
 def choose_contenders(
@@ -63,7 +63,7 @@ def choose_contenders(
     chosen = [contender for name, contender in known.items() if names is None or name in (*names, REFERENCE)]
     chosen += [pretrained(rule) for rule in rules]
     chosen += [user_code.optimizer(spec) for spec in optimizers]
-    return _distinct(chosen, "optimizer")
+    return user_code.distinct(chosen, "optimizer")
 
 
 def run(
@@ -125,14 +125,6 @@ def _run(label, entries, contenders, plan, out: Path, console: Console | None, c
             f"written:   {out}/report.html, results.csv, results.json, curves.png", highlight=False, soft_wrap=True
         )
     return {"out": str(out), "about": about, "summary": overview, "figures": figures}
-
-
-def _distinct(chosen: list, kind: str) -> list:
-    names = [one.name for one in chosen]
-    for name in names:
-        if names.count(name) > 1:
-            raise ConfigError(f"two {kind}s are called {name!r}: rename a file or folder")
-    return chosen
 
 
 def _frozen(suite: str, entries: Sequence[Entry]) -> str | None:

@@ -139,6 +139,19 @@ def network(spec: str) -> tuple[str, Problem]:
     return name, made
 
 
+def distinct(chosen: list, kind: str) -> list:
+    """What was chosen, names being told apart.
+
+    Raises:
+        ConfigError: two have one name; ``kind`` says two of what.
+    """
+    names = [one.name for one in chosen]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"two {kind}s are called {name!r}: rename a file or folder")
+    return chosen
+
+
 def _family(only: Task) -> TaskFamily:
     return TaskFamily(data=(), sample=lambda key: (), task=lambda data, cfg: only)
 

@@ -35,7 +35,7 @@ def choose_workloads(suite: str | None, own: Sequence[Workload] = ()) -> list[Wo
         chosen = list(workloads.suite(suite)) if suite else []
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    return _distinct([*chosen, *own], "workload")
+    return user_code.distinct([*chosen, *own], "workload")
 
 
 def choose_optimizers(names: Sequence[str] | None, rules: Sequence[str], own: Sequence[str] = ()) -> list[Optimizer]:
@@ -59,7 +59,7 @@ def choose_optimizers(names: Sequence[str] | None, rules: Sequence[str], own: Se
     for rule in rules:
         chosen += pretrained(rule)
     chosen += [_own(user_code.optimizer(spec)) for spec in own]
-    return _distinct(chosen, "optimizer")
+    return user_code.distinct(chosen, "optimizer")
 
 
 def run(
@@ -145,11 +145,3 @@ def _own(contender: Contender) -> Optimizer:
 
 def _shown(console: Console) -> Callable[[str], None]:
     return lambda text: console.print(text, highlight=False, soft_wrap=True)
-
-
-def _distinct(chosen: list, kind: str) -> list:
-    names = [one.name for one in chosen]
-    for name in names:
-        if names.count(name) > 1:
-            raise ConfigError(f"two {kind}s are called {name!r}: rename a file or folder")
-    return chosen
