@@ -63,7 +63,7 @@ def celo2_soap(
         every: updates between two corrections of a basis.
         max_dim: a longer side of a matrix is not rotated.
         max_ratio: nor is one of more than so many times the other side: on transformers its rotation takes a fifth of
-            a step, and losses are no lower for it.
+            a step, for a loss that was 1.6 % lower on a small one (reports/direction).
 
     Returns:
         A rule; theta is that of :func:`learned_opt.rules.celo2.celo2`.
