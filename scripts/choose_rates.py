@@ -13,13 +13,14 @@ import tempfile
 from pathlib import Path
 
 from meta_train.bench.workloads.optimizers import Optimizer, baselines, pretrained
+from meta_train.bench.workloads.search import climb
 from meta_train.bench.workloads.training import program, run
 from meta_train.commands import shared
 from tasks import workloads
 from tasks.base import Workload
 
 OUT = Path(__file__).parent.parent / "reports" / "workloads" / "rates.csv"
-FACTOR, MOST = 2.0, 6  # between neighbours; rates tried of one optimizer on one workload, at most
+FACTOR = 2.0  # between neighbours
 
 
 def main() -> None:
@@ -39,25 +40,18 @@ def main() -> None:
 
 def _climb(workload: Workload, optimizer: Optimizer, found: dict[tuple[str, str, float], float]) -> None:
     """From the rate of before uphill or downhill, until the best has worse neighbours."""
-    made, losses = program(workload, optimizer), {}
+    made = program(workload, optimizer)
 
     def loss(place: int) -> float:
-        if place not in losses:
-            rate = float(f"{optimizer.setting['learning_rate'] * FACTOR**place:.4g}")
-            settings = {**optimizer.setting, "learning_rate": rate}
-            final = run(made, workload, settings, 0, shared.cache("bench")).final
-            losses[place] = final if math.isfinite(final) else math.inf
-            found[workload.name, optimizer.name, rate] = losses[place]
-            _write(found)
-            print(f"{workload.name} {optimizer.name} {rate:g}: {losses[place]:.4f}", flush=True)
-        return losses[place]
+        rate = float(f"{optimizer.setting['learning_rate'] * FACTOR**place:.4g}")
+        settings = {**optimizer.setting, "learning_rate": rate}
+        final = run(made, workload, settings, 0, shared.cache("bench")).final
+        found[workload.name, optimizer.name, rate] = final = final if math.isfinite(final) else math.inf
+        _write(found)
+        print(f"{workload.name} {optimizer.name} {rate:g}: {final:.4f}", flush=True)
+        return final
 
-    first, last = 0, 1
-    while last - first < MOST - 1:
-        best = min(range(first, last + 1), key=loss)
-        if first < best < last:
-            break
-        first, last = (first - 1, last) if best == first else (first, last + 1)
+    climb(loss)
 
 
 def _read() -> dict[tuple[str, str, float], float]:

@@ -1,7 +1,7 @@
 """The ruleset *tuned*: the same number of quasi-random trials for everybody, and more where the best is on an edge."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -57,6 +57,30 @@ def placed(space: Mapping[str, Range], fixed: Mapping[str, float], point: np.nda
     for (name, (low, high, linear)), share in zip(space.items(), point, strict=True):
         value = low + share * (high - low) if linear else low * (high / low) ** share
         found[name] = float(f"{value:.4g}")
+    return found
+
+
+def climb(score: Callable[[int], float], most: int = 6) -> dict[int, float]:
+    """Tries places of a line, from 0 and 1 on downhill, until the best has worse neighbours.
+
+    Args:
+        score: of a place, the lower the better.
+        most: places, at most.
+
+    Returns:
+        The score of every place tried.
+
+    Example:
+        >>> climb(lambda place: (place + 2) ** 2)
+        {0: 4, 1: 9, -1: 1, -2: 0, -3: 1}
+    """
+    found = {0: score(0), 1: score(1)}
+    while len(found) < most:
+        place = min(found, key=found.__getitem__)
+        missing = [neighbour for neighbour in (place - 1, place + 1) if neighbour not in found]
+        if not missing:
+            break
+        found[missing[0]] = score(missing[0])
     return found
 
 

@@ -69,3 +69,15 @@ def test_the_best_is_the_first_of_the_lowest(scores):
 def test_no_decay_lies_on_the_edge_of_a_logarithmic_range():
     trials = [Trial({"learning_rate": 0.01, "weight_decay": 0.0}, 1.0)]
     assert search.edges({"weight_decay": Range(1e-3, 1.0)}, trials) == {"weight_decay": -1}
+
+
+@given(st.integers(-4, 5))
+def test_a_climb_ends_at_a_best_with_worse_neighbours(best):
+    tried = search.climb(lambda place: abs(place - best), most=12)
+    assert min(tried, key=tried.get) == best
+    assert {best - 1, best + 1} <= set(tried)
+    assert len(tried) <= abs(best) + 3
+
+
+def test_a_climb_gives_up():
+    assert sorted(search.climb(lambda place: -place, most=5)) == [0, 1, 2, 3, 4]

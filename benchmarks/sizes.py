@@ -1,0 +1,108 @@
+"""One setting at every size: `flagship-2` on a character transformer of other width, depth, batch and horizon.
+
+From 2 layers of 64, batches of 16 x 64 characters of Moby Dick and 300 steps one number at a time is changed. Each
+network is trained with the steps as they are, at half and at twice the size, and by NAdamW (warm-up, cosine) at rates
+a factor two apart until the best has worse neighbours; one seed. Writes reports/sizes/losses.csv and sizes.png.
+Finished runs are kept with the benchmark's; the same command goes on.
+
+    learned-opt data fetch moby_dick && python benchmarks/sizes.py
+"""
+
+import argparse
+import functools
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import optax
+import tables
+
+import learned_opt
+from meta_train.bench.workloads.optimizers import Optimizer, baselines
+from meta_train.bench.workloads.search import climb
+from meta_train.bench.workloads.training import program, run
+from meta_train.commands import shared
+from tasks.base import Workload
+from tasks.workloads.language import gpt
+
+USUAL = {"width": 64, "layers": 2, "batch_size": 16, "steps": 300}
+AXES = {
+    "width": (16, 32, 64, 128, 256),
+    "layers": (1, 2, 4, 8),
+    "batch_size": (4, 16, 64),
+    "steps": (100, 300, 1000),
+}
+RULE, PEER = "flagship-2", "nadamw"
+FACTORS = (0.5, 1.0, 2.0)
+
+
+def scaled() -> Optimizer:
+    """The rule with its steps multiplied."""
+
+    def make(s, num_steps):
+        return optax.chain(learned_opt.load(RULE, num_steps=num_steps), optax.scale(s["factor"]))
+
+    return Optimizer(RULE, make, {"factor": 1.0}, {}, RULE, "learned")
+
+
+def losses(sizes: dict[str, int], peer: Optimizer) -> dict[str, float]:
+    """Validation losses at the end: of each factor, and NAdamW's least with its rate."""
+    sizes = dict(sizes)
+    steps = sizes.pop("steps")
+    workload = Workload(functools.partial(gpt, "moby_dick", length=64, **sizes), steps, None, name=str(sizes))
+    made = program(workload, scaled())
+    found = {f"x{f:g}": run(made, workload, {"factor": f}, 0, shared.cache("bench")).final for f in FACTORS}
+    made = program(workload, peer)
+
+    def at(place: int) -> float:
+        rate = peer.setting["learning_rate"] * 2.0**place
+        return run(made, workload, {**peer.setting, "learning_rate": rate}, 0, shared.cache("bench")).final
+
+    tried = climb(at)
+    place = min(tried, key=tried.__getitem__)
+    return found | {PEER: tried[place], "rate": peer.setting["learning_rate"] * 2.0**place}
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    figure, panels = plt.subplots(1, len(AXES), figsize=(11, 3.2), sharey=True, layout="constrained")
+    for panel, (axis, values) in zip(panels, AXES.items(), strict=True):
+        own = [next(r for r in rows if all(r[k] == v for k, v in (USUAL | {axis: value}).items())) for value in values]
+        panel.plot(values, [float(r[PEER]) for r in own], "o-", color="tab:gray", label="NAdamW, tuned at each size")
+        for factor, style in zip(FACTORS, (":", "-", "--"), strict=True):
+            label = RULE if factor == 1 else f"{RULE}, steps x {factor:g}"
+            panel.plot(
+                values, [float(r[f"x{factor:g}"]) for r in own], "o" + style, color="tab:blue", ms=3, label=label
+            )
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(values, [str(value) for value in values])
+        panel.minorticks_off()
+        panel.set_xlabel(axis.replace("_", " "))
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("validation loss")
+    panels[0].legend(frameon=False, fontsize=7)
+    figure.savefig(path, dpi=120)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("reports/sizes"))
+    arguments = parser.parse_args()
+    peer = next(optimizer for optimizer in baselines() if optimizer.name == PEER)
+    rows: list[dict] = []
+    for axis, values in AXES.items():
+        for value in values:
+            sizes = USUAL | {axis: value}
+            if any(all(row[k] == v for k, v in sizes.items()) for row in rows):
+                continue
+            found = losses(sizes, peer)
+            best = min(found[f"x{factor:g}"] for factor in FACTORS)
+            rows.append(sizes | {k: f"{v:.4g}" for k, v in (found | {"over_best": found["x1"] / best}).items()})
+            print(rows[-1], flush=True)
+            tables.write(arguments.out / "losses.csv", rows)
+    plot(rows, arguments.out / "sizes.png")
+
+
+if __name__ == "__main__":
+    main()
