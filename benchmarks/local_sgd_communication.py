@@ -157,6 +157,14 @@ def middle(values):
 # ---- the launcher ----
 
 
+def for_launch(parser):
+    """The arguments that :func:`launch` gives a script."""
+    parser.add_argument("--worker", action="store_true", help="be one process, do not launch any")
+    parser.add_argument("--coordinator")
+    parser.add_argument("--processes", type=int)
+    parser.add_argument("--process-id", type=int)
+
+
 def launch(script, processes, repeats, *more):
     """What the first of several processes of a script says in one line of JSON."""
     module = example()
@@ -274,10 +282,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--predict-only", action="store_true", help="fit and draw again from communication.json")
-    parser.add_argument("--worker", action="store_true", help="be one process, do not launch any")
-    parser.add_argument("--coordinator")
-    parser.add_argument("--processes", type=int)
-    parser.add_argument("--process-id", type=int)
+    for_launch(parser)
     args = parser.parse_args()
     if args.worker:
         return worker(args)

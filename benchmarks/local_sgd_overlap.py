@@ -27,7 +27,7 @@ import numpy as np
 import optax
 import tables
 from jax.sharding import AxisType
-from local_sgd_communication import launch, middle, perceptron
+from local_sgd_communication import for_launch, launch, middle, perceptron
 from matplotlib.figure import Figure
 
 from learned_opt import communication
@@ -237,10 +237,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--delays", type=float, nargs="+", default=[0.05, 0.2], help="seconds added to a message")
     parser.add_argument("--only", choices=["loss"], help="what the delay costs, no more")
-    parser.add_argument("--worker", action="store_true", help="be one process, do not launch any")
-    parser.add_argument("--coordinator")
-    parser.add_argument("--processes", type=int)
-    parser.add_argument("--process-id", type=int)
+    for_launch(parser)
     args = parser.parse_args()
     if args.worker:
         return worker(args)
