@@ -41,7 +41,7 @@ def settings(optimizer: Optimizer, number: int = TRIALS) -> list[dict[str, float
         >>> from meta_train.bench.workloads.optimizers import baselines
         >>> nadamw = baselines()[0]
         >>> [round(s["learning_rate"], 5) for s in settings(nadamw, 3)][0]
-        0.002
+        0.004
 
     Reference: Dahl et al., "Benchmarking neural network training algorithms", 2023, arXiv:2306.07179.
     """
