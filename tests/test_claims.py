@@ -79,13 +79,16 @@ def test_cards_tables_are_the_committed_ones(path):
         assert diverged == f"{found['diverged']} of {found['runs']}"
 
 
-def test_readmes_workload_is_the_committed_one():
-    summary = json.loads((ROOT / "reports/workloads/small/results.json").read_text())["summary"]
-    ratio = {row["optimizer"]: f"{row['ratio']:.3f}" for row in summary}
-    text = (ROOT / "README.md").read_text()
-    text = " ".join(text.split())
-    assert f"end at {ratio['muon']} times those of an untuned NAdamW with Muon, at {ratio['flagship']} with" in text
-    assert f"`flagship` and at {ratio['flagship-2']} with `flagship-2`" in text
+def test_readmes_workloads_are_the_committed_ones():
+    results = json.loads((ROOT / "reports/workloads/test/results.json").read_text())
+    rows = table_after((ROOT / "README.md").read_text(), "| | validation loss, times NAdamW's |")
+    shown = {label.strip("*`"): cells for label, *cells in rows}
+    assert list(shown) == [row["optimizer"] for row in results["summary"]]
+    for row in results["summary"]:
+        reached = [f["steps_to_target"] for f in results["figures"] if f["optimizer"] == row["optimizer"]]
+        ratio = interval([row["ratio"], row["ratio_low"], row["ratio_high"]]) if row["ratio"] != 1 else "1.00"
+        steps = ", ".join(f"{step:.0f}" if step else "–" for step in reached)
+        assert shown[row["optimizer"]] == [ratio, steps, f"{row['score_steps']:.2f}"]
 
 
 def test_validation_csv_is_of_the_committed_results():
