@@ -181,7 +181,7 @@ def launch(script, processes, repeats, *more):
         for peer in peers:
             peer.kill()
             peer.wait()
-    return next(json.loads(line) for line in said.splitlines() if line.startswith(("{", "[[")))
+    return next(json.loads(line) for line in said.splitlines() if line.startswith("{"))
 
 
 def fit(points, workers):

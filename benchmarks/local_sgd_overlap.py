@@ -110,7 +110,7 @@ def worker(args):
     if jax.process_index() == 0:
         found = [[*key, *middle([s for s, _ in took]), float(np.median([m for _, m in took]))]
                  for key, took in seconds.items()]  # fmt: skip
-        print(json.dumps(found), flush=True)
+        print(json.dumps({"runs": found}), flush=True)
 
 
 # ---- what the delay costs ----
@@ -244,7 +244,8 @@ def main():
     tables.write(REPORT / "overlap_loss.csv", costs())
     if args.only == "loss":
         return 0
-    rows = compare(launch(__file__, 2, args.repeats, "--delays", *map(str, args.delays))) + model()
+    said = launch(__file__, 2, args.repeats, "--delays", *map(str, args.delays))
+    rows = compare(said["runs"]) + model()
     tables.write(REPORT / "overlap.csv", rows)
     plot(rows)
     for r in rows:

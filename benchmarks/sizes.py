@@ -16,13 +16,12 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import optax
 import tables
 
 import learned_opt
-from meta_train.bench.workloads.optimizers import Optimizer, baselines
+from meta_train.bench.workloads.optimizers import Optimizer, Settings, baselines
 from meta_train.bench.workloads.search import climb
-from meta_train.bench.workloads.training import program, run
+from meta_train.bench.workloads.training import Program, program, run
 from meta_train.commands import shared
 from tasks.base import Workload
 from tasks.workloads.language import gpt
@@ -42,27 +41,23 @@ def scaled() -> Optimizer:
     """The rule with its steps multiplied."""
 
     def make(s, num_steps):
-        return optax.chain(learned_opt.load(RULE, num_steps=num_steps), optax.scale(s["factor"]))
+        return learned_opt.load(RULE, num_steps=num_steps, learning_rate=s["factor"])
 
     return Optimizer(RULE, make, {"factor": 1.0}, {}, RULE, "learned")
 
 
-def losses(sizes: dict[str, int], peer: Optimizer) -> dict[str, float]:
+def losses(peer: Optimizer, steps: int, **sizes: int) -> dict[str, float]:
     """Validation losses at the end: of each factor, and NAdamW's least with its rate."""
-    sizes = dict(sizes)
-    steps = sizes.pop("steps")
     workload = Workload(functools.partial(gpt, "moby_dick", length=64, **sizes), steps, None, name=str(sizes))
-    made = program(workload, scaled())
-    found = {f"x{f:g}": run(made, workload, {"factor": f}, 0, shared.cache("bench")).final for f in FACTORS}
-    made = program(workload, peer)
 
-    def at(place: int) -> float:
-        rate = peer.setting["learning_rate"] * 2.0**place
-        return run(made, workload, {**peer.setting, "learning_rate": rate}, 0, shared.cache("bench")).final
+    def at(made: Program, settings: Settings) -> float:
+        return run(made, workload, settings, 0, shared.cache("bench")).final
 
-    tried = climb(at)
-    place = min(tried, key=tried.__getitem__)
-    return found | {PEER: tried[place], "rate": peer.setting["learning_rate"] * 2.0**place}
+    own, other = program(workload, scaled()), program(workload, peer)
+    found = {f"x{factor:g}": at(own, {"factor": factor}) for factor in FACTORS}
+    tried = climb(lambda rate: at(other, {**peer.setting, "learning_rate": rate}), peer.setting["learning_rate"])
+    rate = min(tried, key=tried.__getitem__)
+    return found | {"over_best": found["x1"] / min(found.values()), PEER: tried[rate], "rate": rate}
 
 
 def plot(rows: list[dict], path: Path) -> None:
@@ -90,17 +85,12 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("reports/sizes"))
     arguments = parser.parse_args()
     peer = next(optimizer for optimizer in baselines() if optimizer.name == PEER)
+    every = [USUAL | {axis: value} for axis, values in AXES.items() for value in values]
     rows: list[dict] = []
-    for axis, values in AXES.items():
-        for value in values:
-            sizes = USUAL | {axis: value}
-            if any(all(row[k] == v for k, v in sizes.items()) for row in rows):
-                continue
-            found = losses(sizes, peer)
-            best = min(found[f"x{factor:g}"] for factor in FACTORS)
-            rows.append(sizes | {k: f"{v:.4g}" for k, v in (found | {"over_best": found["x1"] / best}).items()})
-            print(rows[-1], flush=True)
-            tables.write(arguments.out / "losses.csv", rows)
+    for sizes in {tuple(sizes.values()): sizes for sizes in every}.values():
+        rows.append(sizes | tables.shortened([losses(peer, **sizes)], 4)[0])
+        print(rows[-1], flush=True)
+        tables.write(arguments.out / "losses.csv", rows)
     plot(rows, arguments.out / "sizes.png")
 
 

@@ -8,10 +8,9 @@ the validation losses at the end of the budget; what is chosen is the rate of th
 
 import argparse
 import csv
-import math
-import tempfile
 from pathlib import Path
 
+from learned_opt.files import write_atomically
 from meta_train.bench.workloads.optimizers import Optimizer, baselines, pretrained
 from meta_train.bench.workloads.search import climb
 from meta_train.bench.workloads.training import program, run
@@ -20,7 +19,6 @@ from tasks import workloads
 from tasks.base import Workload
 
 OUT = Path(__file__).parent.parent / "reports" / "workloads" / "rates.csv"
-FACTOR = 2.0  # between neighbours
 
 
 def main() -> None:
@@ -39,19 +37,16 @@ def main() -> None:
 
 
 def _climb(workload: Workload, optimizer: Optimizer, found: dict[tuple[str, str, float], float]) -> None:
-    """From the rate of before uphill or downhill, until the best has worse neighbours."""
     made = program(workload, optimizer)
 
-    def loss(place: int) -> float:
-        rate = float(f"{optimizer.setting['learning_rate'] * FACTOR**place:.4g}")
-        settings = {**optimizer.setting, "learning_rate": rate}
-        final = run(made, workload, settings, 0, shared.cache("bench")).final
-        found[workload.name, optimizer.name, rate] = final = final if math.isfinite(final) else math.inf
+    def loss(rate: float) -> float:
+        final = run(made, workload, {**optimizer.setting, "learning_rate": rate}, 0, shared.cache("bench")).final
+        found[workload.name, optimizer.name, rate] = final
         _write(found)
         print(f"{workload.name} {optimizer.name} {rate:g}: {final:.4f}", flush=True)
         return final
 
-    climb(loss)
+    climb(loss, optimizer.setting["learning_rate"])
 
 
 def _read() -> dict[tuple[str, str, float], float]:
@@ -63,11 +58,8 @@ def _read() -> dict[tuple[str, str, float], float]:
 
 
 def _write(found: dict[tuple[str, str, float], float]) -> None:
-    with tempfile.NamedTemporaryFile("w", dir=OUT.parent, delete=False, newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["workload", "optimizer", "learning_rate", "valid_loss"])
-        writer.writerows([*key, f"{loss:.5f}"] for key, loss in sorted(found.items()))
-    Path(file.name).replace(OUT)
+    lines = [f"{workload},{name},{rate:g},{loss:.5f}\n" for (workload, name, rate), loss in sorted(found.items())]
+    write_atomically(OUT, "workload,optimizer,learning_rate,valid_loss\n" + "".join(lines))
 
 
 if __name__ == "__main__":

@@ -133,8 +133,17 @@ REPORTS = {
         ),
     ),
     "workloads": Report(
-        "networks as people train them: their sizes, and step times against a plain loop",
-        ("python scripts/workload_sizes.py", "python benchmarks/step_times.py"),
+        "networks as people train them: validation losses, the rates that were tried, sizes, step times",
+        (
+            "python scripts/choose_rates.py nadamw muon soap",
+            *(
+                f"learned-opt bench flagship flagship-2 --suite workloads_{name} --baselines muon"
+                f" --out reports/workloads/{name}"
+                for name in ("small", "test")
+            ),
+            "python scripts/workload_sizes.py",
+            "python benchmarks/step_times.py",
+        ),
     ),
 }
 

@@ -60,24 +60,25 @@ def placed(space: Mapping[str, Range], fixed: Mapping[str, float], point: np.nda
     return found
 
 
-def climb(score: Callable[[int], float], most: int = 6) -> dict[int, float]:
-    """Tries places of a line, from 0 and 1 on downhill, until the best has worse neighbours.
+def climb(score: Callable[[float], float], usual: float, most: int = 6) -> dict[float, float]:
+    """Tries rates a factor two apart, downhill from the usual one, until the best has worse neighbours.
 
     Args:
-        score: of a place, the lower the better.
-        most: places, at most.
+        score: of a rate, the lower the better; ``inf`` for a run that diverged.
+        usual: the first rate.
+        most: rates, at most.
 
     Returns:
-        The score of every place tried.
+        The score of every rate tried.
 
     Example:
-        >>> climb(lambda place: (place + 2) ** 2)
-        {0: 4, 1: 9, -1: 1, -2: 0, -3: 1}
+        >>> climb(lambda rate: abs(rate - 0.5), 2.0)
+        {2.0: 1.5, 4.0: 3.5, 1.0: 0.5, 0.5: 0.0, 0.25: 0.25}
     """
-    found = {0: score(0), 1: score(1)}
+    found = {rate: score(rate) for rate in (usual, 2 * usual)}
     while len(found) < most:
-        place = min(found, key=found.__getitem__)
-        missing = [neighbour for neighbour in (place - 1, place + 1) if neighbour not in found]
+        best = min(found, key=found.__getitem__)
+        missing = [rate for rate in (best / 2, best * 2) if rate not in found]
         if not missing:
             break
         found[missing[0]] = score(missing[0])

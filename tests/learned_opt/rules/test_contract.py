@@ -36,6 +36,7 @@ def rule(request):
 # of learned_opt/tensors.py
 of_the_scaffold = pytest.mark.parametrize("rule", SHORT_BY_DEFAULT, indirect=True, scope="module")
 
+# Every rule has its own meta-gradient; through these four it takes seven to eleven seconds.
 META_GRADIENTS = [
     pytest.param(name, marks=[pytest.mark.slow] * (name in ("celo", "outer", "rnn_mlp", "scheduler")))
     for name in sorted(RULES)

@@ -72,12 +72,13 @@ def test_no_decay_lies_on_the_edge_of_a_logarithmic_range():
 
 
 @given(st.integers(-4, 5))
-def test_a_climb_ends_at_a_best_with_worse_neighbours(best):
-    tried = search.climb(lambda place: abs(place - best), most=12)
+def test_a_climb_ends_at_a_best_with_worse_neighbours(octaves):
+    best = 0.003 * 2.0**octaves
+    tried = search.climb(lambda rate: abs(np.log2(rate / best)), 0.003, most=12)
     assert min(tried, key=tried.get) == best
-    assert {best - 1, best + 1} <= set(tried)
-    assert len(tried) <= abs(best) + 3
+    assert {best / 2, best * 2} <= set(tried)
+    assert len(tried) <= abs(octaves) + 3
 
 
 def test_a_climb_gives_up():
-    assert sorted(search.climb(lambda place: -place, most=5)) == [0, 1, 2, 3, 4]
+    assert sorted(search.climb(lambda rate: -rate, 1.0, most=5)) == [1, 2, 4, 8, 16]
