@@ -2,7 +2,7 @@
 
 A character transformer and an LSTM (16 x 64 characters, 300 steps), a ResNet and a ViT (32 images, 400 steps), one
 seed. Writes reports/control/losses.csv, the validation losses at the end of every setting, and the geometric mean of
-their ratios to those of `flagship` at its default rate. Finished runs are kept with the benchmark's; the same command
+their ratios to those of `flagship-1` at its default rate. Finished runs are kept with the benchmark's; the same command
 goes on.
 
     learned-opt data fetch moby_dick && learned-opt data fetch kjv && learned-opt data fetch cifar10
@@ -41,9 +41,9 @@ SETTINGS = {
 
 
 def optimizers(trained: list[Path]) -> list[Optimizer]:
-    """The flagship, the settings, and control layers that were trained."""
-    direction = learned_opt.load_rule("flagship").theta
-    found = [pretrained("flagship")[0]]
+    """`flagship-1`, the settings, and control layers that were trained."""
+    direction = learned_opt.load_rule("flagship-1").theta
+    found = [pretrained("flagship-1")[0]]
     for name, setting in SETTINGS.items():
         rule = learned_opt.RULES["control"](**setting)
         found.append(learned(name, rule, rule.init(jax.random.key(0)) | {"direction": direction}, None))

@@ -1,6 +1,6 @@
-"""What cheaper forms of the flagship's direction cost in loss, on a character transformer of 2 x 64.
+"""What cheaper forms of `flagship-1`'s direction cost in loss, on a character transformer of 2 x 64.
 
-Each form trains for 300 steps of 16 x 64 characters of Moby Dick at the flagship's rate, a linear warm-up over a
+Each form trains for 300 steps of 16 x 64 characters of Moby Dick at its rate, a linear warm-up over a
 twentieth and then a cosine, three seeds, and is paired with the form as it is. Writes reports/direction/losses.csv:
 
     learned-opt data fetch moby_dick && python benchmarks/direction.py
@@ -49,7 +49,7 @@ FORMS = {
 
 def losses(form: dict, seeds: int) -> list[float]:
     """The mean validation loss of a form at the end, one a seed."""
-    saved, family = learned_opt.load_rule("flagship"), gpt("moby_dick", layers=2, width=64, length=64, batch_size=16)
+    saved, family = learned_opt.load_rule("flagship-1"), gpt("moby_dick", layers=2, width=64, length=64, batch_size=16)
     rule = learned_opt.RULES["celo2_soap"](**{**saved.kwargs, **form.get("kwargs", {})})
     schedule = optax.warmup_cosine_decay_schedule(0.0, RATE, STEPS // 20, STEPS)
     tx = optax.chain(rule.build(saved.theta), optax.scale_by_learning_rate(schedule, flip_sign=False))

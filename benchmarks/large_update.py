@@ -24,7 +24,7 @@ MODELS = {
     "transformer 4 x 256": lambda: transformer(4, 256, length=128),
     "resnet": lambda: resnet(32),
 }
-COMPARED = ("adam", "muon", "soap", "soap_muon", "flagship", "flagship-2")
+COMPARED = ("adam", "muon", "soap", "soap_muon", "flagship-1", "flagship")
 TURN = 10  # steps: a period of the bases' corrections
 
 

@@ -18,9 +18,9 @@ from models import transformer
 import learned_opt
 
 SIZES = ((4, 144), (8, 320), (12, 832))  # layers, width
-MEASURED = {name: OPTIMIZERS[name] for name in ("adam", "muon", "celo2", "flagship")} | {
-    "SOAP, sides up to 1,024": lambda: learned_opt.soap(3e-3, max_dim=1024),  # as the flagship's
-    "flagship, state in bfloat16": lambda: learned_opt.bfloat16_state(learned_opt.load("flagship")),
+MEASURED = {name: OPTIMIZERS[name] for name in ("adam", "muon", "celo2", "flagship-1")} | {
+    "SOAP, sides up to 1,024": lambda: learned_opt.soap(3e-3, max_dim=1024),  # as `flagship-1`'s
+    "flagship-1, state in bfloat16": lambda: learned_opt.bfloat16_state(learned_opt.load("flagship-1")),
 }
 
 

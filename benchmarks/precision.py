@@ -2,7 +2,7 @@
 
 Two optimizers on four tasks, in float32 and with parameters, state or both in bfloat16, rounded to the nearest or at
 random (`learned_opt.bfloat16_params`, `learned_opt.bfloat16_state`). Forward and backward pass stay float32. The step
-size falls to zero by a cosine, from the best of six for Adam (chosen in float32), from its own for the flagship. Writes
+size falls to zero by a cosine, from the best of six for Adam (chosen in float32), from its own for `flagship-1`. Writes
 to reports/precision:
 
 - precision.csv, precision.png: the training loss of the last tenth of the steps over that of float32, the geometric
@@ -106,7 +106,7 @@ def costs(rounds=15):
     grads = jax.tree.map(jnp.sin, params)
     size = sum(p.size for p in params.values())
     rows = []
-    for optimizer, tx in {"adam": optax.adam(1e-3), "flagship": learned_opt.load("flagship")}.items():
+    for optimizer, tx in {"adam": optax.adam(1e-3), "flagship-1": learned_opt.load("flagship-1")}.items():
         runs, row = [], {"optimizer": optimizer, "load_before": round(os.getloadavg()[0], 1)}
         for name, made in (("float32", tx), ("bfloat16", precision.bfloat16_state(tx))):
             state = made.init(params)
@@ -185,9 +185,9 @@ def main():
 
         tuned = {rate: np.log(final_losses(family, adam(rate), False, *runs)).mean() for rate in RATES}
         best = min(tuned, key=tuned.get)
-        own = learned_opt.store.read_record("flagship")["learning_rate"]
-        flagship = learned_opt.load("flagship", learning_rate=optax.cosine_decay_schedule(own, arguments.steps))
-        for optimizer, tx, rate in (("adam", adam(best), best), ("flagship", flagship, own)):
+        own = learned_opt.store.read_record("flagship-1")["learning_rate"]
+        flagship = learned_opt.load("flagship-1", learning_rate=optax.cosine_decay_schedule(own, arguments.steps))
+        for optimizer, tx, rate in (("adam", adam(best), best), ("flagship-1", flagship, own)):
             logs = {
                 name: np.log(final_losses(family, variant(tx, name), VARIANTS[name][0] is not None, *runs))
                 for name in VARIANTS

@@ -1,4 +1,4 @@
-"""One setting at every size: `flagship-2` on a character transformer of other width, depth, batch and horizon.
+"""One setting at every size: `flagship` on a character transformer of other width, depth, batch and horizon.
 
 From 2 layers of 64, batches of 16 x 64 characters of Moby Dick and 300 steps one number at a time is changed. Each
 network is trained with the steps as they are, at half and at twice the size, and by NAdamW (warm-up, cosine) at rates
@@ -33,7 +33,7 @@ AXES = {
     "batch_size": (4, 16, 64),
     "steps": (100, 300, 1000),
 }
-RULE, PEER = "flagship-2", "nadamw"
+RULE, PEER = "flagship", "nadamw"
 FACTORS = (0.5, 1.0, 2.0)
 
 

@@ -17,7 +17,7 @@ def loss_fn(model):
 
 steps = 200
 model = eqx.nn.MLP(4, 1, 32, 2, key=jax.random.key(1))
-optimizer = learned_opt.load("flagship", learning_rate=optax.cosine_decay_schedule(5e-3, steps))
+optimizer = learned_opt.load("flagship", num_steps=steps)
 state = optimizer.init(eqx.filter(model, eqx.is_inexact_array))
 
 

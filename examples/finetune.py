@@ -35,7 +35,7 @@ def my_task(data, cfg):
 
 family = TaskFamily(data=(), sample=lambda key: jax.random.uniform(key, minval=1.0, maxval=3.0), task=my_task)
 
-saved = learned_opt.load_rule("flagship")
+saved = learned_opt.load_rule("flagship-1")
 trainer = make_trainer(
     init_theta=lambda key: saved.theta,
     estimators=lambda data: [pes(task_learner(saved.rule, family, lengths=(100, 200), multiple_of=20), unroll=20)],

@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 
 import learned_opt
@@ -27,8 +26,7 @@ def loss_fn(model):
 
 steps = 200
 model = Network(nnx.Rngs(1))
-schedule = optax.cosine_decay_schedule(5e-3, steps)
-optimizer = nnx.Optimizer(model, learned_opt.load("flagship", learning_rate=schedule), wrt=nnx.Param)
+optimizer = nnx.Optimizer(model, learned_opt.load("flagship", num_steps=steps), wrt=nnx.Param)
 
 
 @nnx.jit

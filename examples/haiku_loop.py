@@ -17,8 +17,7 @@ def loss_fn(params):
 
 
 steps = 200
-schedule = optax.cosine_decay_schedule(5e-3, steps)
-optimizer = optax.chain(optax.clip_by_global_norm(1.0), learned_opt.load("flagship", learning_rate=schedule))
+optimizer = optax.chain(optax.clip_by_global_norm(1.0), learned_opt.load("flagship", num_steps=steps))
 
 
 @jax.jit

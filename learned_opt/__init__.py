@@ -1,7 +1,7 @@
 """Learned update rules as plain Optax transforms.
 
 >>> import learned_opt
->>> optimizer = learned_opt.load("flagship", learning_rate=1e-3)  # doctest: +SKIP
+>>> optimizer = learned_opt.load("flagship", num_steps=1000)  # doctest: +SKIP
 """
 
 import importlib

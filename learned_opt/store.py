@@ -179,7 +179,7 @@ def load_rule(name_or_path: str | os.PathLike[str]) -> SavedRule:
 
     Example:
         >>> import learned_opt
-        >>> saved = learned_opt.load_rule("flagship")
+        >>> saved = learned_opt.load_rule("flagship-1")
         >>> facts = {"kwargs": saved.kwargs, "learning_rate": saved.learning_rate}
         >>> folder = learned_opt.save("/tmp/learned-opt-doctest", saved.name, saved.theta, **facts)  # the same again
     """

@@ -24,10 +24,10 @@ OUT = Path(__file__).parent.parent / "reports" / "workloads" / "rates.csv"
 def main() -> None:
     """Run what is missing and write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", default=["nadamw", "muon", "soap", "flagship:identity"])
+    parser.add_argument("names", nargs="*", default=["nadamw", "muon", "soap", "flagship-1:identity"])
     parser.add_argument("--workloads", default="")
     arguments = parser.parse_args()
-    known = {optimizer.name: optimizer for optimizer in [*baselines(), *pretrained("flagship")]}
+    known = {optimizer.name: optimizer for optimizer in [*baselines(), *pretrained("flagship-1")]}
     found = _read()
     for workload in workloads.suite("workloads_small"):
         if arguments.workloads not in workload.name:

@@ -1,6 +1,6 @@
 """How the optimizers of pretrained/ were meta-trained, stage by stage, and the command that does it again.
 
-    python scripts/pretrain.py flagship [--workdir runs/pretrain] [--seed 0] [--stages N]
+    python scripts/pretrain.py flagship-1 [--workdir runs/pretrain] [--seed 0] [--stages N]
 
 Each stage goes on from the rule of the one before; a run that was cut off goes on where it was. Where a released rule
 was stopped before the end that is planned here, its model card says so.
@@ -56,7 +56,7 @@ _CONTROL = Config(
 _FEATURES = replace(preset("unsupervised"), outer_learning_rate=3e-3)
 
 STAGES: dict[str, list[Config]] = {
-    "flagship": [
+    "flagship-1": [
         replace(_CPU, **_PLAIN, meta_steps=1490, max_length=1000, outer_learning_rate=1e-3, outer_schedule="constant"),
         replace(_CPU, **_PLAIN, meta_steps=8000),
         replace(_CPU, meta_steps=1400, suite="standard"),
@@ -64,12 +64,12 @@ STAGES: dict[str, list[Config]] = {
         # the same weights in SOAP's coordinates
         replace(_CPU, rule="celo2_soap", rule_kwargs={}, meta_steps=2000, outer_learning_rate=1.5e-3, seed=7),
     ],
-    "flagship-auto": [
+    "flagship-1-auto": [
         replace(_SCHEDULER, rule_kwargs=_AUTO),
         replace(_SCHEDULER, rule_kwargs=_AUTO, max_length=3000, meta_steps=3000, outer_learning_rate=2e-3),
         replace(_SCHEDULER, rule_kwargs=_AUTO | {"base": "celo2_soap", "base_kwargs": {}}, meta_steps=0),
     ],
-    "flagship-2": [replace(_CONTROL, rule_kwargs={"direction": "celo2_soap"})],
+    "flagship": [replace(_CONTROL, rule_kwargs={"direction": "celo2_soap"})],
     "flagship-light": [replace(_CONTROL, rule_kwargs={"direction": "nadam"})],
     "scheduler-adam": [replace(_SCHEDULER, trainable=[], rule_kwargs=_ADAM)],
     "adafac-mlp": [replace(_SHORT, rule="adafac_mlp", meta_steps=1000)],
@@ -86,29 +86,29 @@ STAGES: dict[str, list[Config]] = {
 
 
 def scheduled_flagship(folder: Path) -> Path:
-    """A fresh scheduler over the flagship's weights, saved."""
-    theta = learned_opt.load_rule("flagship").theta
+    """A fresh scheduler over `flagship-1`'s weights, saved."""
+    theta = learned_opt.load_rule("flagship-1").theta
     facts = {name: value for name, value in _AUTO.items() if name != "base"}
     kwargs, theta = scheduler.over(_AUTO["base"], theta, jax.random.key(0), **facts)
     return learned_opt.save(folder, "scheduler", theta, kwargs=kwargs)
 
 
 def outer_flagship(folder: Path) -> Path:
-    """A fresh length of steps beside the flagship's direction, saved."""
+    """A fresh length of steps beside `flagship-1`'s direction, saved."""
     theta = learned_opt.RULES["outer"]().init(jax.random.key(0))
-    return learned_opt.save(folder, "outer", theta | {"direction": learned_opt.load_rule("flagship").theta}, kwargs={})
+    return learned_opt.save(folder, "outer", theta | {"direction": learned_opt.load_rule("flagship-1").theta}, kwargs={})
 
 
 def controlled_flagship(folder: Path) -> Path:
-    """A fresh control layer over the flagship's direction, saved."""
-    kwargs = STAGES["flagship-2"][0].rule_kwargs
+    """A fresh control layer over `flagship-1`'s direction, saved."""
+    kwargs = STAGES["flagship"][0].rule_kwargs
     theta = learned_opt.RULES["control"](**kwargs).init(jax.random.key(0))
-    direction = learned_opt.load_rule("flagship").theta
+    direction = learned_opt.load_rule("flagship-1").theta
     return learned_opt.save(folder, "control", theta | {"direction": direction}, kwargs=kwargs)
 
 
 # the others start fresh
-STARTS = {"flagship-auto": scheduled_flagship, "flagship-2": controlled_flagship, "outer": outer_flagship}
+STARTS = {"flagship-1-auto": scheduled_flagship, "flagship": controlled_flagship, "outer": outer_flagship}
 
 
 def main() -> None:

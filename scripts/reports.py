@@ -43,7 +43,7 @@ REPORTS = {
     ),
     "compile": Report("how long optimizers compile, by depth", ("python benchmarks/compile.py",)),
     "direction": Report(
-        "what cheaper forms of the flagship's direction cost in loss",
+        "what cheaper forms of `flagship-1`'s direction cost in loss",
         ("learned-opt data fetch moby_dick", "python benchmarks/direction.py"),
     ),
     "fetched_small": Report(
@@ -53,7 +53,7 @@ REPORTS = {
             "learned-opt data fetch cifar10",
             *bench(
                 "fetched_small",
-                "flagship flagship-auto",
+                "flagship-1 flagship-1-auto",
                 "--suite fetched_small --steps 1000 --seeds 5 --baselines adamw-cosine,muon,soap,prodigy",
             ),
         ),
@@ -64,7 +64,7 @@ REPORTS = {
             CELO,
             *bench(
                 "held_out",
-                "flagship flagship-auto scheduler-adam adafac-mlp runs/celo",
+                "flagship-1 flagship-1-auto scheduler-adam adafac-mlp runs/celo",
                 "--suite held_out --steps 1000 --seeds 5",
             ),
         ),
@@ -102,7 +102,7 @@ REPORTS = {
         "pretrained rules over 5,000 steps of five small tasks",
         bench(
             "quick_5000",
-            "flagship flagship-auto",
+            "flagship-1 flagship-1-auto",
             "--suite quick --steps 5000 --baselines adamw-cosine,muon,soap",
         ),
     ),
@@ -126,9 +126,9 @@ REPORTS = {
         ("taskset -c 1 python benchmarks/update.py --rounds 7 --rules celo2 adafac_mlp velo mlp celo2_soap",),
     ),
     "validation": Report(
-        "the suite that settings are chosen on; `forms.csv`: what changes of the flagship's arithmetic cost there",
+        "the suite that settings are chosen on; `forms.csv`: what changes of `flagship-1`'s arithmetic cost there",
         (
-            *bench("validation", "flagship flagship-auto", "--suite validation --baselines soap --devices 1"),
+            *bench("validation", "flagship-1 flagship-1-auto", "--suite validation --baselines soap --devices 1"),
             "python scripts/validation_forms.py reports/validation/forms.csv",
         ),
     ),
@@ -137,7 +137,7 @@ REPORTS = {
         (
             "python scripts/choose_rates.py nadamw muon soap",
             *(
-                f"learned-opt bench flagship flagship-2 --suite workloads_{name} --baselines muon"
+                f"learned-opt bench flagship-1 flagship --suite workloads_{name} --baselines muon"
                 f" --out reports/workloads/{name}"
                 for name in ("small", "test")
             ),

@@ -1,4 +1,4 @@
-"""Validation losses of the flagship's arithmetic before and after its changes, each at its default rate.
+"""Validation losses of `flagship-1`'s arithmetic before and after its changes, each at its default rate.
 
 ``python scripts/validation_forms.py reports/validation/forms.csv`` runs the validation suite at the commits in
 ``FORMS``, a worktree each, and writes the table: some twenty minutes on two cores.
@@ -13,8 +13,8 @@ import tempfile
 from pathlib import Path
 
 FORMS = {"before": "54debc2", "rests, no unit": "627f427", "long sides not rotated": "9ec1b1c"}
-CONTENDERS = ("flagship@0.005", "flagship-auto")
-BENCH = ("bench", "flagship", "flagship-auto", "--suite", "validation", "--baselines", "soap")
+CONTENDERS = ("flagship-1@0.005", "flagship-1-auto")
+BENCH = ("bench", "flagship-1", "flagship-1-auto", "--suite", "validation", "--baselines", "soap")
 
 
 def run(commit: str, folder: Path) -> list[dict]:

@@ -16,7 +16,7 @@ with (ROOT / "reports/held_out/validation.csv").open() as _file:
     VALIDATION = {row["contender"]: row for row in csv.DictReader(_file)}
 LABELS = {  # of the table of held_out
     "SOAP, tuned": "soap",
-    "flagship at its default rate": "flagship@0.005",
+    "flagship-1 at its default rate": "flagship-1@0.005",
     "schedule-free AdamW, tuned": "schedule-free-adamw",
     "SGD with momentum, tuned": "sgdm",
     "AdamW with cosine, tuned": "adamw-cosine",
@@ -159,7 +159,7 @@ def test_other_numbers_of_readme_and_benchmark_are_in_the_reports_that_it_links_
     known = sorted(number for folder in linked(ROOT, text) for number in numbers_in(folder))
     # how many times longer than Adam is one over what the table has
     for longer, (folder, name) in {
-        "three times as long": ("held_out", "flagship-auto"),
+        "three times as long": ("held_out", "flagship-1-auto"),
         "1.4 times": ("held_out", "soap"),
         "SOAP 2.2 times": ("fetched_small", "soap"),
         "Muon 1.6 times": ("fetched_small", "muon"),
@@ -195,7 +195,7 @@ def test_what_is_said_of_updates_and_gradients():
         row = rows[task, name]
         return (row["milliseconds"] - row["gradient_milliseconds"]) / row["gradient_milliseconds"]
 
-    learned = [update_over_gradient(task, "flagship-auto") for task in tasks]
+    learned = [update_over_gradient(task, "flagship-1-auto") for task in tasks]
     assert f"takes {min(learned):.1f} to {max(learned):.0f} times as long as the gradient" in (
         (ROOT / "docs/benchmark.md").read_text().replace("\n", " ").replace("  ", " ")
     )

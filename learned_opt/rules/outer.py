@@ -1,4 +1,4 @@
-"""A learned outer step for local SGD: the flagship's direction for the workers' mean delta, with a learned length."""
+"""A learned outer step for local SGD: `flagship-1`'s direction for the workers' mean delta, with a learned length."""
 
 from typing import Any, NamedTuple
 

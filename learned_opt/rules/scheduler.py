@@ -131,7 +131,7 @@ def stepped(
 
     Example:
         >>> import learned_opt
-        >>> layers = learned_opt.load_rule("flagship-auto").theta["scheduler"]
+        >>> layers = learned_opt.load_rule("flagship-1-auto").theta["scheduler"]
         >>> tx = stepped(learned_opt.soap(1.0), layers, 3e-3, "cosine", num_steps=1000)
         >>> params = jnp.ones((3, 2))
         >>> updates, state = tx.update(params, tx.init(params), params, value=jnp.float32(1.5))
@@ -184,7 +184,7 @@ def over(
 
     Example:
         >>> import learned_opt
-        >>> saved = learned_opt.load_rule("flagship")
+        >>> saved = learned_opt.load_rule("flagship-1")
         >>> facts = {"base_kwargs": saved.kwargs, "learning_rate": saved.learning_rate}
         >>> kwargs, theta = over(saved.name, saved.theta, jax.random.key(0), **facts)
         >>> sorted(theta)

@@ -23,7 +23,7 @@ from .timing import FLOOR, Timing, machine, take_turns
 
 __all__ = ["Contender", "Plan", "Result", "baselines", "learned", "pretrained", "run_suite"]
 
-_VERSION = 3  # of what a run does: another number leaves the results kept so far unused
+_VERSION = 4  # of what a run does: another number leaves the results kept so far unused
 _EXTENSIONS = 3  # times that a grid is made longer, at most, where the best rate lies on its edge
 _AHEAD = 3  # learning rates that go on from the first tuning seed to the others
 _TUNING, _REPORTING = 1_000_000, 2_000_000  # seeds of the two start here

@@ -251,7 +251,7 @@ def _parse(name: str, text: str) -> Any:
 
 # Meta-trained as it will be used: under a cosine schedule from the rates that tuning finds.
 _QUICK = Config(meta_steps=300, min_learning_rate=1e-3, max_learning_rate=3e-2, inner_schedule="cosine")
-_FLAGSHIP = dataclasses.replace(  # the settings of the last stage of `pretrained/flagship`
+_FLAGSHIP = dataclasses.replace(  # the settings of the last stage of `pretrained/flagship-1`
     _QUICK,
     rule_kwargs={"orthogonalize": True},
     suite="mixed",

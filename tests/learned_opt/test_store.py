@@ -381,7 +381,7 @@ def test_arguments_that_cannot_be_meant(saved, arguments, message):
             rule.build(theta, **arguments)
 
 
-@pytest.mark.parametrize("name", [None, 3, b"flagship"])
+@pytest.mark.parametrize("name", [None, 3, b"flagship-1"])
 def test_what_is_no_name(name):
     for load in (learned_opt.load, learned_opt.load_rule, learned_opt.unsupervised.load):
         with pytest.raises(StoreError, match="by its name or folder"):

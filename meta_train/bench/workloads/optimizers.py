@@ -234,7 +234,7 @@ def over_soap(name: str, saved: SavedRule) -> Optimizer:
 
 
 def identity(name: str, learning_rate: float, kwargs: Mapping[str, Any]) -> Optimizer:
-    """SOAP's direction through Newton-Schulz steps at unit RMS: what is left of the flagship without its network.
+    """SOAP's direction through Newton-Schulz steps at unit RMS: what is left of ``flagship-1`` without its network.
 
     Args:
         name: its label.

@@ -61,7 +61,7 @@ def placed(space: Mapping[str, Range], fixed: Mapping[str, float], point: np.nda
 
 
 def climb(score: Callable[[float], float], usual: float, most: int = 6) -> dict[float, float]:
-    """Tries rates a factor two apart, downhill from the usual one, until the best has worse neighbours.
+    """Tries the usual rate, half and twice it, and goes downhill by factors of two until the best has worse neighbours.
 
     Args:
         score: of a rate, the lower the better; ``inf`` for a run that diverged.
@@ -73,9 +73,9 @@ def climb(score: Callable[[float], float], usual: float, most: int = 6) -> dict[
 
     Example:
         >>> climb(lambda rate: abs(rate - 0.5), 2.0)
-        {2.0: 1.5, 4.0: 3.5, 1.0: 0.5, 0.5: 0.0, 0.25: 0.25}
+        {2.0: 1.5, 1.0: 0.5, 4.0: 3.5, 0.5: 0.0, 0.25: 0.25}
     """
-    found = {rate: score(rate) for rate in (usual, 2 * usual)}
+    found = {rate: score(rate) for rate in (usual, usual / 2, usual * 2)}
     while len(found) < most:
         best = min(found, key=found.__getitem__)
         missing = [rate for rate in (best / 2, best * 2) if rate not in found]

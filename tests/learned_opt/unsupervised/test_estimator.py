@@ -129,7 +129,7 @@ def test_an_unknown_rule(digits):
     with pytest.raises(learned_opt.StoreError, match="no pretrained rule or folder named 'nonesuch'"):
         LearnedFeatures("nonesuch").fit(digits[0])
     with pytest.raises(learned_opt.StoreError, match="is an optimizer"):
-        LearnedFeatures("flagship").fit(digits[0])
+        LearnedFeatures("flagship-1").fit(digits[0])
     for wrong in (None, 3):
         with pytest.raises(learned_opt.StoreError, match="a name, a folder or meta-parameters"):
             LearnedFeatures(wrong).fit(digits[0])

@@ -374,7 +374,7 @@ def test_it_is_not_taken_for_an_optimizer(saved):
             load(saved[0])
         assert "\n" not in str(caught.value)
     with pytest.raises(learned_opt.StoreError, match="is an optimizer"):
-        unsupervised.load("flagship")
+        unsupervised.load("flagship-1")
     assert not set(learned_opt.available()) & set(unsupervised.available())
 
 

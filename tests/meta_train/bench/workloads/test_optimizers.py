@@ -106,15 +106,15 @@ def test_the_identity_control_is_soap_orthogonalised_at_unit_rms():
 
 
 def test_a_flagship_brings_its_controls():
-    names = [optimizer.name for optimizer in optimizers.pretrained("flagship")]
-    assert names == ["flagship", "flagship:identity", "flagship:untrained", "flagship:no-newton-schulz"]
-    kinds = [optimizer.kind for optimizer in optimizers.pretrained("flagship")]
+    names = [optimizer.name for optimizer in optimizers.pretrained("flagship-1")]
+    assert names == ["flagship-1", "flagship-1:identity", "flagship-1:untrained", "flagship-1:no-newton-schulz"]
+    kinds = [optimizer.kind for optimizer in optimizers.pretrained("flagship-1")]
     assert kinds == ["learned", "control", "control", "control"]
 
 
 def test_a_learned_schedule_brings_itself_over_soap():
-    _, control = optimizers.pretrained("flagship-auto")
-    assert (control.name, control.kind, control.setting) == ("flagship-auto:over-soap", "control", {})
+    _, control = optimizers.pretrained("flagship-1-auto")
+    assert (control.name, control.kind, control.setting) == ("flagship-1-auto:over-soap", "control", {})
     transform, soap = control.make({}, 100), learned_opt.directions.scale_by_soap()
     state, plain = transform.init(PARAMS), soap.init(PARAMS)
     for _ in range(2):  # SOAP's first update moves nothing

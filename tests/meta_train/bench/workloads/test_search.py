@@ -81,4 +81,4 @@ def test_a_climb_ends_at_a_best_with_worse_neighbours(octaves):
 
 
 def test_a_climb_gives_up():
-    assert sorted(search.climb(lambda rate: -rate, 1.0, most=5)) == [1, 2, 4, 8, 16]
+    assert sorted(search.climb(lambda rate: -rate, 1.0, most=5)) == [0.5, 1, 2, 4, 8]
