@@ -20,11 +20,13 @@ extensions = [
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
+    "sphinx-mathjax-offline",  # formulas without a network
 ]
 exclude_patterns = ["_build", "api/*/modules.rst"]
 html_theme = "furo"
 html_title = "learned-opt"
-html_static_path: list[str] = []
+html_static_path = ["static"]
+html_css_files = ["tables.css"]
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
