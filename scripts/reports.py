@@ -117,6 +117,10 @@ REPORTS = {
             "learned-opt tune cifar-cnn --out reports/self_tuning",
         ),
     ),
+    "sizes": Report(
+        "one setting of `flagship` at every width, depth, batch and horizon, beside tuned NAdamW",
+        ("learned-opt data fetch moby_dick", "python benchmarks/sizes.py"),
+    ),
     "unsupervised": Report(
         "features without labels beside baselines",
         ("python benchmarks/unsupervised_features.py --rule letters --out reports/unsupervised",),
@@ -137,7 +141,7 @@ REPORTS = {
         (
             "python scripts/choose_rates.py nadamw muon soap",
             *(
-                f"learned-opt bench flagship-1 flagship --suite workloads_{name} --baselines muon"
+                f"learned-opt bench flagship flagship-1 --suite workloads_{name} --baselines muon,soap"
                 f" --out reports/workloads/{name}"
                 for name in ("small", "test")
             ),
@@ -149,7 +153,7 @@ REPORTS = {
 
 
 def last_change(name: str) -> str:
-    """The date and the commit in which results of a folder last came in."""
+    """The date and the commit in which the results of a folder last changed, be it a name in them."""
     command = ["git", "log", "-1", "--diff-filter=AM", "--format=%ad, %h", "--date=short", "--", f"reports/{name}"]
     command += [f":(exclude)*/{derived}" for derived in ("README.md", "validation.csv", "celo2_soap_*")]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
@@ -165,7 +169,7 @@ def index() -> str:
         "`python scripts/reports.py --remake NAME` runs them.",
         "This page: `python scripts/reports.py --index`.",
         "",
-        "| folder | is the evidence for | last results |",
+        "| folder | is the evidence for | last change |",
         "|---|---|---|",
     ]
     lines += [f"| [{name}]({name}) | {report.claims} | {last_change(name)} |" for name, report in REPORTS.items()]

@@ -112,6 +112,20 @@ def test_a_flagship_brings_its_controls():
     assert kinds == ["learned", "control", "control", "control"]
 
 
+def test_a_control_layer_brings_itself_with_nothing_trained():
+    trained, fresh = optimizers.pretrained("flagship")
+    assert (fresh.name, fresh.kind, fresh.setting) == ("flagship:untrained", "control", {})
+
+    def first(optimizer):
+        transform = optimizer.make({}, 100)
+        return transform.update(GRADS, transform.init(PARAMS), PARAMS)[0]
+
+    ours, theirs = first(trained), first(fresh)
+    for u, v in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert not np.allclose(u, v)
+        np.testing.assert_allclose(np.linalg.norm(u), np.linalg.norm(v), rtol=0.05)  # steps of the same size
+
+
 def test_a_learned_schedule_brings_itself_over_soap():
     _, control = optimizers.pretrained("flagship-1-auto")
     assert (control.name, control.kind, control.setting) == ("flagship-1-auto:over-soap", "control", {})
