@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import platform
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -125,8 +126,10 @@ def load(
         name_or_path: one of :func:`available`, or the path of a folder that :func:`save` wrote.
         learning_rate: :math:`\eta_t`, a float, a traced scalar or an Optax schedule. A rule with a free step size
             (updates of unit RMS) defaults to the one recorded in its ``rule.json``; for any other rule this is a
-            factor on its own step, 1 by default.
-        weight_decay: :math:`\lambda_t`, decoupled as in AdamW: a float, a traced scalar or a schedule.
+            factor on its own step, 1 by default; a number of 0.01 or less, which looks like Adam's rate, is warned of.
+        weight_decay: :math:`\lambda_t`, decoupled as in AdamW: a float, a traced scalar or a schedule. For a rule that
+            sets its own step :math:`\eta_t` is 1, so that this is the share lost at every update; ``flagship`` has a
+            decay of its own.
         mask: which parameters decay, as for ``optax.adamw``: a pytree of bools, a prefix of the parameters', or a
             function of them that gives one. All by default.
         num_steps: the planned number of updates, at least 1, for a rule that wants it; may be traced.
@@ -157,6 +160,9 @@ def load(
         parts.append(decay_weights(weight_decay, mask))
     if learning_rate is not None:
         check_rate("learning_rate", learning_rate)
+        if saved.rule.learning_rate is None and isinstance(learning_rate, int | float) and 0 < learning_rate <= 0.01:
+            said = f"{name_or_path} sets its own steps, and learning_rate={learning_rate:g} is a factor on them"
+            warnings.warn(f"{said}: leave it out", stacklevel=2)
     else:
         learning_rate = saved.learning_rate
     if learning_rate is not None:

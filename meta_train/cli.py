@@ -155,7 +155,9 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--dataset", metavar="NAME", help="another data set of the same kind, such as fashion_mnist")
     tune.add_argument("--optimizer", metavar="RULE", help="a pretrained rule to train the weights with (Adam)")
     tune.add_argument("--cycles", type=int, default=600, metavar="N", help="of 5 training steps each (%(default)s)")
-    tune.add_argument("--learning-rate", type=float, default=1e-3, metavar="X", help="of the weights (%(default)s)")
+    tune.add_argument(
+        "--learning-rate", type=float, metavar="X", help="of Adam (0.001); with a rule, its rate or factor (its own)"
+    )
     tune.add_argument("--method", choices=("delta_stn", "stn"), default="delta_stn", help="(%(default)s)")
     tune.add_argument("--seed", type=int, default=0, metavar="N", help="of everything random (%(default)s)")
     tune.add_argument(

@@ -96,7 +96,9 @@ def scheduled_flagship(folder: Path) -> Path:
 def outer_flagship(folder: Path) -> Path:
     """A fresh length of steps beside `flagship-1`'s direction, saved."""
     theta = learned_opt.RULES["outer"]().init(jax.random.key(0))
-    return learned_opt.save(folder, "outer", theta | {"direction": learned_opt.load_rule("flagship-1").theta}, kwargs={})
+    return learned_opt.save(
+        folder, "outer", theta | {"direction": learned_opt.load_rule("flagship-1").theta}, kwargs={}
+    )
 
 
 def controlled_flagship(folder: Path) -> Path:

@@ -25,6 +25,7 @@ from .problems import PROBLEMS, Problem, evaluate, make_tuner, standing
 from .progress import progress
 
 _TRAIN_STEPS = 5  # of a cycle, as Delta-STN's authors found to work
+_ADAM_RATE = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,8 @@ class TuneConfig:
         problem: a name in :data:`meta_train.train.problems.PROBLEMS`.
         dataset: a data set instead of the problem's own.
         optimizer: a pretrained rule's name or folder that trains the weights; by default Adam.
-        learning_rate: of the weights.
+        learning_rate: of the weights; for a rule that sets its own steps, a factor on them. By default the rule's
+            own, and Adam's is 1e-3.
         hyper_learning_rate: of the hyperparameters (Adam).
         method: ``"delta_stn"`` or ``"stn"``.
         cycles: cycles of five training steps and a validation step.
@@ -48,7 +50,7 @@ class TuneConfig:
     problem: str
     dataset: str | None = None
     optimizer: str | None = None
-    learning_rate: float = 1e-3
+    learning_rate: float | None = None
     hyper_learning_rate: float = 1e-2
     method: str = "delta_stn"
     cycles: int = 600
@@ -93,7 +95,7 @@ def _run(config: TuneConfig, problem: Problem, out: Path, console: Console) -> d
     tuner = make_tuner(
         problem,
         weights=weights,
-        response=optax.adam(config.learning_rate),
+        response=_adam(config) if config.optimizer is None else optax.adam(_ADAM_RATE),
         hyper=optax.adam(config.hyper_learning_rate),
         method=config.method,
         train_steps=_TRAIN_STEPS,
@@ -170,10 +172,14 @@ def _weights(config: TuneConfig, problem: Problem) -> Any:
             raise ValueError(f"{config.problem} brings its own optimizer for the weights: leave --optimizer out")
         return problem.weights
     if config.optimizer is None:
-        return optax.adam(config.learning_rate)
+        return _adam(config)
     return learned_opt.load(
         config.optimizer, learning_rate=config.learning_rate, num_steps=config.cycles * _TRAIN_STEPS
     )
+
+
+def _adam(config: TuneConfig) -> optax.GradientTransformation:
+    return optax.adam(_ADAM_RATE if config.learning_rate is None else config.learning_rate)
 
 
 def _by_name(problem: Problem, hyper: st.Hyper) -> dict[str, float]:

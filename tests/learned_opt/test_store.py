@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -379,6 +380,15 @@ def test_arguments_that_cannot_be_meant(saved, arguments, message):
         rule, theta, *_ = learned_opt.load_rule(saved)
         with pytest.raises(ValueError, match=message):
             rule.build(theta, **arguments)
+
+
+def test_adams_rate_given_to_a_rule_that_sets_its_own_steps_is_warned_of():
+    with pytest.warns(UserWarning, match="flagship sets its own steps, and learning_rate=0.001 is a factor on them"):
+        learned_opt.load("flagship", learning_rate=1e-3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        learned_opt.load("flagship", learning_rate=0.5)
+        learned_opt.load("flagship-1", learning_rate=1e-3)
 
 
 @pytest.mark.parametrize("name", [None, 3, b"flagship-1"])

@@ -72,7 +72,7 @@ def test_tune_trains_the_weights_with_a_learned_rule(small, tmp_path):
         assert cli.main(["tune", "ridge", "--cycles", "3", "--out", str(out), "--json", *more]) == 0
     losses = [json.loads((out / "result.json").read_text())["last"]["valid"]["loss"] for out in (adam, rule)]
     assert np.all(np.isfinite(losses))
-    assert losses[0] != losses[1]
+    assert losses[1] < losses[0], losses
 
 
 def own(folder, text):
