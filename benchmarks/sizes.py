@@ -64,7 +64,7 @@ def plot(rows: list[dict], path: Path) -> None:
     figure, panels = plt.subplots(1, len(AXES), figsize=(11, 3.2), sharey=True, layout="constrained")
     for panel, (axis, values) in zip(panels, AXES.items(), strict=True):
         own = [next(r for r in rows if all(r[k] == v for k, v in (USUAL | {axis: value}).items())) for value in values]
-        panel.plot(values, [float(r[PEER]) for r in own], "o-", color="tab:gray", label="NAdamW, tuned at each size")
+        panel.plot(values, [float(r[PEER]) for r in own], "o-", color="tab:gray", ms=3, label="NAdamW, tuned at each size")
         for factor, style in zip(FACTORS, (":", "-", "--"), strict=True):
             label = RULE if factor == 1 else f"{RULE}, steps x {factor:g}"
             panel.plot(
@@ -76,7 +76,7 @@ def plot(rows: list[dict], path: Path) -> None:
         panel.set_xlabel(axis.replace("_", " "))
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("validation loss")
-    panels[0].legend(frameon=False, fontsize=7)
+    panels[1].legend(frameon=False, fontsize=7, loc="upper left")  # where no line is
     figure.savefig(path, dpi=120)
 
 
