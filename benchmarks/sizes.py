@@ -64,7 +64,8 @@ def plot(rows: list[dict], path: Path) -> None:
     figure, panels = plt.subplots(1, len(AXES), figsize=(11, 3.2), sharey=True, layout="constrained")
     for panel, (axis, values) in zip(panels, AXES.items(), strict=True):
         own = [next(r for r in rows if all(r[k] == v for k, v in (USUAL | {axis: value}).items())) for value in values]
-        panel.plot(values, [float(r[PEER]) for r in own], "o-", color="tab:gray", ms=3, label="NAdamW, tuned at each size")
+        tuned = [float(r[PEER]) for r in own]
+        panel.plot(values, tuned, "o-", color="tab:gray", ms=3, label="NAdamW, tuned at each size")
         for factor, style in zip(FACTORS, (":", "-", "--"), strict=True):
             label = RULE if factor == 1 else f"{RULE}, steps x {factor:g}"
             panel.plot(

@@ -169,7 +169,8 @@ def index() -> str:
         "`python scripts/reports.py --remake NAME` runs them.",
         "This page: `python scripts/reports.py --index`.",
         "",
-        "Before commit e00fe36 `flagship-1` was called `flagship`, `flagship-1-auto` `flagship-auto`, and `flagship` `flagship-2`.",
+        "Before commit e00fe36 `flagship-1` was called `flagship`, `flagship-1-auto` `flagship-auto`, and `flagship` "
+        "`flagship-2`.",
         "",
         "| folder | is the evidence for | last change |",
         "|---|---|---|",
