@@ -16,7 +16,7 @@ from meta_train.bench.workloads import optimizers, protocol, training
 from tasks.workloads import SUITES
 
 OUT = Path(__file__).parent.parent / "reports" / "workloads" / "step_times.csv"
-OPTIMIZERS = ("nadamw", "adamw", "muon", "soap", "flagship-1")
+OPTIMIZERS = ("nadamw", "adamw", "muon", "soap", "flagship")
 WORKLOADS = ("moby_dick/gpt-4x128", "cifar10/resnet-64-128-256")
 
 
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     arguments = parser.parse_args()
     known = {workload.name: workload for suite in SUITES.values() for workload in suite}
-    found = {o.name: o for o in [*optimizers.baselines(), *optimizers.pretrained("flagship-1")]}
+    found = {o.name: o for o in [*optimizers.baselines(), *optimizers.pretrained("flagship")]}
     chosen = [found[name] for name in arguments.optimizers.split(",")]
     rows = []
     for name in arguments.workloads.split(","):

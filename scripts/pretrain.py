@@ -70,7 +70,6 @@ STAGES: dict[str, list[Config]] = {
         replace(_SCHEDULER, rule_kwargs=_AUTO | {"base": "celo2_soap", "base_kwargs": {}}, meta_steps=0),
     ],
     "flagship": [replace(_CONTROL, rule_kwargs={"direction": "celo2_soap"})],
-    "flagship-light": [replace(_CONTROL, rule_kwargs={"direction": "nadam"})],
     "scheduler-adam": [replace(_SCHEDULER, trainable=[], rule_kwargs=_ADAM)],
     "adafac-mlp": [replace(_SHORT, rule="adafac_mlp", meta_steps=1000)],
     "outer": [

@@ -13,8 +13,8 @@ import tempfile
 from pathlib import Path
 
 FORMS = {"before": "54debc2", "rests, no unit": "627f427", "long sides not rotated": "9ec1b1c"}
-CONTENDERS = ("flagship-1@0.005", "flagship-1-auto")
-BENCH = ("bench", "flagship-1", "flagship-1-auto", "--suite", "validation", "--baselines", "soap")
+CONTENDERS = {"flagship@0.005": "flagship-1@0.005", "flagship-auto": "flagship-1-auto"}  # as they were called, and are
+BENCH = ("bench", "flagship", "flagship-auto", "--suite", "validation", "--baselines", "soap")
 
 
 def run(commit: str, folder: Path) -> list[dict]:
@@ -33,7 +33,7 @@ def table(figures: dict[str, list[dict]]) -> list[dict]:
     """One row a contender, task and form, beside the form before and the first; ratios where there are data."""
     found = [{(row["task"], row["contender"]): row for row in rows} for rows in figures.values()]
     rows = []
-    for name in CONTENDERS:
+    for name, label in CONTENDERS.items():
         for task in dict.fromkeys(task for task, _ in found[-1]):
             losses = [run[task, name]["valid_loss"] for run in found]
             for i, (form, run_) in enumerate(zip(figures, found, strict=True)):
@@ -43,7 +43,7 @@ def table(figures: dict[str, list[dict]]) -> list[dict]:
                 row = run_[task, name]
                 rows.append(
                     {
-                        "contender": name,
+                        "contender": label,
                         "task": task,
                         "form": form,
                         "commit": FORMS[form],

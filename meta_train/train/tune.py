@@ -95,7 +95,7 @@ def _run(config: TuneConfig, problem: Problem, out: Path, console: Console) -> d
     tuner = make_tuner(
         problem,
         weights=weights,
-        response=_adam(config) if config.optimizer is None else optax.adam(_ADAM_RATE),
+        response=_adam(config),
         hyper=optax.adam(config.hyper_learning_rate),
         method=config.method,
         train_steps=_TRAIN_STEPS,
@@ -179,7 +179,9 @@ def _weights(config: TuneConfig, problem: Problem) -> Any:
 
 
 def _adam(config: TuneConfig) -> optax.GradientTransformation:
-    return optax.adam(_ADAM_RATE if config.learning_rate is None else config.learning_rate)
+    """For the response, and for the weights that no rule trains; a rule's rate is not Adam's."""
+    given = config.learning_rate if config.optimizer is None else None
+    return optax.adam(_ADAM_RATE if given is None else given)
 
 
 def _by_name(problem: Problem, hyper: st.Hyper) -> dict[str, float]:
