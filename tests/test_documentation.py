@@ -9,8 +9,8 @@ from support import ROOT
 
 from meta_train import cli
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "RELEASE.md", *sorted((ROOT / "docs").glob("*.md"))]
-PAGES += sorted((ROOT / "pretrained").glob("*/README.md"))
+DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*DOCS, ROOT / "CONTRIBUTING.md", ROOT / "RELEASE.md", *sorted((ROOT / "pretrained").glob("*/README.md"))]
 
 
 def commands(text: str) -> list[list[str]]:
@@ -42,12 +42,20 @@ def test_commands_are_ones_that_can_be_typed(page):
             assert (ROOT / words[1]).is_file() or page.parent.joinpath(words[1]).is_file(), shown
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/start.md", "docs/rules.md"])
-def test_code_runs(page):
+def programs(text: str) -> list[str]:
+    """The blocks of Python that begin with an import; others are pieces that show a form."""
+    blocks = re.findall(r"^```python\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    return [block for block in blocks if block.startswith(("import ", "from "))]
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in DOCS if programs(page.read_text())], ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_code_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     names: dict = {}
-    for block in re.findall(r"^```python\n(.*?)^```$", (ROOT / page).read_text(), flags=re.DOTALL | re.MULTILINE):
-        exec(compile(block, page, "exec"), names)
-    assert names
+    for program in programs(page.read_text()):
+        exec(compile(program, str(page), "exec"), names)
 
 
 def test_where_things_are_they_are():
