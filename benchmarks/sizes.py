@@ -19,7 +19,8 @@ import matplotlib.pyplot as plt
 import tables
 
 import learned_opt
-from meta_train.bench.workloads.optimizers import Optimizer, Settings, baselines
+from meta_train.bench.workloads.baselines import baselines
+from meta_train.bench.workloads.optimizers import Optimizer, Settings
 from meta_train.bench.workloads.search import climb
 from meta_train.bench.workloads.training import Program, program, run
 from meta_train.commands import shared

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import jax
 
-from meta_train.bench.workloads import optimizers, protocol, training
+from meta_train.bench.workloads import baselines, optimizers, protocol, training
 from tasks.workloads import SUITES
 
 OUT = Path(__file__).parent.parent / "reports" / "workloads" / "step_times.csv"
 OPTIMIZERS = ("nadamw", "adamw", "muon", "soap", "flagship")
-WORKLOADS = ("moby_dick/gpt-4x128", "cifar10/resnet-64-128-256")
+WORKLOADS = ("mail/embeddings-96-384", "cifar10/resnet-64-128-256")
 
 
 def plain_loop(program, optimizer, steps: int) -> float:
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     arguments = parser.parse_args()
     known = {workload.name: workload for suite in SUITES.values() for workload in suite}
-    found = {o.name: o for o in [*optimizers.baselines(), *optimizers.pretrained("flagship")]}
+    found = {o.name: o for o in [*baselines.baselines(), *optimizers.pretrained("flagship")]}
     chosen = [found[name] for name in arguments.optimizers.split(",")]
     rows = []
     for name in arguments.workloads.split(","):

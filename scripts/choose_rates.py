@@ -11,7 +11,8 @@ import csv
 from pathlib import Path
 
 from learned_opt.files import write_atomically
-from meta_train.bench.workloads.optimizers import Optimizer, baselines, pretrained
+from meta_train.bench.workloads.baselines import baselines
+from meta_train.bench.workloads.optimizers import Optimizer, pretrained
 from meta_train.bench.workloads.search import climb
 from meta_train.bench.workloads.training import program, run
 from meta_train.commands import shared

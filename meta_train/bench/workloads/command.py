@@ -19,7 +19,8 @@ from .. import user_code
 from ..benchmark import machine_of
 from ..contenders import Contender
 from . import report
-from .optimizers import REFERENCE, Optimizer, Range, Settings, baselines, pretrained
+from .baselines import baselines
+from .optimizers import REFERENCE, Optimizer, Range, Settings, pretrained
 from .protocol import RULESETS, Plan, run_suite
 
 DEFAULT = (REFERENCE, "adamw", "muon", "soap")  # baselines, where none are named

@@ -38,7 +38,7 @@ def settings(optimizer: Optimizer, number: int = TRIALS) -> list[dict[str, float
         At most ``number`` settings, the same at every call.
 
     Example:
-        >>> from meta_train.bench.workloads.optimizers import baselines
+        >>> from meta_train.bench.workloads.baselines import baselines
         >>> nadamw = baselines()[0]
         >>> [round(s["learning_rate"], 5) for s in settings(nadamw, 3)][0]
         0.004

@@ -10,7 +10,8 @@ import pytest
 
 import learned_opt
 from meta_train.bench.workloads import optimizers
-from meta_train.bench.workloads.optimizers import baselines, schedule
+from meta_train.bench.workloads.baselines import baselines, cautious, is_hidden, normuon_direction, soap_direction
+from meta_train.bench.workloads.optimizers import schedule
 
 PARAMS = {
     "~": {"embed": jnp.ones((5, 4))},
@@ -68,7 +69,7 @@ def test_muon_orthogonalises_hidden_matrices_alone():
     names = [
         jax.tree_util.keystr(path, simple=True, separator="/")
         for path, leaf in jax.tree_util.tree_leaves_with_path(PARAMS)
-        if optimizers.is_hidden(path, leaf)
+        if is_hidden(path, leaf)
     ]
     assert names == ["layer/w"]
     muon = next(optimizer for optimizer in baselines() if optimizer.name == "muon")
@@ -82,7 +83,7 @@ def test_muon_orthogonalises_hidden_matrices_alone():
 
 
 def test_cautious_keeps_what_agrees_with_the_gradient():
-    transform = optimizers.cautious(optax.stateless(lambda u, p: jnp.array([1.0, -2.0, 3.0, 4.0])))
+    transform = cautious(optax.stateless(lambda u, p: jnp.array([1.0, -2.0, 3.0, 4.0])))
     updates, _ = transform.update(jnp.array([1.0, 1.0, 1.0, -1.0]), transform.init(jnp.ones(4)))
     np.testing.assert_allclose(updates, [2.0, 0.0, 6.0, 0.0])  # half of them agree
 
@@ -96,7 +97,7 @@ def test_the_identity_control_is_soap_orthogonalised_at_unit_rms():
     rate = float(schedule(settings, 1000)(1))
     for leaf in jax.tree.leaves(updates):
         np.testing.assert_allclose(jnp.sqrt(jnp.mean(leaf**2)), rate, rtol=1e-4)
-    direction = optimizers.soap_direction({"one_minus_b1": 0.05, "one_minus_b2": 0.05})
+    direction = soap_direction({"one_minus_b1": 0.05, "one_minus_b2": 0.05})
     _, state = direction.update(GRADS, direction.init(PARAMS), PARAMS)
     plain, _ = direction.update(GRADS, state, PARAMS)
     left, _, right = np.linalg.svd(plain["layer"]["w"], full_matrices=False)
@@ -159,3 +160,24 @@ def test_a_learned_rule_follows_the_schedule():
     rate = float(schedule(settings, 10)(0))
     np.testing.assert_allclose(updates["layer"]["w"], rate * (direction["layer"]["w"] - 0.1), rtol=1e-4, atol=1e-7)
     np.testing.assert_allclose(updates["layer"]["b"], rate * direction["layer"]["b"], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["soap-muon", "normuon"])
+def test_orthogonalised_updates_have_adams_rms_and_spare_the_rest(name):
+    found = next(optimizer for optimizer in baselines() if optimizer.name == name)
+    settings = {**found.setting, "weight_decay": 0.0, "warmup": 0.01}
+    transform = found.make(settings, 1000)
+    _, state = transform.update(GRADS, transform.init(PARAMS), PARAMS)  # SOAP's first update moves nothing
+    updates, _ = transform.update(GRADS, state, PARAMS)
+    rate = float(schedule(settings, 1000)(1))
+    np.testing.assert_allclose(jnp.sqrt(jnp.mean(updates["layer"]["w"] ** 2)), 0.2 * rate, rtol=1e-3)
+    for part in (updates["~"]["embed"], updates["layer"]["b"], updates["output"]["w"]):
+        np.testing.assert_allclose(jnp.abs(part), rate, rtol=1e-3)  # Adam's signs, the gradient being the same twice
+
+
+def test_normuon_moves_every_output_alike():
+    gradient = GRADS["layer"]["w"] * jnp.array([[100.0, 1, 1, 1, 1, 1]])
+    params = {"layer": {"w": PARAMS["layer"]["w"]}}
+    direction = normuon_direction({"one_minus_b1": 0.05, "one_minus_b2": 0.05})
+    updates, _ = direction.update({"layer": {"w": gradient}}, direction.init(params), params)
+    np.testing.assert_allclose(jnp.sqrt(jnp.mean(updates["layer"]["w"] ** 2, 0)), 0.2, rtol=1e-3)

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meta_train.bench.workloads import search
-from meta_train.bench.workloads.optimizers import Optimizer, Range, baselines
+from meta_train.bench.workloads.baselines import baselines
+from meta_train.bench.workloads.optimizers import Optimizer, Range
 from meta_train.bench.workloads.search import Trial
 
 SPACE = {"learning_rate": Range(1e-3, 1e-1), "share": Range(0.0, 1.0, linear=True)}

@@ -12,11 +12,11 @@ import optax
 import pytest
 from support import ROOT
 
-from meta_train.bench.workloads import optimizers, training
+from meta_train.bench.workloads import baselines, training
 from tasks import Workload
 from tasks.families.synthetic import quadratic
 
-NADAMW = optimizers.baselines()[0]
+NADAMW = baselines.baselines()[0]
 WORKLOAD = Workload(lambda: quadratic(dim=8, condition=(2.0, 4.0)), steps=30, every=7, name="quadratic")
 
 
