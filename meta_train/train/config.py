@@ -12,6 +12,7 @@ from ..errors import UserError
 
 _MEASURES = ("log", "relative")
 _SCHEDULES = ("constant", "cosine")
+_LOCAL_OPTIMIZERS = ("adamw", "muon", "sgd")
 
 
 class ConfigError(UserError):
@@ -41,7 +42,8 @@ class Config:
         min_learning_rate: lower end of the log-uniform inner step size of a rule that has a free one; by default
             the rule's own.
         max_learning_rate: upper end.
-        local_rates: least and most step size of the workers, for an outer step of local SGD; drawn log-uniformly.
+        local_optimizers: for an outer step of local SGD, what the workers step by (``"sgd"``, ``"adamw"``, ``"muon"``),
+            with the least and most of the step size, drawn log-uniformly.
         inner_schedule: such a step size over an episode, ``"constant"`` or ``"cosine"``.
         told_length: share of the episodes in which the rule is told their length (see ``task_learner``).
         max_loss: cap of the meta-loss in units of the initial loss; what a non-finite loss counts as.
@@ -76,7 +78,7 @@ class Config:
     max_length: int = 1000
     min_learning_rate: float | None = None
     max_learning_rate: float | None = None
-    local_rates: list[float] = dataclasses.field(default_factory=lambda: [0.05, 0.4])
+    local_optimizers: dict[str, Any] = dataclasses.field(default_factory=lambda: {"sgd": [0.05, 0.4]})
     inner_schedule: str = "constant"
     told_length: float = 1.0
     max_loss: float = 4.0
@@ -119,9 +121,12 @@ class Config:
             raise ConfigError("set both of min_learning_rate and max_learning_rate, or neither")
         if self.learning_rates is not None and not 0 < self.learning_rates[0] <= self.learning_rates[1]:
             raise ConfigError("min_learning_rate must be positive and at most max_learning_rate")
-        rates = [x for x in self.local_rates if isinstance(x, int | float)]
-        if not (len(rates) == len(self.local_rates) == 2 and 0 < rates[0] <= rates[1]):
-            raise ConfigError(f"local_rates must be two positive numbers in order, not {self.local_rates}")
+        if not self.local_optimizers or not set(self.local_optimizers) <= set(_LOCAL_OPTIMIZERS):
+            raise ConfigError(f"local_optimizers must have some of {', '.join(_LOCAL_OPTIMIZERS)}")
+        for name, ends in self.local_optimizers.items():
+            rates = [x for x in ends if isinstance(x, int | float)] if isinstance(ends, list | tuple) else []
+            if not (len(rates) == 2 == len(ends) and 0 < rates[0] <= rates[1]):
+                raise ConfigError(f"local_optimizers: {name} must have two positive numbers in order, not {ends}")
         if self.measure not in _MEASURES:
             raise ConfigError(f"measure must be one of {', '.join(_MEASURES)}, not {self.measure!r}")
         for name, schedule in (("inner_schedule", self.inner_schedule), ("outer_schedule", self.outer_schedule)):

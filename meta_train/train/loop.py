@@ -82,7 +82,7 @@ def _outer_step(config: Config, rule, entry, family, lengths) -> Learner:
     return local_sgd_learner(
         rule,
         family,
-        local_rates=(config.local_rates[0], config.local_rates[1]),
+        local_optimizers={name: (low, high) for name, (low, high) in config.local_optimizers.items()},
         rounds=lengths,
         multiple_of=config.unroll,
         learning_rates=None if rule.learning_rate is None else config.learning_rates,

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import pytest
 
 import learned_opt
@@ -29,15 +30,27 @@ def regression(dim=3):
     return TaskFamily(data=(), sample=lambda key: {}, task=lambda data, cfg: task)
 
 
-@pytest.mark.parametrize(("workers", "delay"), [(1, 1), (3, 4)])
-def test_a_round_is_the_transform_s_round(workers, delay):
+@pytest.mark.parametrize(("workers", "delay", "name"), [(1, 1, "sgd"), (3, 4, "adamw"), (2, 3, "muon")])
+@pytest.mark.parametrize("falls", [False, True])
+def test_a_round_is_the_transform_s_round(workers, delay, name, falls):
     family, rule = regression(), learned_opt.RULES["sgdm"](learning_rate=0.7, momentum=0.5)
     theta = rule.init(jax.random.key(0))
-    learner = local_sgd_learner(rule, family, max_workers=5, delays=(delay, delay), local_rates=(0.1, 0.1))
-    state = learner.init(theta, jax.random.key(1))._replace(workers=jnp.asarray(workers))
+    rates = {"muon": (0.1, 0.1), "sgd": (0.1, 0.1), "adamw": (0.1, 0.1)}
+    learner = local_sgd_learner(rule, family, max_workers=5, delays=(delay, delay), local_optimizers=rates)
+    state = learner.init(theta, jax.random.key(1))
+    number = list(rates).index(name)
+    state = state._replace(workers=jnp.asarray(workers), optimizer=jnp.asarray(number), falls=jnp.asarray(falls))
     task = family.task((), {})
 
-    transform = learned_opt.local_sgd.local_sgd(optax.sgd(0.1), rule.build(theta), sync_every=delay)
+    def rate(count):
+        return 0.1 * (0.5 * (1 + jnp.cos(jnp.pi * (count // delay) / state.num_rounds)) if falls else 1.0)
+
+    inner = {
+        "sgd": optax.sgd(rate),
+        "adamw": optax.adamw(rate, b2=0.99, weight_decay=0.05),
+        "muon": optax.contrib.muon(rate, consistent_rms=0.2, weight_decay=0.05),
+    }
+    transform = learned_opt.local_sgd.local_sgd(inner[name], rule.build(theta), sync_every=delay)
     opt_state = transform.init(state.anchor)
     axes = worker_axes(opt_state)
 
@@ -63,7 +76,9 @@ def test_a_round_is_the_transform_s_round(workers, delay):
 def test_absent_workers_count_for_nothing_even_when_they_diverge():
     rule = learned_opt.RULES["sgd"](learning_rate=1.0)
     theta = rule.init(jax.random.key(0))
-    learner = local_sgd_learner(rule, regression(), max_workers=4, delays=(30, 30), local_rates=(1e3, 1e3))
+    learner = local_sgd_learner(
+        rule, regression(), max_workers=4, delays=(30, 30), local_optimizers={"sgd": (1e3, 1e3)}
+    )
     state = learner.init(theta, jax.random.key(1))._replace(workers=jnp.asarray(1))
     calm = state._replace(delay=jnp.asarray(1), local_rate=jnp.asarray(0.1))
     assert np.all(np.isfinite(jax.jit(learner.step)(theta, calm, jax.random.key(3))[0].anchor["w"]))
@@ -73,11 +88,20 @@ def test_absent_workers_count_for_nothing_even_when_they_diverge():
 
 def test_workers_delays_and_rounds_are_drawn():
     rule = learned_opt.RULES["sgd"]()
-    learner = local_sgd_learner(rule, regression(), max_workers=4, delays=(2, 16), rounds=(10, 50), multiple_of=10)
+    rates = {"sgd": (0.1, 0.4), "adamw": (0.001, 0.01)}
+    learner = local_sgd_learner(
+        rule, regression(), max_workers=4, delays=(2, 16), rounds=(10, 50), multiple_of=10, local_optimizers=rates
+    )
     keys = jax.random.split(jax.random.key(0), 200)
     states = jax.jit(jax.vmap(learner.init, (None, 0)))(rule.init(keys[0]), keys)
     assert set(np.asarray(states.workers)) == {1, 2, 3, 4}
     assert (states.delay.min(), states.delay.max()) == (2, 16)
+    for number, (low, high) in enumerate(rates.values()):
+        drawn = states.local_rate[states.optimizer == number]
+        assert 60 < drawn.size < 140  # of 200 coins: 5.7 standard errors
+        assert low <= drawn.min() < 1.2 * low
+        assert high / 1.2 < drawn.max() <= high
+    assert 60 < states.falls.sum() < 140
     assert set(np.asarray(states.num_rounds)) == {10, 20, 30, 40, 50}
     np.testing.assert_array_equal(jax.vmap(learner.remaining)(states), states.num_rounds)
 
@@ -87,7 +111,12 @@ def test_meta_training_finds_a_better_outer_step():
 
     def build(data):
         learner = local_sgd_learner(
-            rule, family._replace(data=data), delays=(2, 4), local_rates=(0.03, 0.1), rounds=(10, 20), multiple_of=5
+            rule,
+            family._replace(data=data),
+            delays=(2, 4),
+            local_optimizers={"sgd": (0.03, 0.1)},
+            rounds=(10, 20),
+            multiple_of=5,
         )
         return [estimators.pes(learner, unroll=5, sigma=0.1)]
 
