@@ -29,8 +29,11 @@ class Config:
         init: a pretrained name or a saved rule's folder to start from; by default fresh meta-parameters.
         trainable: the top-level entries of theta that are trained, the others stay as they start; by default all.
         learner: what a particle runs: ``"optimizer"`` (the rule optimizes tasks), ``"local_sgd"`` (it is the outer step
-            of local SGD; lengths are rounds) or ``"features"`` (an unsupervised rule); by default by the rule's kind.
-        suite: a training suite of ``tasks.suites``; for an unsupervised rule, of ``tasks.families.representation``.
+            of local SGD; lengths are rounds), ``"self_tuning"`` (it trains networks whose hyperparameters are tuned
+            meanwhile, and is judged by their validation losses; lengths are cycles of the tuner) or ``"features"`` (an
+            unsupervised rule); by default by the rule's kind.
+        suite: a training suite of ``tasks.suites``; of ``tasks.families.representation`` for an unsupervised rule, of
+            ``meta_train.train.problems`` for self-tuning.
         estimator: a name in ``meta_train.train.estimators.ESTIMATORS``.
         meta_steps: number of meta-steps.
         particles: learning processes (antithetic pairs of them, for the evolution strategies) per task family; the

@@ -27,12 +27,13 @@ from tasks.families import representation
 
 from .. import claim
 from ..errors import UserError
-from . import checkpoint, progress
+from . import checkpoint, problems, progress
 from . import config as configs
 from .config import Config, ConfigError
 from .estimators import ESTIMATORS, one_by_one
 from .learners import MEASURES, SCHEDULES, Learner, task_learner
 from .learners.local_sgd import local_sgd_learner
+from .learners.self_tuning import self_tuning_learner
 from .learners.unsupervised import feature_learner
 from .trainer import Trainer, TrainInfo, TrainState, begin, make_mesh, make_trainer, place
 
@@ -92,15 +93,31 @@ def _outer_step(config: Config, rule, entry, family, lengths) -> Learner:
     )
 
 
+def _self_tuned(config: Config, rule, entry, problem, lengths) -> Learner:
+    """The rule trains networks whose hyperparameters are tuned meanwhile; lengths are cycles of the tuner."""
+    del entry
+    return self_tuning_learner(
+        rule,
+        problem,
+        problem.data,
+        cycles=lengths,
+        multiple_of=config.unroll,
+        max_loss=config.max_loss,
+        measure=MEASURES[config.measure],
+    )
+
+
 def _features(config: Config, rule, entry, family, lengths) -> Learner:
     """The rule learns features without labels."""
     return feature_learner(rule, family, entry, lengths=lengths, multiple_of=config.unroll)
 
 
-LEARNERS: dict[str, Callable[..., Learner]] = {
-    "features": _features,
-    "local_sgd": _outer_step,
-    "optimizer": _optimizer,
+# What a particle runs, and where the suite is found.
+LEARNERS: dict[str, tuple[Callable[..., Learner], Callable[[str], Any]]] = {
+    "features": (_features, representation.suite),
+    "local_sgd": (_outer_step, suites.suite),
+    "optimizer": (_optimizer, suites.suite),
+    "self_tuning": (_self_tuned, problems.suite),
 }
 
 
@@ -123,22 +140,21 @@ def set_up(config: Config, mesh: Mesh) -> Setup:
     unsupervised = KNOWN[config.rule] is FEATURES
     if config.estimator not in ESTIMATORS:
         raise ConfigError(f"unknown estimator {config.estimator!r}; estimators: {', '.join(sorted(ESTIMATORS))}")
+    kind = config.learner or ("features" if unsupervised else "optimizer")
+    if kind not in LEARNERS or unsupervised != (kind == "features"):
+        raise ConfigError(f"rule {config.rule!r} has no learner {kind!r}; learners: {', '.join(LEARNERS)}")
+    make_learner, find = LEARNERS[kind]
     try:
-        find = representation.suite if unsupervised else suites.suite
-        entries: Any = find(config.suite)  # either kind has `name` and `make`
+        entries: Any = find(config.suite)  # of every kind has `name` and `make`
     except ValueError as error:
         raise ConfigError(str(error)) from None
     families = [entry.make() for entry in entries]
     whole = config.estimator in _WHOLE_EPISODES
     lengths = (config.unroll, config.unroll) if whole else (config.min_length, config.max_length)
 
-    kind = config.learner or ("features" if unsupervised else "optimizer")
-    if kind not in LEARNERS or unsupervised != (kind == "features"):
-        raise ConfigError(f"rule {config.rule!r} has no learner {kind!r}; learners: {', '.join(LEARNERS)}")
-
     def estimators(data: Data):
         for entry, family, held in zip(entries, families, data, strict=True):
-            learner = LEARNERS[kind](config, rule, entry, family._replace(data=held), lengths)
+            learner = make_learner(config, rule, entry, family._replace(data=held), lengths)
             estimator = ESTIMATORS[config.estimator](learner, unroll=config.unroll, sigma=config.sigma)
             yield one_by_one(estimator) if unsupervised else estimator
 

@@ -1,6 +1,7 @@
 """Networks with hyperparameters worth tuning: what ``learned-opt tune`` runs."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
@@ -383,6 +384,42 @@ def _masked_rows(x: jax.Array, rate: jax.Array) -> jax.Array:
     """Dropout of whole characters of [T, B, D]."""
     by_example = st.regularisers.dropout(hk.next_rng_key(), x.swapaxes(0, 1), rate, shared_axes=(2,))
     return by_example.swapaxes(0, 1)
+
+
+class Entry(NamedTuple):
+    """A problem of a suite.
+
+    Attributes:
+        name: unique in its suite.
+        make: makes the problem; data are read only then.
+    """
+
+    name: str
+    make: Callable[[], Problem]
+
+
+# To meta-train on: small enough for many particles.
+SUITES: dict[str, tuple[Entry, ...]] = {
+    "self_tuned": (
+        Entry("fashion_mnist_small/cnn-4-8", functools.partial(fashion_cnn, width=4, batch_size=32)),
+        Entry("sotu_small/lstm-24", functools.partial(char_lstm, width=24, embedding=12, length=16, batch_size=16)),
+    ),
+}
+
+
+def suite(name: str) -> tuple[Entry, ...]:
+    """Find a suite of problems by name.
+
+    Raises:
+        ValueError: there is none.
+
+    Example:
+        >>> [entry.name for entry in suite("self_tuned")]
+        ['fashion_mnist_small/cnn-4-8', 'sotu_small/lstm-24']
+    """
+    if name not in SUITES:
+        raise ValueError(f"unknown suite {name!r} of self-tuned networks; known: {', '.join(SUITES)}")
+    return SUITES[name]
 
 
 PROBLEMS: dict[str, Callable[..., Problem]] = {

@@ -1,5 +1,6 @@
 """The learner whose inner process is a self-tuning network."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,15 +10,17 @@ import optax
 from learned_opt import self_tuning as st
 from learned_opt.base import LearnedOptimizer, Theta
 from tasks.base import Data
+from tasks.families.networks import log_uniform
 
 from ..problems import Problem, make_tuner
-from .base import Learner
+from .base import MEASURES, Learner, meta_loss_of
 
 
 class SelfTuningState(NamedTuple):
     """The state of :func:`self_tuning_learner`: one self-tuning run in progress."""
 
     tuner: st.TunerState
+    cycles: jax.Array  # int32, of this episode
     initial_loss: jax.Array  # float, what the validation losses are divided by
 
 
@@ -26,9 +29,11 @@ def self_tuning_learner(
     problem: Problem,
     data: Data,
     *,
-    cycles: int = 50,
+    cycles: tuple[int, int] = (50, 50),
+    multiple_of: int = 1,
     learning_rate: float | None = None,
     max_loss: float = 4.0,
+    measure: Callable[[jax.Array], jax.Array] = MEASURES["relative"],
     **options: Any,
 ) -> Learner:
     r"""The learner that trains a self-tuning network with a learned rule.
@@ -42,9 +47,11 @@ def self_tuning_learner(
         rule: the learned update rule; it moves the weights. The response is moved by Adam.
         problem: what is learned.
         data: ``problem.data``, possibly traced.
-        cycles: of an episode.
+        cycles: least and most of an episode, drawn log-uniformly.
+        multiple_of: cycles are rounded to multiples of it (the estimator's window).
         learning_rate: of a rule that has a free one; by default its own.
         max_loss: cap :math:`c` of the meta-loss, in units of the loss at the start.
+        measure: the meta-loss of the loss in these units, of :data:`meta_train.train.learners.MEASURES`.
         **options: of :func:`learned_opt.self_tuning.tuner`, such as ``train_steps`` and ``hyper``. The guard and the
             bound of the hyperparameters' steps are off unless set: they make the meta-loss jump.
 
@@ -57,20 +64,20 @@ def self_tuning_learner(
     rate = learning_rate or rule.learning_rate or 1.0
     options = {"response": optax.adam(1e-3), "train_steps": 5, "guard": None, "trust": None} | options
 
-    def tuner(theta: Theta) -> st.Tuner:
+    def tuner(theta: Theta, cycles: jax.Array) -> st.Tuner:
         weights = rule.build(theta, num_steps=cycles * options["train_steps"])
         return make_tuner(problem, weights=optax.chain(weights, optax.scale(rate)), **options)
 
     def init(theta: Theta, key: jax.Array) -> SelfTuningState:
-        k_init, k_batch = jax.random.split(key)
+        k_init, k_batch, k_cycles = jax.random.split(key, 3)
+        windows = jnp.maximum(jnp.round(log_uniform(k_cycles, *cycles) / multiple_of), 1)
+        drawn = (multiple_of * windows).astype(jnp.int32)
         params, response = problem.init(k_init)
         loss = jnp.mean(problem.valid_loss(params, problem.batch(data["valid"], k_batch)))
-        return SelfTuningState(tuner(theta).init(params, response), jnp.maximum(jnp.abs(loss), 1e-6))
+        return SelfTuningState(tuner(theta, drawn).init(params, response), drawn, jnp.maximum(jnp.abs(loss), 1e-6))
 
     def step(theta: Theta, state: SelfTuningState, key: jax.Array) -> tuple[SelfTuningState, jax.Array]:
-        new, info = tuner(theta).cycle(state.tuner, key, data)
-        loss = info.valid_loss / state.initial_loss
-        meta_loss = jnp.where(jnp.isfinite(loss), jnp.minimum(loss, max_loss), max_loss)
-        return state._replace(tuner=new), meta_loss
+        new, info = tuner(theta, state.cycles).cycle(state.tuner, key, data)
+        return state._replace(tuner=new), meta_loss_of(info.valid_loss, state.initial_loss, max_loss, measure)
 
-    return Learner(init, step, remaining=lambda state: cycles - state.tuner.cycle)
+    return Learner(init, step, remaining=lambda state: state.cycles - state.tuner.cycle)

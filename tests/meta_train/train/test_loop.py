@@ -16,10 +16,11 @@ import jax
 import numpy as np
 import pytest
 from support import ROOT
+from support.problems import ridge
 
 import learned_opt
 from meta_train import claim
-from meta_train.train import checkpoint, config, loop
+from meta_train.train import checkpoint, config, loop, problems
 from meta_train.train.config import ConfigError
 from tasks import suites
 from tasks.families.synthetic import quadratic
@@ -100,6 +101,17 @@ def test_a_rule_that_sets_its_own_step_size_is_given_none(tmp_path):
     ]
     jax.tree.map(np.testing.assert_array_equal, outcomes[0].theta, outcomes[1].theta)
     assert learned_opt.store.read_record(tmp_path / "rates" / "rule")["learning_rate"] is None
+
+
+def test_a_rule_is_meta_trained_through_a_self_tuned_network(tmp_path, monkeypatch):
+    monkeypatch.setitem(problems.SUITES, "ridge", (problems.Entry("ridge", ridge),))
+    settings = {"rule": "sgd", "learner": "self_tuning", "suite": "ridge", "estimator": "nres", "bench_suite": ""}
+    outcome = loop.run(dataclasses.replace(SETTINGS, **settings), tmp_path / "a")
+    assert outcome.finished
+    lines = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 < line["loss/ridge"] < 4 for line in lines)
+    start = learned_opt.RULES["sgd"]().init(jax.random.key(0))
+    assert not np.array_equal(flat(learned_opt.load_rule(str(tmp_path / "a" / "rule")).theta), flat(start))
 
 
 def test_where_a_run_started_is_recorded_by_name(tmp_path):

@@ -21,7 +21,7 @@ def test_the_meta_gradient_equals_finite_differences_and_needs_the_response():
         theta = jax.tree.map(lambda x: x.astype(jnp.float64), rule.init(jax.random.key(0)))
 
         def meta_loss(theta, **options):
-            learner = self_tuning_learner(rule, problem, problem.data, cycles=8, **(OPTIONS | options))
+            learner = self_tuning_learner(rule, problem, problem.data, cycles=(8, 8), **(OPTIONS | options))
             state = learner.init(theta, jax.random.key(1))
             keys = jax.random.split(jax.random.key(2), 8)
             return jnp.mean(jax.lax.scan(lambda s, k: learner.step(theta, s, k), state, keys)[1])
@@ -43,12 +43,12 @@ def test_a_short_meta_training_improves_on_its_start(estimator):
     unroll = 10 if estimator == "bptt" else 5
 
     def build(data):
-        learner = self_tuning_learner(rule, problem, data, cycles=10, **OPTIONS)
+        learner = self_tuning_learner(rule, problem, data, cycles=(10, 10), **OPTIONS)
         return [estimators.ESTIMATORS[estimator](learner, unroll=unroll, sigma=0.1)]
 
     trainer = make_trainer(rule.init, build, optax.adam(0.1), particles=8, mesh=make_mesh(jax.devices()[:1]))
     state = trainer.init(jax.random.key(0), problem.data)
-    learner = self_tuning_learner(rule, problem, problem.data, cycles=10, **OPTIONS)
+    learner = self_tuning_learner(rule, problem, problem.data, cycles=(10, 10), **OPTIONS)
 
     @jax.jit
     def judged(theta):
@@ -65,3 +65,12 @@ def test_a_short_meta_training_improves_on_its_start(estimator):
     for _ in range(25):
         state, _ = trainer.meta_step(state, problem.data)
     assert judged(state.theta) < 0.7 * before
+
+
+def test_lengths_are_drawn_in_whole_windows():
+    problem, rule = ridge(), learned_opt.RULES["sgd"](learning_rate=0.01)
+    learner = self_tuning_learner(rule, problem, problem.data, cycles=(5, 40), multiple_of=5, **OPTIONS)
+    keys = jax.random.split(jax.random.key(0), 100)
+    states = jax.vmap(learner.init, (None, 0))(rule.init(keys[0]), keys)
+    assert set(np.asarray(states.cycles)) == {5, 10, 15, 20, 25, 30, 35, 40}
+    np.testing.assert_array_equal(jax.vmap(learner.remaining)(states), states.cycles)

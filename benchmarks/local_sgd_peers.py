@@ -1,0 +1,262 @@
+"""Local SGD with AdamW and Muon inside: averaging, DiLoCo, MuLoCo, SparseLoCo, each tuned, and learned outer steps.
+
+Eight workers meet every 16, 64 or 128 steps, 32, 10 or 6 times, on networks and data of no training suite: a character
+transformer on Moby Dick, an LSTM on the King James Bible, a convolutional net on CIFAR-10. The workers' rate falls by a
+half cosine over the run. Every hand-made method has the same number of trials of its workers' rate, outer rate and
+momentum, on a seed of its own: the usual ones, then what lies beside the best so far, until the trials are spent. The
+learned steps have none: the workers' rate is the one that averaging chose. All are reported on five other seeds
+by the loss at the end on the same validation batches, and compared with the best peer seed by seed. Finished runs are
+kept: the same command goes on. Writes reports/local_sgd/peers.json, peers.csv and peers.png.
+
+    learned-opt data fetch moby_dick && learned-opt data fetch kjv && learned-opt data fetch cifar10
+    python benchmarks/local_sgd_peers.py [--learned outer ...] [--only TASK ...]
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optax.contrib
+import tables
+from matplotlib.figure import Figure
+from scipy import stats
+
+import learned_opt
+from learned_opt import communication
+from learned_opt.files import write_atomically
+from learned_opt.local_sgd import local_sgd, map_workers, spread_workers, worker_axes
+from tasks.base import num_params
+from tasks.families.sequence import char_rnn, char_transformer
+from tasks.families.vision import image_conv
+
+REPORT = Path(__file__).parents[1] / "reports" / "local_sgd"
+WORKERS = 8
+ROUNDS = {16: 32, 64: 10, 128: 6}  # by the steps of a round
+TRIALS, TUNING_SEED, SEEDS, VALIDATION = 10, 100, range(200, 205), 64
+TASKS = {
+    "transformer": lambda: char_transformer("moby_dick", layers=1, width=32, length=16, batch_size=8),
+    "LSTM": lambda: char_rnn("kjv", core="lstm", width=64, embedding=16, length=16, batch_size=8),
+    "conv": lambda: image_conv("cifar10", side=16, channels=(32, 64), batch_size=8),
+}
+INNER = {
+    "AdamW": (lambda rate: optax.adamw(rate, b2=0.99, weight_decay=0.05), 0.008),
+    "Muon": (lambda rate: optax.contrib.muon(rate, consistent_rms=0.2, weight_decay=0.05), 0.016),
+}
+
+
+class Method(NamedTuple):
+    """A way to meet.
+
+    Attributes:
+        inner: of INNER.
+        outer: ``(outer rate, momentum, rounds) -> Optax transform``.
+        usual: its outer rate and momentum; a momentum of 0 is not tuned.
+        compression: of ``local_sgd``.
+        feedback: likewise.
+        tuned: whether it has trials.
+    """
+
+    inner: str
+    outer: object
+    usual: tuple[float, float] = (1.0, 0.0)
+    compression: object = None
+    feedback: float = 1.0
+    tuned: bool = True
+
+
+def plain(rate, momentum, rounds):
+    return optax.sgd(rate)
+
+
+def nesterov(rate, momentum, rounds):
+    return optax.sgd(rate, momentum=momentum, nesterov=True)
+
+
+def learned(name):
+    return lambda rate, momentum, rounds: learned_opt.load(name, num_steps=rounds)
+
+
+def methods(names):
+    """Averaging first: it chooses the workers' rate of the learned steps."""
+    sparse = communication.chunked_top_k(16, 1024, bits=2)
+    return {
+        "averaging, AdamW": Method("AdamW", plain),
+        "DiLoCo (AdamW)": Method("AdamW", nesterov, (0.7, 0.9)),
+        "SparseLoCo (AdamW)": Method("AdamW", plain, compression=sparse, feedback=0.95),
+        "averaging, Muon": Method("Muon", plain),
+        "MuLoCo (Muon)": Method("Muon", nesterov, (0.7, 0.6)),
+        **{
+            f"{name}, {inner}": Method(inner, learned(name), tuned=False)
+            for name in names
+            for inner in INNER
+        },
+    }  # fmt: skip
+
+
+def runner(family, method):
+    """``(data, (rate, outer rate, momentum), H, rounds, seed) -> validation loss``, one program for all H."""
+    inner = INNER[method.inner][0]
+
+    def run(data, setting, delay, rounds, seed):
+        rate, outer_rate, momentum = setting
+        k_cfg, k_init, k_run, k_valid = jax.random.split(jax.random.PRNGKey(seed), 4)
+        task = family.task(data, family.sample(k_cfg))
+        params = task.init(k_init)
+        total = delay * rounds
+        transform = local_sgd(
+            inner(lambda count: rate * 0.5 * (1 + jnp.cos(jnp.pi * count / total))),
+            method.outer(outer_rate, momentum, rounds),
+            sync_every=lambda *_: delay,
+            compression=method.compression,
+            error_feedback=method.feedback,
+        )
+        state = transform.init(params)
+        axes = worker_axes(state)
+
+        def step(params, state, key):
+            k_batch, k_loss = jax.random.split(key)
+            batch = task.batch(k_batch, "train")
+            loss, grads = jax.value_and_grad(lambda p: task.loss(p, k_loss, batch)[0])(params)
+            updates, state = transform.update(grads, state, params, value=loss)
+            return optax.apply_updates(params, updates), state
+
+        steps = map_workers(step, in_axes=(0, axes, 0), out_axes=(0, axes))
+
+        def one(i, carry):
+            return steps(*carry, jax.random.split(jax.random.fold_in(k_run, i), WORKERS))
+
+        start = spread_workers(params, WORKERS), spread_workers(state, WORKERS, axes)
+        params, _ = jax.lax.fori_loop(0, total, one, start)
+        anchor = jax.tree.map(lambda p: p[0], params)
+        keys = jax.random.split(k_valid, VALIDATION)
+        return jnp.mean(jax.lax.map(lambda k: task.loss(anchor, k, task.batch(k, "valid"))[0], keys))
+
+    return jax.jit(run)
+
+
+def tune(score, usual, trials):
+    """So many settings (rate, outer rate, momentum): the usual, then neighbours of the best so far, its rates first.
+
+    Returns:
+        Their losses, and whether the best lies inside what was tried: the rate and the outer rate have both neighbours.
+    """
+    found = {usual: score(usual)}
+
+    def neighbours():
+        rate, outer, momentum = min(found, key=found.get)
+        others = [round(momentum + move, 1) for move in (-0.3, 0.3) if momentum and 0 < momentum + move < 1]
+        steps = [(rate * 2, outer, momentum), (rate / 2, outer, momentum)]
+        steps += [(rate, outer * 1.5, momentum), (rate, outer / 1.5, momentum)]
+        return [tuple(float(f"{x:.4g}") for x in step) for step in [*steps, *((rate, outer, m) for m in others)]]
+
+    while len(found) < trials and (untried := [setting for setting in neighbours() if setting not in found]):
+        found[untried[0]] = score(untried[0])
+    return found, all(setting in found for setting in neighbours()[:4])
+
+
+def compare(family, delay, method, run, usual_rate):
+    """One method at one delay: its trials, and its losses on the reported seeds."""
+    rounds, trials, inside = ROUNDS[delay], {}, None
+
+    def score(setting, seed=TUNING_SEED):
+        loss = float(run(family.data, setting, delay, rounds, seed))
+        return loss if np.isfinite(loss) else np.inf
+
+    best = (usual_rate, *method.usual)
+    if method.tuned:
+        trials, inside = tune(score, best, TRIALS)
+        best = min(trials, key=trials.get)
+    return {
+        "rate": best[0],
+        "outer_rate": best[1],
+        "momentum": best[2],
+        "interior": inside,
+        "trials": [[*setting, round(loss, 5)] for setting, loss in trials.items()],
+        "losses": [round(score(best, seed), 5) for seed in SEEDS],
+    }
+
+
+def table(found):
+    """One row for each task, delay and method, beside the best peer's mean."""
+    rows = []
+    for task, delays in found.items():
+        for delay, results in delays["delays"].items():
+            means = {name: float(np.mean(r["losses"])) for name, r in results.items()}
+            peer = min((name for name, r in results.items() if r["trials"]), key=means.__getitem__)
+            for name, r in results.items():
+                less = np.subtract(r["losses"], results[peer]["losses"])
+                error = float(less.std(ddof=1) / len(less) ** 0.5)
+                row = {"task": task, "H": delay, "rounds": ROUNDS[int(delay)], "method": name, "rate": r["rate"]}
+                row |= {
+                    "outer_rate": r["outer_rate"],
+                    "momentum": r["momentum"],
+                    "interior": r["interior"],
+                    "trials": len(r["trials"]),
+                }
+                row |= {"valid_loss": round(means[name], 5), "best_peer": peer, "less_best_peer": round(less.mean(), 5)}
+                p = float("nan") if name == peer else float(stats.ttest_1samp(less, 0).pvalue)
+                rows.append(row | {"standard_error": round(error, 5), "p": round(p, 4)})
+    return rows
+
+
+def plot(rows, path):
+    """Validation loss over the best peer's, a panel a task, a group a delay."""
+    names = list(dict.fromkeys(row["method"] for row in rows))
+    shown = list(dict.fromkeys(row["task"] for row in rows))
+    figure = Figure(figsize=(3.4 * len(shown) + 1, 3.2), layout="constrained")
+    for ax, task in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+        mine = [row for row in rows if row["task"] == task]
+        delays = list(dict.fromkeys(row["H"] for row in mine))
+        for number, name in enumerate(names):
+            points = [row for row in mine if row["method"] == name]
+            at = [delays.index(row["H"]) + 0.1 * (number - (len(names) - 1) / 2) for row in points]
+            ratios = [row["valid_loss"] / (row["valid_loss"] - row["less_best_peer"]) for row in points]
+            errors = [2 * row["standard_error"] / (row["valid_loss"] - row["less_best_peer"]) for row in points]
+            kind = {"color": "black", "marker": "*x+1"[number % 4]} if "outer" in name else {"marker": "o"}
+            ax.errorbar(at, ratios, errors, fmt="none", ecolor="lightgrey", zorder=0)
+            ax.scatter(at, ratios, s=22, label=name, **kind)
+        ax.axhline(1, color="grey", lw=0.6)
+        ax.set_xticks(range(len(delays)), [f"H = {delay}" for delay in delays])
+        ax.set_title(task, fontsize=9)
+        ax.tick_params(labelsize=8)
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("validation loss over the best peer's", fontsize=8)
+    handles = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--learned", nargs="*", default=["outer"], help="learned outer steps: names or folders")
+    parser.add_argument("--only", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--out", type=Path, default=REPORT)
+    arguments = parser.parse_args()
+    path = arguments.out / "peers.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found = json.loads(path.read_text()) if path.exists() else {}
+    for task in arguments.only:
+        family = TASKS[task]()
+        kept = found.setdefault(task, {"parameters": num_params(family), "delays": {}})["delays"]
+        for name, method in methods(arguments.learned).items():
+            run = runner(family, method)
+            for delay in ROUNDS:
+                results = kept.setdefault(str(delay), {})
+                if name in results:
+                    continue
+                usual = INNER[method.inner][1] if method.tuned else results[f"averaging, {method.inner}"]["rate"]
+                results[name] = compare(family, delay, method, run, usual)
+                write_atomically(path, json.dumps(found, indent=1) + "\n")
+                print(task, delay, name, results[name], flush=True)
+    rows = table(found)
+    tables.write(arguments.out / "peers.csv", rows)
+    plot(rows, arguments.out / "peers.png")
+
+
+if __name__ == "__main__":
+    main()
