@@ -19,6 +19,7 @@ predicted with one collective a round, to show what leaving that out would cost.
 import argparse
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -42,6 +43,7 @@ from learned_opt.local_sgd import local_sgd, map_workers, spread_workers, worker
 
 ROOT = Path(__file__).parents[1]
 REPORT = ROOT / "reports" / "local_sgd"
+PROCESSES = (2, 4)
 SIZES = tuple(round(10 ** (k / 2)) for k in range(6, 15))  # floats
 CODES = ("none", "int8")
 COLLECTIVE = {"none": "all-reduce", "int8": "all-gather"}
@@ -181,6 +183,7 @@ def launch(script, processes, repeats, *more):
         for peer in peers:
             peer.kill()
             peer.wait()
+            peer.stdout.close()
     return next(json.loads(line) for line in said.splitlines() if line.startswith("{"))
 
 
@@ -191,7 +194,7 @@ def fit(points, workers):
     per_byte = predict("none", 1, 1.0, workers, {"latency": 0.0, "bandwidth": 1.0})
     design = np.stack([np.full(len(sent), per_latency), per_byte * sent], axis=1) / seconds[:, None]
     latency, slowness = scipy.optimize.nnls(design, np.ones(len(sent)))[0]
-    return {"latency": float(latency), "bandwidth": float(1 / slowness)}
+    return {"latency": float(latency), "bandwidth": 1 / float(slowness) if slowness else math.inf}
 
 
 def predict(code, tensors, sent, workers, network, *, rounds=1, steps=0, step=0.0, packed=False):
@@ -289,7 +292,7 @@ def main():
     REPORT.mkdir(parents=True, exist_ok=True)
     path = REPORT / "communication.json"
     if not args.predict_only:
-        measured = {processes: launch(__file__, processes, args.repeats) for processes in (2, 4)}
+        measured = {processes: launch(__file__, processes, args.repeats) for processes in PROCESSES}
         path.write_text(json.dumps(measured) + "\n")
     found = {int(processes): f for processes, f in json.loads(path.read_text()).items()}
     rows, networks = compare(found)

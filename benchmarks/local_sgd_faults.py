@@ -22,6 +22,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "local_sgd_multihost.py"
+REPORT = ROOT / "reports" / "local_sgd"
+ROUNDS = 30  # of a run, or four a fault
+SHRINKING = (3, 2)  # processes and faults of the run that shrinks
 
 
 def run(processes, rounds, faults, seed, *, shrink=False, timeout=5.0):
@@ -57,6 +60,7 @@ def run(processes, rounds, faults, seed, *, shrink=False, timeout=5.0):
         finally:
             launcher.kill()
             launcher.wait()
+            launcher.stdout.close()
             for pid in pids:
                 _send(pid, signal.SIGKILL)
     return {"sent": sent, "rounds_lost": lost, "done": done, "seconds": round(time.time() - began, 1)}
@@ -74,7 +78,7 @@ def main():
     args = parser.parse_args()
     report = {}
     for processes, faults in zip(args.processes, args.faults, strict=True):
-        rounds = max(30, 4 * faults)
+        rounds = max(ROUNDS, 4 * faults)
         calm = run(processes, rounds, 0, 0)
         wild = run(processes, rounds, faults, seed=processes)
         calm_loss, wild_loss = (r["done"]["loss"] if r["done"] else None for r in (calm, wild))
@@ -92,19 +96,19 @@ def main():
             "disturbed_seconds": wild["seconds"],
         }
         print(json.dumps(report[f"{processes} processes"]), flush=True)
-    shrunk = run(3, 30, 2, seed=7, shrink=True)
+    processes, faults = SHRINKING
+    shrunk = run(processes, ROUNDS, faults, seed=7, shrink=True)
     end = shrunk["done"] or {}
-    report["shrinking from 3 processes"] = {
-        "rounds": 30,
+    report[f"shrinking from {processes} processes"] = {
+        "rounds": ROUNDS,
         "signals": [s["signal"] for s in shrunk["sent"]],
         "rounds_lost": shrunk["rounds_lost"],
         "workers_at_the_end": end.get("workers"),
         "loss": end.get("loss"),
     }
     print(json.dumps(report), flush=True)
-    path = ROOT / "reports" / "local_sgd" / "faults.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=2) + "\n")
+    REPORT.mkdir(parents=True, exist_ok=True)
+    (REPORT / "faults.json").write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from tasks.families.vision import image_conv
 REPORT = Path(__file__).parents[1] / "reports" / "local_sgd"
 WORKERS = 8
 ROUNDS = {16: 32, 64: 10, 128: 6}  # by the steps of a round
-TRIALS, TUNING_SEED, SEEDS, VALIDATION = 10, 100, range(200, 205), 64
+TRIALS, TUNING_SEED, SEEDS, VALIDATION = 16, 100, range(200, 205), 64
 TASKS = {
     "transformer": lambda: char_transformer("moby_dick", layers=1, width=32, length=16, batch_size=8),
     "LSTM": lambda: char_rnn("kjv", core="lstm", width=64, embedding=16, length=16, batch_size=8),

@@ -27,6 +27,7 @@ from meta_train.train.trainer import AXIS, begin, make_mesh, make_trainer, place
 from tasks.families.vision import image_mlp
 
 UNROLL = 50
+BATCHES, PARTICLES = (64, 128), (16, 128)
 
 
 def bare_adam(family, lanes, mesh):
@@ -107,8 +108,8 @@ def main():
     xla_flags.widest_vectors()
     jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
     rows = []
-    for batch in (64, 128):
-        for particles in (16, 128):
+    for batch in BATCHES:
+        for particles in PARTICLES:
             jax.clear_caches()
             row = measure(batch, particles, max(arguments.rounds * 16 // particles, 5))
             print(row, flush=True)

@@ -39,6 +39,8 @@ TASKS = (  # whose loss at the end is not next to zero, where its logarithm woul
     "moby_dick_small/lstm-24",
 )
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+SIDE = 1024  # of the four matrices whose update is timed
+SIZE = 4096  # numbers whose second moment is followed
 VARIANTS = {
     "float32": (None, None),
     "params, nearest": (precision.nearest, None),
@@ -79,16 +81,15 @@ def final_losses(family, tx, in_bfloat16, steps, seeds):
 
 def second_moments():
     """The mean second moment halfway down and at the end, for each rounding."""
-    size = 4096
     roundings = {"float32": None, "nearest": precision.nearest, "stochastic": precision.stochastic}
 
     def run(tx):
         def step(state, t):
-            gradient = jnp.where(t < 3000, 1.0, 0.1) * jax.random.normal(jax.random.key(t), (size,))
+            gradient = jnp.where(t < 3000, 1.0, 0.1) * jax.random.normal(jax.random.key(t), (SIZE,))
             _, state = tx.update(gradient, state, gradient)
             return state, jnp.mean(optax.tree_utils.tree_get(state, "nu").astype(jnp.float32))
 
-        return jax.lax.scan(step, tx.init(jnp.zeros(size)), jnp.arange(9000))[1]
+        return jax.lax.scan(step, tx.init(jnp.zeros(SIZE)), jnp.arange(9000))[1]
 
     rows = []
     for name, rounding in roundings.items():
@@ -102,7 +103,7 @@ def second_moments():
 
 def costs(rounds=15):
     """Time and memory of an update with its state in bfloat16, the two taking turns."""
-    params = {name: 0.03 * jax.random.normal(jax.random.key(0), (1024, 1024)) for name in "abcd"}
+    params = {name: 0.03 * jax.random.normal(jax.random.key(0), (SIDE, SIDE)) for name in "abcd"}
     grads = jax.tree.map(jnp.sin, params)
     size = sum(p.size for p in params.values())
     rows = []
@@ -144,8 +145,8 @@ def variant(tx, name):
 
 def plot(rows, path):
     tasks, optimizers = (list(dict.fromkeys(row[k] for row in rows)) for k in ("task", "optimizer"))
-    shape = {"figsize": (3 * len(tasks), 3.6), "sharex": True, "sharey": True}
-    figure, axes = plt.subplots(1, len(tasks), **shape, layout="constrained")
+    shape = {"figsize": (3 * len(tasks), 3.6), "sharex": True, "sharey": True, "squeeze": False}
+    figure, (axes,) = plt.subplots(1, len(tasks), **shape, layout="constrained")
     names = [name for name in VARIANTS if name != "float32"]
     for ax, task in zip(axes, tasks, strict=True):
         for i, (optimizer, color) in enumerate(zip(optimizers, ("#555555", "#1b7fbd", "#d1711f"), strict=False)):

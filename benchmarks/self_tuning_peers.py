@@ -190,8 +190,8 @@ def paired(runs, method, name):
 
 
 def at_steps(curve, steps):
-    """The best validation loss after so many training steps."""
-    return min(best for _, taken, best in curve if taken <= steps)
+    """The best validation loss after so many training steps; NaN before the first look."""
+    return min((best for _, taken, best in curve if taken <= steps), default=np.nan)
 
 
 def summary(runs, curves):

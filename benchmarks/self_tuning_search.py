@@ -296,7 +296,7 @@ def plot(runs, curves):
             paths.append(np.where(at >= 0, best[at], np.nan))
         paths = np.asarray(paths)
         seen = np.isfinite(paths).all(0)
-        mean, half = np.asarray([interval(column) for column in paths[:, seen].T]).T
+        mean, half = np.asarray([interval(column) for column in paths[:, seen].T]).reshape(-1, 2).T
         left.plot(grid[seen], mean, color=colours[method], label=method)
         left.fill_between(grid[seen], mean - half, mean + half, color=colours[method], alpha=0.08, lw=0)
         tests = [run["test"] for run in own]

@@ -19,6 +19,7 @@ from tasks.families.representation import suite
 
 STEPS = 20
 REPEATS = 10
+UNROLLS = (10, 50, 250)
 
 
 def fastest(function, *arguments) -> tuple[float, float]:
@@ -64,14 +65,13 @@ def main():
     x = jax.random.normal(jax.random.key(1), (STEPS, 64, family.inputs))
     update = fastest(learn, theta, rule.init(jax.random.key(2), sizes), x)
     gradient = fastest(meta_gradient, theta, family.data, jax.random.key(3))
-    unrolls = (10, 50, 250)
     result = {
         "sizes": sizes,
         "batch": 64,
         "meta_parameters": sum(leaf.size for leaf in jax.tree.leaves(theta)),
         "update_ms": {"processor": round(update[0], 2), "clock": round(update[1], 2)},
         "update_meta_loss_and_meta_gradient_ms": {"processor": round(gradient[0], 2), "clock": round(gradient[1], 2)},
-        "temporary_bytes_by_unroll": {str(n): memory(n) for n in unrolls},
+        "temporary_bytes_by_unroll": {str(n): memory(n) for n in UNROLLS},
         "bytes_of_a_network": sum(
             leaf.nbytes for leaf in jax.tree.leaves(rule.init(jax.random.key(2), sizes, jnp.asarray(0)))
         ),
