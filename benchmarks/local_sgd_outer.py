@@ -1,11 +1,12 @@
 """Outer steps of local SGD compared: averaging, post-local, SlowMo, DiLoCo, and a learned outer step left untuned.
 
-K = 8 workers of 16 examples each, H = 4, 16, 64 local steps a round, equal rounds, on convolutional nets (Fashion-MNIST
-and digits) and a character transformer (Moby Dick), with plain SGD inside. The learned step was trained on other
-families, no convolutions or transformers, and never on 64 steps a round; but on perceptrons on Fashion-MNIST. Every hand-made method is tuned on nine settings by two seeds; all are
-reported on five others: the loss at the anchor over rounds, mean over seeds. The learned step has one local rate on all
-tasks, the best of three on three validation tasks (--validate shows it), whose data sets are none of these. With
-every method a round costs a worker the same bytes, 4 a parameter, which the upper axis counts. Results are kept method
+K = 8 workers of 16 examples each step by plain SGD, H = 4, 16, 64 times a round, equal rounds, on convolutional nets
+(Fashion-MNIST and digits) and a character transformer (Moby Dick). The learned step was trained on other families, no
+convolutions or transformers, and never on 64 steps a round; but on perceptrons on Fashion-MNIST. Every hand-made method
+is tuned on nine settings by two seeds; all are reported on five others: the loss at the anchor over rounds, mean over
+seeds. The learned step has one local rate on all tasks, the best of three on three validation tasks (--validate shows
+it), whose data sets are none of these. With every method a round costs a worker the same bytes, 4 a parameter, which
+the upper axis counts. Results are kept method
 by method: a run that was cut off goes on. Writes reports/local_sgd/outer.json, outer.csv, outer.png:
 
     python benchmarks/local_sgd_outer.py [--learned NAME_OR_FOLDER] [--rounds 40] [--only TASK ...] [--validate]

@@ -142,21 +142,26 @@ def runner(family, method):
 def tune(score, usual, trials):
     """So many settings (rate, outer rate, momentum): the usual, then neighbours of the best so far, its rates first.
 
+    Rates go by factors of two, outer rates by 1.5, a momentum by 0.3.
+
     Returns:
         Their losses, and whether the best lies inside what was tried: the rate and the outer rate have both neighbours.
     """
-    found = {usual: score(usual)}
+    rate, outer, momentum = usual
+
+    def setting(place):
+        return rate * 2.0 ** place[0], outer * 1.5 ** place[1], momentum + 0.3 * place[2]
 
     def neighbours():
-        rate, outer, momentum = min(found, key=found.get)
-        others = [round(momentum + move, 1) for move in (-0.3, 0.3) if momentum and 0 < momentum + move < 1]
-        steps = [(rate * 2, outer, momentum), (rate / 2, outer, momentum)]
-        steps += [(rate, outer * 1.5, momentum), (rate, outer / 1.5, momentum)]
-        return [tuple(float(f"{x:.4g}") for x in step) for step in [*steps, *((rate, outer, m) for m in others)]]
+        i, j, k = min(found, key=found.get)
+        places = [(i + 1, j, k), (i - 1, j, k), (i, j + 1, k), (i, j - 1, k), (i, j, k - 1), (i, j, k + 1)]
+        return [place for place in places if place[2] == k or (momentum and 0.01 < setting(place)[2] < 1)]
 
-    while len(found) < trials and (untried := [setting for setting in neighbours() if setting not in found]):
-        found[untried[0]] = score(untried[0])
-    return found, all(setting in found for setting in neighbours()[:4])
+    found = {(0, 0, 0): score(usual)}
+    while len(found) < trials and (untried := [place for place in neighbours() if place not in found]):
+        found[untried[0]] = score(setting(untried[0]))
+    inside = all(place in found for place in neighbours()[:4])
+    return {setting(place): loss for place, loss in found.items()}, inside
 
 
 def compare(family, delay, method, run, usual_rate):
@@ -173,10 +178,10 @@ def compare(family, delay, method, run, usual_rate):
         best = min(trials, key=trials.get)
     return {
         "rate": best[0],
-        "outer_rate": best[1],
-        "momentum": best[2],
+        "outer_rate": round(best[1], 4),
+        "momentum": round(best[2], 2),
         "interior": inside,
-        "trials": [[*setting, round(loss, 5)] for setting, loss in trials.items()],
+        "trials": [[*(round(x, 5) for x in setting), round(loss, 5)] for setting, loss in trials.items()],
         "losses": [round(score(best, seed), 5) for seed in SEEDS],
     }
 
