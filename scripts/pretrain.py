@@ -38,20 +38,6 @@ _LOCAL = replace(
     told_length=0.7,
     local_optimizers={"sgd": [0.05, 0.3]},
 )
-_NESTEROV = replace(
-    _LOCAL,
-    rule="outer_nesterov",
-    local_optimizers={"adamw": [1e-3, 2e-2], "muon": [2e-3, 4e-2], "sgd": [0.05, 0.5]},
-    estimator="nres",
-    sigma=0.1,
-    measure="log",
-    min_length=5,
-    max_length=50,
-    particle_clip=None,
-    outer_learning_rate=2e-2,
-    meta_steps=200,
-    checkpoint_every=20,
-)
 _CONTROL = Config(
     rule="control",
     trainable=["control"],
@@ -90,7 +76,6 @@ STAGES: dict[str, list[Config]] = {
         replace(_LOCAL, trainable=["length"], meta_steps=1500, outer_learning_rate=5e-3),
         replace(_LOCAL, meta_steps=1300, outer_learning_rate=2e-3, seed=1),
     ],
-    "outer-nesterov": [_NESTEROV],
     "letters": [
         replace(_FEATURES, suite="letters_small", particles=4, meta_steps=700),
         replace(_FEATURES, suite="letters", meta_steps=1500),

@@ -18,14 +18,11 @@ from . import (
     mlp,
     nn_adam,
     outer,
-    outer_nesterov,
     rnn_mlp,
     scheduler,
     tuned,
     velo,
 )
-
-OUTER_STEPS = ("outer", "outer_nesterov")  # of local SGD: they take what workers did, not gradients
 
 RULES: dict[str, Callable[..., LearnedOptimizer]] = {
     "adafac_mlp": adafac_mlp.adafac_mlp,
@@ -40,7 +37,6 @@ RULES: dict[str, Callable[..., LearnedOptimizer]] = {
     "nadamw": tuned.nadamw,
     "nn_adam": nn_adam.nn_adam,
     "outer": outer.outer,
-    "outer_nesterov": outer_nesterov.outer_nesterov,
     "rnn_mlp": rnn_mlp.rnn_mlp,
     "scheduler": scheduler.scheduler,
     "sgd": tuned.sgd,

@@ -10,7 +10,6 @@ from rich.console import Console
 
 import learned_opt
 from learned_opt import store
-from learned_opt.rules import OUTER_STEPS
 from tasks import Workload
 from tasks.suites import Entry
 from tasks.workloads import SUITES
@@ -86,4 +85,4 @@ def _on_workloads(arguments: argparse.Namespace, own: Sequence[Workload], tasks:
 
 def _optimizers() -> list[str]:
     """The pretrained rules that optimize by themselves: an outer step of local SGD takes what workers did."""
-    return [name for name in learned_opt.available() if store.read_record(name)["rule"] not in OUTER_STEPS]
+    return [name for name in learned_opt.available() if store.read_record(name)["rule"] != "outer"]
