@@ -72,11 +72,11 @@ REPORTS = {
     "local_sgd": Report(
         "local SGD: delays, growing batches, outer steps, one worker, the cost of communication, faults",
         (
-            "learned-opt data fetch fashion_mnist",
+            *(f"learned-opt data fetch {name}" for name in ("fashion_mnist", "moby_dick", "kjv", "cifar10")),
             *(
                 f"python benchmarks/local_sgd_{study}.py"
                 for study in (
-                    *("stich", "patel_dieuleveut", "batches", "communication", "faults", "outer", "overlap"),
+                    *("stich", "patel_dieuleveut", "batches", "communication", "faults", "outer", "overlap", "peers"),
                     *("one_worker", "when"),
                 )
             ),
