@@ -29,7 +29,7 @@ from scipy import stats
 import learned_opt
 from learned_opt import communication
 from learned_opt.files import write_atomically
-from learned_opt.local_sgd import local_sgd, map_workers, spread_workers, worker_axes
+from learned_opt.local_sgd import add_nesterov, local_sgd, map_workers, spread_workers, worker_axes
 from tasks.base import num_params
 from tasks.families.sequence import char_rnn, char_transformer
 from tasks.families.vision import image_conv
@@ -81,6 +81,10 @@ def learned(name):
     return lambda rate, momentum, rounds: learned_opt.load(name, num_steps=rounds)
 
 
+def added(name):
+    return lambda rate, momentum, rounds: add_nesterov(learned_opt.load(name, num_steps=rounds))
+
+
 def methods(names):
     """Averaging first: it chooses the workers' rate of the learned steps."""
     sparse = communication.chunked_top_k(16, 1024, bits=2)
@@ -91,8 +95,9 @@ def methods(names):
         "averaging, Muon": Method("Muon", plain),
         "MuLoCo (Muon)": Method("Muon", nesterov, (0.7, 0.6)),
         **{
-            f"{name}, {inner}": Method(inner, learned(name), tuned=False)
+            f"{label}{name}, {inner}": Method(inner, make(name), tuned=False)
             for name in names
+            for label, make in (("", learned), ("Nesterov + ", added))
             for inner in INNER
         },
     }  # fmt: skip

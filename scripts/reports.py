@@ -145,6 +145,8 @@ REPORTS = {
                 f" --out reports/workloads/{name}"
                 for name in ("small", "test")
             ),
+            "learned-opt bench flagship --suite workloads_test --ruleset tuned --baselines nadamw"
+            " --out reports/workloads/tuned",
             "python scripts/workload_sizes.py",
             "python benchmarks/step_times.py",
         ),

@@ -2,6 +2,7 @@
 
 from .hosts import Watchdog, check_anchor, load_anchor, load_tree, newest_anchor, save_anchor, save_tree
 from .link import Link
+from .nesterov import add_nesterov
 from .one_worker import ema_nesterov, lookahead
 from .published import diloco, muloco, post_local, sparseloco
 from .transform import LocalSGDState, local_sgd
@@ -11,6 +12,7 @@ __all__ = [
     "Link",
     "LocalSGDState",
     "Watchdog",
+    "add_nesterov",
     "check_anchor",
     "diloco",
     "ema_nesterov",

@@ -1,0 +1,47 @@
+"""Nesterov's outer step with another added: the sum of the two, alone and inside local SGD."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import learned_opt
+from learned_opt.local_sgd import add_nesterov, lookahead
+
+PARAMS = {"w": jnp.linspace(-1.0, 1.0, 12).reshape(4, 3), "b": jnp.ones(3)}
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_it_is_the_sum_of_the_two(share):
+    outer = optax.adam(0.1)
+    tx, plain = add_nesterov(outer, share=share), optax.sgd(0.7, momentum=0.6, nesterov=True)
+    states = tx.init(PARAMS), plain.init(PARAMS), outer.init(PARAMS)
+    for seed in range(3):
+        delta = jax.tree.map(lambda p, seed=seed: jax.random.normal(jax.random.key(seed), p.shape), PARAMS)
+        found, mine = tx.update(delta, states[0], PARAMS)
+        (x, first), (y, second) = plain.update(delta, states[1], PARAMS), outer.update(delta, states[2], PARAMS)
+        states = mine, first, second
+        jax.tree.map(lambda f, x, y: np.testing.assert_allclose(f, x + share * y, rtol=1e-6), found, x, y)
+
+
+def test_the_loss_reaches_the_other_step():
+    class SeenError(Exception): ...
+
+    def update(updates, state, params=None, *, value, **extra):
+        raise SeenError(value)
+
+    tx = add_nesterov(optax.GradientTransformationExtraArgs(lambda params: (), update))
+    with pytest.raises(SeenError, match="3"):
+        tx.update(PARAMS, tx.init(PARAMS), PARAMS, value=3)
+
+
+def test_with_the_learned_step_inside_local_sgd():
+    tx = lookahead(optax.sgd(0.1), add_nesterov(learned_opt.load("outer", num_steps=2)), every=2)
+    params, state = PARAMS, tx.init(PARAMS)
+    for _ in range(4):
+        updates, state = tx.update(params, state, params, value=0.0)
+        params = optax.apply_updates(params, updates)
+    assert all(np.isfinite(p).all() for p in jax.tree.leaves(params))
+    assert int(state.round) == 2
+    assert optax.tree.norm(params) < optax.tree.norm(PARAMS)
