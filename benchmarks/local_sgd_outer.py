@@ -6,8 +6,8 @@ convolutions or transformers, and never on 64 steps a round; but on perceptrons 
 is tuned on nine settings by two seeds; all are reported on five others: the loss at the anchor over rounds, mean over
 seeds. The learned step has one local rate on all tasks, the best of three on three validation tasks (--validate shows
 it), whose data sets are none of these. With every method a round costs a worker the same bytes, 4 a parameter, which
-the upper axis counts. Results are kept method
-by method: a run that was cut off goes on. Writes reports/local_sgd/outer.json, outer.csv, outer.png:
+the upper axis counts. Results are kept method by method: a run that was cut off goes on. Writes
+reports/local_sgd/outer.json, outer.csv, outer.png:
 
     python benchmarks/local_sgd_outer.py [--learned NAME_OR_FOLDER] [--rounds 40] [--only TASK ...] [--validate]
 """

@@ -2,8 +2,8 @@
 
 Eight workers meet every 16, 64 or 128 steps, 32, 10 or 6 times, on networks and data of no training suite: a character
 transformer on Moby Dick, an LSTM on the King James Bible, a convolutional net on CIFAR-10. The workers' rate falls by a
-half cosine over the run. Every hand-made method has the same number of trials of its workers' rate, outer rate and
-momentum, on a seed of its own: the usual ones, then what lies beside the best so far, until the trials are spent. The
+half cosine over the run. Every hand-made method has up to sixteen trials of its workers' rate, outer rate and momentum,
+on a seed of its own: the usual ones, then what lies beside the best so far, until that has worse neighbours. The
 learned steps have none: the workers' rate is the one that averaging chose. All are reported on five other seeds
 by the loss at the end on the same validation batches, and compared with the best peer seed by seed. Finished runs are
 kept: the same command goes on. Writes reports/local_sgd/peers.json, peers.csv and peers.png.
@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import optax.contrib
 import tables
 from matplotlib.figure import Figure
 from scipy import stats
@@ -30,6 +29,7 @@ import learned_opt
 from learned_opt import communication
 from learned_opt.files import write_atomically
 from learned_opt.local_sgd import add_nesterov, local_sgd, map_workers, spread_workers, worker_axes
+from meta_train.train.learners.local_sgd import LOCAL_OPTIMIZERS
 from tasks.base import num_params
 from tasks.families.sequence import char_rnn, char_transformer
 from tasks.families.vision import image_conv
@@ -43,10 +43,12 @@ TASKS = {
     "LSTM": lambda: char_rnn("kjv", core="lstm", width=64, embedding=16, length=16, batch_size=8),
     "conv": lambda: image_conv("cifar10", side=16, channels=(32, 64), batch_size=8),
 }
-INNER = {
-    "AdamW": (lambda rate: optax.adamw(rate, b2=0.99, weight_decay=0.05), 0.008),
-    "Muon": (lambda rate: optax.contrib.muon(rate, consistent_rms=0.2, weight_decay=0.05), 0.016),
-}
+INNER = {"AdamW": (LOCAL_OPTIMIZERS["adamw"], 0.008), "Muon": (LOCAL_OPTIMIZERS["muon"], 0.016)}  # and usual rates
+
+
+def nesterov(rate, momentum, rounds):
+    """Averaging where the momentum is 0 and the rate 1."""
+    return optax.sgd(rate, momentum=momentum, nesterov=True)
 
 
 class Method(NamedTuple):
@@ -62,19 +64,11 @@ class Method(NamedTuple):
     """
 
     inner: str
-    outer: object
+    outer: object = nesterov
     usual: tuple[float, float] = (1.0, 0.0)
     compression: object = None
     feedback: float = 1.0
     tuned: bool = True
-
-
-def plain(rate, momentum, rounds):
-    return optax.sgd(rate)
-
-
-def nesterov(rate, momentum, rounds):
-    return optax.sgd(rate, momentum=momentum, nesterov=True)
 
 
 def learned(name):
@@ -89,18 +83,18 @@ def methods(names):
     """Averaging first: it chooses the workers' rate of the learned steps."""
     sparse = communication.chunked_top_k(16, 1024, bits=2)
     return {
-        "averaging, AdamW": Method("AdamW", plain),
-        "DiLoCo (AdamW)": Method("AdamW", nesterov, (0.7, 0.9)),
-        "SparseLoCo (AdamW)": Method("AdamW", plain, compression=sparse, feedback=0.95),
-        "averaging, Muon": Method("Muon", plain),
-        "MuLoCo (Muon)": Method("Muon", nesterov, (0.7, 0.6)),
+        "averaging, AdamW": Method("AdamW"),
+        "DiLoCo (AdamW)": Method("AdamW", usual=(0.7, 0.9)),
+        "SparseLoCo (AdamW)": Method("AdamW", compression=sparse, feedback=0.95),
+        "averaging, Muon": Method("Muon"),
+        "MuLoCo (Muon)": Method("Muon", usual=(0.7, 0.6)),
         **{
             f"{label}{name}, {inner}": Method(inner, make(name), tuned=False)
             for name in names
             for label, make in (("", learned), ("Nesterov + ", added))
             for inner in INNER
         },
-    }  # fmt: skip
+    }
 
 
 def runner(family, method):
@@ -114,7 +108,7 @@ def runner(family, method):
         params = task.init(k_init)
         total = delay * rounds
         transform = local_sgd(
-            inner(lambda count: rate * 0.5 * (1 + jnp.cos(jnp.pi * count / total))),
+            optax.chain(inner, optax.scale_by_schedule(lambda n: rate * 0.5 * (1 + jnp.cos(jnp.pi * n / total)))),
             method.outer(outer_rate, momentum, rounds),
             sync_every=lambda *_: delay,
             compression=method.compression,

@@ -102,6 +102,7 @@ def _self_tuned(config: Config, rule, entry, problem, lengths) -> Learner:
         problem.data,
         cycles=lengths,
         multiple_of=config.unroll,
+        learning_rates=None if rule.learning_rate is None else config.learning_rates,
         max_loss=config.max_loss,
         measure=MEASURES[config.measure],
     )

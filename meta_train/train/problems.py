@@ -386,7 +386,7 @@ def _masked_rows(x: jax.Array, rate: jax.Array) -> jax.Array:
     return by_example.swapaxes(0, 1)
 
 
-class Entry(NamedTuple):
+class ProblemEntry(NamedTuple):
     """A problem of a suite.
 
     Attributes:
@@ -399,15 +399,17 @@ class Entry(NamedTuple):
 
 
 # To meta-train on: small enough for many particles.
-SUITES: dict[str, tuple[Entry, ...]] = {
+SUITES: dict[str, tuple[ProblemEntry, ...]] = {
     "self_tuned": (
-        Entry("fashion_mnist_small/cnn-4-8", functools.partial(fashion_cnn, width=4, batch_size=32)),
-        Entry("sotu_small/lstm-24", functools.partial(char_lstm, width=24, embedding=12, length=16, batch_size=16)),
+        ProblemEntry("fashion_mnist_small/cnn-4-8", functools.partial(fashion_cnn, width=4, batch_size=32)),
+        ProblemEntry(
+            "sotu_small/lstm-24", functools.partial(char_lstm, width=24, embedding=12, length=16, batch_size=16)
+        ),
     ),
 }
 
 
-def suite(name: str) -> tuple[Entry, ...]:
+def suite(name: str) -> tuple[ProblemEntry, ...]:
     """Find a suite of problems by name.
 
     Raises:

@@ -31,14 +31,11 @@ _SOAP_SETTING = {**_ADAM_SETTING, "learning_rate": SOAP_RATE, "one_minus_b1": 0.
 def baselines() -> list[Optimizer]:
     """The optimizers to beat; the first is the reference."""
 
-    def adam_like(name, direction, source, **changed):
-        return Optimizer(
-            name,
-            lambda s, num_steps: assembled(direction(s), s, num_steps),
-            {**_ADAM_SETTING, **{key: setting for key, (setting, _) in changed.items()}},
-            {**_ADAM, **{key: space for key, (_, space) in changed.items()}},
-            source,
-        )
+    def along(name, direction, setting, space, source):
+        return Optimizer(name, lambda s, num_steps: assembled(direction(s), s, num_steps), setting, space, source)
+
+    def adam_like(name, direction, source):
+        return along(name, direction, _ADAM_SETTING, _ADAM, source)
 
     def prodigy(s, num_steps):
         return optax.contrib.prodigy(
@@ -63,11 +60,12 @@ def baselines() -> list[Optimizer]:
             lambda s: cautious(optax.scale_by_adam(**_betas(s))),
             "Liang et al. 2024, arXiv:2411.16085; here",
         ),
-        adam_like(
+        along(
             "ademamix",
             lambda s: optax.contrib.scale_by_ademamix(**_betas(s), b3=0.999, alpha=s["alpha"]),
+            {**_ADAM_SETTING, "alpha": 5.0},
+            {**_ADAM, "alpha": Range(1.0, 10.0)},
             "Pagliardini et al. 2024, arXiv:2409.03137; optax.contrib",
-            alpha=(5.0, Range(1.0, 10.0)),
         ),
         adam_like(
             "adopt",
@@ -81,30 +79,30 @@ def baselines() -> list[Optimizer]:
             {"learning_rate": Range(1e-3, 0.1), "one_minus_b1": Range(0.02, 0.3), **DECAY, **WARMUP},
             "Jordan 2024, hidden matrices alone, AdamW for the rest; optax.contrib",
         ),
-        Optimizer(
+        along(
             "soap",
-            lambda s, num_steps: assembled(soap_direction(s), s, num_steps),
+            soap_direction,
             _SOAP_SETTING,
             {**_ADAM, "learning_rate": Range(3e-4, 3e-2)},
             "Vyas et al. 2024, arXiv:2409.11321; here",
         ),
-        Optimizer(
+        along(
             "soap-muon",
-            lambda s, num_steps: assembled(soap_muon_direction(s), s, num_steps),
+            soap_muon_direction,
             {**_SOAP_SETTING, "learning_rate": 0.01},
             {**_ADAM, "learning_rate": Range(1e-3, 0.1)},
             "SOAP, then Newton-Schulz, hidden matrices alone, Adam for the rest; here",
         ),
-        Optimizer(
+        along(
             "normuon",
-            lambda s, num_steps: assembled(normuon_direction(s), s, num_steps),
+            normuon_direction,
             {**_SOAP_SETTING, "learning_rate": 0.01},
             {**_ADAM, "learning_rate": Range(1e-3, 0.1)},
             "Li et al. 2025, arXiv:2510.05491, hidden matrices alone, Adam for the rest; here",
         ),
-        Optimizer(
+        along(
             "kron",
-            lambda s, num_steps: assembled(_kron(), s, num_steps),
+            lambda s: _kron(),
             {"learning_rate": 1e-3, "weight_decay": 0.05, "warmup": 0.05},
             {"learning_rate": Range(1e-4, 1e-2), **DECAY, **WARMUP},
             "Li 2018, arXiv:1512.04202 (PSGD); rollfast",
@@ -149,7 +147,7 @@ def normuon_direction(s: Settings) -> optax.GradientTransformation:
         return jnp.mean(u * u, range(u.ndim - 1), keepdims=True)
 
     def init_fn(params):
-        return jax.tree.map(lambda p: 0 * mean_square(p), params), jnp.zeros((), jnp.int32)
+        return jax.tree.map(lambda p: jnp.zeros_like(mean_square(p)), params), jnp.zeros((), jnp.int32)
 
     def update_fn(updates, state, params=None):
         del params

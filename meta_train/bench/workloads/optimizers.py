@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import optax.contrib
 
 import learned_opt
 from learned_opt.base import LearnedOptimizer, Theta

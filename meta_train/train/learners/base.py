@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from learned_opt.base import Theta
+from tasks.families.networks import log_uniform
 
 LearnerState = Any
 ENDLESS = jnp.iinfo(jnp.int32).max
@@ -47,6 +48,12 @@ def meta_loss_of(
 ) -> jax.Array:
     """``measure(min(loss / initial_loss, max_loss))``; a non-finite loss counts as ``max_loss``."""
     return measure(jnp.where(jnp.isfinite(loss), jnp.minimum(loss / initial_loss, max_loss), max_loss))
+
+
+def drawn_length(key: jax.Array, bounds: tuple[int, int], multiple_of: int) -> jax.Array:
+    """An episode's length, log-uniform in ``bounds`` and rounded to whole windows of ``multiple_of``, at least one."""
+    windows = jnp.maximum(jnp.round(log_uniform(key, *bounds) / multiple_of), 1)
+    return (multiple_of * windows).astype(jnp.int32)
 
 
 def told(length: jax.Array, initial_loss: jax.Array, share: float) -> jax.Array:

@@ -12,7 +12,7 @@ from learned_opt.base import LearnedOptimizer, Theta
 from tasks.base import Cfg, Params, TaskFamily
 from tasks.families.networks import log_uniform
 
-from .base import MEASURES, Learner, meta_loss_of, told
+from .base import MEASURES, Learner, drawn_length, meta_loss_of, told
 
 # What workers may step by, at a rate of 1. Muon's matrices move as far as Adam's (an RMS of 0.2).
 LOCAL_OPTIMIZERS = {
@@ -109,8 +109,7 @@ def local_sgd_learner(
         cfg = family.sample(k_cfg)
         task = family.task(family.data, cfg)
         anchor = task.init(k_params)
-        windows = jnp.maximum(jnp.round(log_uniform(k_rounds, *rounds) / multiple_of), 1)
-        num_rounds = (multiple_of * windows).astype(jnp.int32)
+        num_rounds = drawn_length(k_rounds, rounds, multiple_of)
         loss, _ = task.loss(anchor, k_loss, task.batch(k_loss, "train"))
         optimizer = jax.random.randint(k_optimizer, (), 0, len(locals_))
         everyone = jax.tree.map(lambda x: jnp.broadcast_to(x, (max_workers, *x.shape)), anchor)

@@ -13,7 +13,7 @@ from tasks.base import Data
 from tasks.families.networks import log_uniform
 
 from ..problems import Problem, make_tuner
-from .base import MEASURES, Learner, meta_loss_of
+from .base import MEASURES, Learner, drawn_length, meta_loss_of
 
 
 class SelfTuningState(NamedTuple):
@@ -21,6 +21,7 @@ class SelfTuningState(NamedTuple):
 
     tuner: st.TunerState
     cycles: jax.Array  # int32, of this episode
+    learning_rate: jax.Array  # float, of the weights
     initial_loss: jax.Array  # float, what the validation losses are divided by
 
 
@@ -31,7 +32,7 @@ def self_tuning_learner(
     *,
     cycles: tuple[int, int] = (50, 50),
     multiple_of: int = 1,
-    learning_rate: float | None = None,
+    learning_rates: tuple[float, float] | None = None,
     max_loss: float = 4.0,
     measure: Callable[[jax.Array], jax.Array] = MEASURES["relative"],
     **options: Any,
@@ -49,7 +50,8 @@ def self_tuning_learner(
         data: ``problem.data``, possibly traced.
         cycles: least and most of an episode, drawn log-uniformly.
         multiple_of: cycles are rounded to multiples of it (the estimator's window).
-        learning_rate: of a rule that has a free one; by default its own.
+        learning_rates: range of the weights' rate, drawn log-uniformly, for a rule that has a free one; by default its
+            own.
         max_loss: cap :math:`c` of the meta-loss, in units of the loss at the start.
         measure: the meta-loss of the loss in these units, of :data:`meta_train.train.learners.MEASURES`.
         **options: of :func:`learned_opt.self_tuning.tuner`, such as ``train_steps`` and ``hyper``. The guard and the
@@ -61,23 +63,23 @@ def self_tuning_learner(
     Reference:
         MacKay et al., "Self-Tuning Networks", 2019.
     """
-    rate = learning_rate or rule.learning_rate or 1.0
+    rates = learning_rates or (rule.learning_rate or 1.0,) * 2
     options = {"response": optax.adam(1e-3), "train_steps": 5, "guard": None, "trust": None} | options
 
-    def tuner(theta: Theta, cycles: jax.Array) -> st.Tuner:
+    def tuner(theta: Theta, cycles: jax.Array, rate: jax.Array) -> st.Tuner:
         weights = rule.build(theta, num_steps=cycles * options["train_steps"])
         return make_tuner(problem, weights=optax.chain(weights, optax.scale(rate)), **options)
 
     def init(theta: Theta, key: jax.Array) -> SelfTuningState:
-        k_init, k_batch, k_cycles = jax.random.split(key, 3)
-        windows = jnp.maximum(jnp.round(log_uniform(k_cycles, *cycles) / multiple_of), 1)
-        drawn = (multiple_of * windows).astype(jnp.int32)
+        k_init, k_batch, k_cycles, k_rate = jax.random.split(key, 4)
+        drawn, rate = drawn_length(k_cycles, cycles, multiple_of), log_uniform(k_rate, *rates)
         params, response = problem.init(k_init)
         loss = jnp.mean(problem.valid_loss(params, problem.batch(data["valid"], k_batch)))
-        return SelfTuningState(tuner(theta, drawn).init(params, response), drawn, jnp.maximum(jnp.abs(loss), 1e-6))
+        start = tuner(theta, drawn, rate).init(params, response)
+        return SelfTuningState(start, drawn, rate, jnp.maximum(jnp.abs(loss), 1e-6))
 
     def step(theta: Theta, state: SelfTuningState, key: jax.Array) -> tuple[SelfTuningState, jax.Array]:
-        new, info = tuner(theta, state.cycles).cycle(state.tuner, key, data)
+        new, info = tuner(theta, state.cycles, state.learning_rate).cycle(state.tuner, key, data)
         return state._replace(tuner=new), meta_loss_of(info.valid_loss, state.initial_loss, max_loss, measure)
 
     return Learner(init, step, remaining=lambda state: state.cycles - state.tuner.cycle)

@@ -12,7 +12,7 @@ from learned_opt.rules.scheduler import SCHEDULES
 from tasks.base import Cfg, Params, TaskFamily
 from tasks.families.networks import log_uniform
 
-from .base import MEASURES, Learner, meta_loss_of, told
+from .base import MEASURES, Learner, drawn_length, meta_loss_of, told
 
 _BEYOND = 2**31 - 1  # a counter of the generator that no batch's draws reach
 
@@ -83,8 +83,7 @@ def task_learner(
         cfg = family.sample(k_cfg)
         task = family.task(family.data, cfg)
         params = task.init(k_params)
-        windows = log_uniform(k_length, *lengths) / multiple_of
-        num_steps = (multiple_of * jnp.maximum(jnp.round(windows), 1)).astype(jnp.int32)
+        num_steps = drawn_length(k_length, lengths, multiple_of)
         loss, _ = task.loss(params, k_loss, task.batch(k_batch, "train"))
         return TaskState(
             params=params,

@@ -12,10 +12,9 @@ from learned_opt.unsupervised.network import ACTIVATIONS, Network
 from learned_opt.unsupervised.rule import UnsupervisedRule
 from tasks.base import Cfg
 from tasks.families.batches import cross_entropy
-from tasks.families.networks import log_uniform
 from tasks.families.representation import FeatureEntry, FeatureFamily
 
-from .base import Learner
+from .base import Learner, drawn_length
 
 Objective = Callable[[jax.Array, jax.Array, jax.Array, int], jax.Array]
 
@@ -64,12 +63,11 @@ def feature_learner(
         del theta
         k_cfg, k_phi, k_activation, k_length = jax.random.split(key, 4)
         activation = activations[jax.random.randint(k_activation, (), 0, len(activations))]
-        windows = jnp.maximum(jnp.round(log_uniform(k_length, *lengths) / multiple_of), 1)
         return FeatureState(
             phi=rule.init(k_phi, (family.inputs, *entry.units), activation),
             cfg=family.sample(k_cfg),
             taken=jnp.zeros((), jnp.int32),
-            num_steps=(multiple_of * windows).astype(jnp.int32),
+            num_steps=drawn_length(k_length, lengths, multiple_of),
         )
 
     def step(theta: Theta, state: FeatureState, key: jax.Array) -> tuple[FeatureState, jax.Array]:

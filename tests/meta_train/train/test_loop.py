@@ -22,6 +22,8 @@ import learned_opt
 from meta_train import claim
 from meta_train.train import checkpoint, config, loop, problems
 from meta_train.train.config import ConfigError
+from meta_train.train.learners import MEASURES, SCHEDULES
+from meta_train.train.learners.local_sgd import LOCAL_OPTIMIZERS
 from tasks import suites
 from tasks.families.synthetic import quadratic
 
@@ -103,8 +105,14 @@ def test_a_rule_that_sets_its_own_step_size_is_given_none(tmp_path):
     assert learned_opt.store.read_record(tmp_path / "rates" / "rule")["learning_rate"] is None
 
 
+def test_the_names_that_a_config_knows_are_those_there_are():
+    assert set(config._MEASURES) == set(MEASURES)
+    assert set(config._SCHEDULES) == set(SCHEDULES)
+    assert set(config._LOCAL_OPTIMIZERS) == set(LOCAL_OPTIMIZERS)
+
+
 def test_a_rule_is_meta_trained_through_a_self_tuned_network(tmp_path, monkeypatch):
-    monkeypatch.setitem(problems.SUITES, "ridge", (problems.Entry("ridge", ridge),))
+    monkeypatch.setitem(problems.SUITES, "ridge", (problems.ProblemEntry("ridge", ridge),))
     settings = {"rule": "sgd", "learner": "self_tuning", "suite": "ridge", "estimator": "nres", "bench_suite": ""}
     outcome = loop.run(dataclasses.replace(SETTINGS, **settings), tmp_path / "a")
     assert outcome.finished

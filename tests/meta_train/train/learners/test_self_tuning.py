@@ -67,10 +67,13 @@ def test_a_short_meta_training_improves_on_its_start(estimator):
     assert judged(state.theta) < 0.7 * before
 
 
-def test_lengths_are_drawn_in_whole_windows():
+def test_rates_and_lengths_in_whole_windows_are_drawn():
     problem, rule = ridge(), learned_opt.RULES["sgd"](learning_rate=0.01)
-    learner = self_tuning_learner(rule, problem, problem.data, cycles=(5, 40), multiple_of=5, **OPTIONS)
+    drawn = {"cycles": (5, 40), "multiple_of": 5, "learning_rates": (0.1, 1.0)}
+    learner = self_tuning_learner(rule, problem, problem.data, **drawn, **OPTIONS)
     keys = jax.random.split(jax.random.key(0), 100)
     states = jax.vmap(learner.init, (None, 0))(rule.init(keys[0]), keys)
     assert set(np.asarray(states.cycles)) == {5, 10, 15, 20, 25, 30, 35, 40}
     np.testing.assert_array_equal(jax.vmap(learner.remaining)(states), states.cycles)
+    assert 0.1 <= states.learning_rate.min() < 0.15
+    assert 0.7 < states.learning_rate.max() <= 1.0
