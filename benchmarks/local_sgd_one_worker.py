@@ -1,11 +1,12 @@
-"""One worker: AdamW and Muon as they are, with an outer step every 30 steps, and looking ahead.
+"""One worker: AdamW and Muon as they are, with a hand-made or learned outer step every 30 steps, and looking ahead.
 
 A character transformer on Moby Dick (in no training suite), 900 steps, the rate falling by a half cosine. `lookahead`
 and `ema_nesterov` keep the constants of their papers (0.7, momentum 0.6, every 30 steps; decay .99) and, where there is
-none to take, a share of 0.5. The rate of every one of the six is tuned on the same grid, by the validation loss on two
-seeds; the losses shown are those of three others, each on the same start and batches with and without the wrapper.
+none to take, a share of 0.5; the learned outer steps are the pretrained `outer` as it is, and beside Nesterov's. The
+rate of every one of the ten is tuned on the same grid, by the validation loss on two seeds; the losses shown are those
+of five others, each on the same start and batches with and without the wrapper.
 
-    python benchmarks/local_sgd_one_worker.py    # three minutes of one core; writes reports/local_sgd/one_worker.csv
+    python benchmarks/local_sgd_one_worker.py    # ten minutes of one core; writes reports/local_sgd/one_worker.csv
 """
 
 import argparse
@@ -18,16 +19,29 @@ import numpy as np
 import optax
 import tables
 
-from learned_opt.local_sgd import ema_nesterov, lookahead
+import learned_opt
+from learned_opt.local_sgd import add_nesterov, ema_nesterov, lookahead
 from tasks.base import num_params
 from tasks.families.sequence import char_transformer
 
 REPORT = Path(__file__).parents[1] / "reports" / "local_sgd"
-STEPS, LAST = 900, 32  # batches that the validation loss is the mean of
+STEPS, EVERY, LAST = 900, 30, 32  # of training, between two outer steps; batches that are validated on
 RATES = tuple(float(r) for r in 1e-3 * 2.0 ** np.arange(9))
-TUNING, SEEDS = (100, 101), (200, 201, 202)
+TUNING, SEEDS = (100, 101), range(200, 205)
 OPTIMIZERS = {"AdamW": lambda rate: optax.adamw(rate, weight_decay=1e-2), "Muon": optax.contrib.muon}
-WRAPPERS = {"as it is": lambda tx: tx, "lookahead": lookahead, "ema_nesterov": ema_nesterov}
+
+
+def learned():
+    return learned_opt.load("outer", num_steps=STEPS // EVERY)
+
+
+WRAPPERS = {
+    "as it is": lambda tx: tx,
+    "lookahead": lambda tx: lookahead(tx, every=EVERY),
+    "ema_nesterov": ema_nesterov,
+    "lookahead, outer": lambda tx: lookahead(tx, learned(), every=EVERY),
+    "lookahead, Nesterov + outer": lambda tx: lookahead(tx, add_nesterov(learned()), every=EVERY),
+}
 
 
 def trained(params, state):

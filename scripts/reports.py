@@ -77,7 +77,7 @@ REPORTS = {
                 f"python benchmarks/local_sgd_{study}.py"
                 for study in (
                     *("stich", "patel_dieuleveut", "batches", "communication", "faults", "outer", "overlap", "peers"),
-                    *("one_worker", "when"),
+                    *("compressed", "one_worker", "when"),
                 )
             ),
         ),

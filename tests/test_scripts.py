@@ -186,12 +186,30 @@ CASES = {
         reports("local_sgd", "communication.json", "communication.csv", "communication.png"),
         processes=True,
     ),
+    "benchmarks/local_sgd_compressed.py": Case(
+        "",
+        {
+            "TASKS": {"conv": wine},
+            "METHODS": ("DiLoCo (AdamW)", "Nesterov + outer, AdamW"),
+            "ROUNDS": {64: 1},
+            "SEEDS": (200, 201),
+        },
+        reports("local_sgd", "compressed.json", "compressed.csv"),
+        before=committed("reports/local_sgd/peers.json"),
+    ),
     "benchmarks/local_sgd_faults.py": Case(
         "--processes 2 --faults 1", {"ROUNDS": 10, "SHRINKING": (2, 1)}, reports("local_sgd", "faults.json")
     ),
     "benchmarks/local_sgd_one_worker.py": Case(
         "",
-        {"char_transformer": lambda family: wine, "STEPS": 2, "LAST": 1, "RATES": (1e-3, 1e-2), "TUNING": (100,)},
+        {
+            "char_transformer": lambda family: wine,
+            "STEPS": 2,
+            "EVERY": 1,
+            "LAST": 1,
+            "RATES": (1e-3, 1e-2),
+            "TUNING": (100,),
+        },
         reports("local_sgd", "one_worker.csv"),
     ),
     "benchmarks/local_sgd_outer.py": Case(

@@ -1,0 +1,66 @@
+"""Fewer bytes a round: what int8 and top-k cost DiLoCo, MuLoCo and the learned outer step beside Nesterov's.
+
+The networks, seeds and settings of local_sgd_peers.py at H = 64, read from its peers.json: nothing is tuned here.
+`int8` sends one byte an entry, `top-k` one entry in 32 with its place, both with error feedback. Each method's loss is
+compared with its own without compression, seed by seed. Finished runs are kept: the same command goes on. Writes
+reports/local_sgd/compressed.json and compressed.csv.
+
+    learned-opt data fetch moby_dick && learned-opt data fetch kjv && learned-opt data fetch cifar10
+    python benchmarks/local_sgd_compressed.py    # an hour of one core
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import tables
+from local_sgd_peers import REPORT, ROUNDS, SEEDS, TASKS, methods, runner
+
+from learned_opt import communication
+from learned_opt.files import write_atomically
+
+DELAY = 64
+METHODS = ("DiLoCo (AdamW)", "Nesterov + outer, AdamW", "MuLoCo (Muon)", "Nesterov + outer, Muon")
+CODES = {"none": None, "int8": communication.int8(), "top-k": communication.top_k(1 / 32)}
+BYTES = {"none": 4.0, "int8": 1.0, "top-k": 8 / 32}  # an entry; scales of tensors left out
+
+
+def table(found):
+    """One row for each task, method and code."""
+    rows = []
+    for task, results in found.items():
+        for name, losses in results.items():
+            for code, mine in losses.items():
+                ratios = np.log(np.divide(mine, losses["none"]))
+                row = {"task": task, "H": DELAY, "method": name, "code": code, "bytes_an_entry": BYTES[code]}
+                row |= {"valid_loss": round(float(np.mean(mine)), 5), "ratio": round(float(np.exp(ratios.mean())), 5)}
+                rows.append(row | {"standard_error": round(float(ratios.std(ddof=1) / len(ratios) ** 0.5), 5)})
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peers", type=Path, default=REPORT / "peers.json")
+    parser.add_argument("--out", type=Path, default=REPORT)
+    arguments = parser.parse_args()
+    settings, path = json.loads(arguments.peers.read_text()), arguments.out / "compressed.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    for task, make in TASKS.items():
+        family = make()
+        for name in METHODS:
+            chosen = settings[task]["delays"][str(DELAY)][name]
+            setting = chosen["rate"], chosen["outer_rate"], chosen["momentum"]
+            kept = found.setdefault(task, {}).setdefault(name, {})
+            for code, compression in CODES.items():
+                if code in kept:
+                    continue
+                run = runner(family, methods(["outer"])[name]._replace(compression=compression))
+                kept[code] = [round(float(run(family.data, setting, DELAY, ROUNDS[DELAY], s)), 5) for s in SEEDS]
+                write_atomically(path, json.dumps(found, indent=1) + "\n")
+                print(task, name, code, kept[code], flush=True)
+    tables.write(arguments.out / "compressed.csv", table(found))
+
+
+if __name__ == "__main__":
+    main()
