@@ -126,7 +126,7 @@ def pbt(lab, seed, seconds, members):
 
 
 def search(lab, seed, seconds, trial, sampler="random", pruner=None):
-    optuna = _optuna()
+    optuna = load_optuna()
     names, key = st.names(lab.specs), jax.random.key(seed)
     lab.trial(Watch(lab, seconds), lab.level, key, CHUNK)  # compiled
     pruners = {
@@ -158,7 +158,7 @@ def search(lab, seed, seconds, trial, sampler="random", pruner=None):
         study.tell(asked, lab.trial(watch, level, jax.random.fold_in(key, i), trial, report))
 
 
-def _optuna():
+def load_optuna():
     try:
         import optuna
     except ImportError:

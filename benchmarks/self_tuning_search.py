@@ -61,13 +61,14 @@ class Watch:
 
     def __init__(self, lab, seconds):
         self.lab, self.seconds = lab, seconds
-        self.best, self.params, self.level, self.steps, self.curve = np.inf, None, None, 0, []
+        self.best, self.params, self.last, self.level, self.steps, self.curve = np.inf, None, None, None, 0, []
         self.begin = time.process_time()
 
     def look(self, params, level, steps=CHUNK):
         """Count the steps taken, judge the weights and return their validation loss."""
         loss = float(self.lab.judge(params, self.lab.data["valid"])["loss"])
         self.steps += steps
+        self.last = params
         if loss < self.best:
             self.best, self.params, self.level = loss, params, np.asarray(level)
         self.curve.append((round(time.process_time() - self.begin, 2), self.steps, self.best))
@@ -336,7 +337,7 @@ def save(name, runs, curves):
     (REPORT / f"{name}.json").write_text("[\n" + ",\n".join(map(json.dumps, runs)) + "\n]\n")
 
 
-def missing(name, do, seeds, methods, seconds, hidden=("chosen",)):
+def missing(name, do, seeds, methods, budget, hidden=("chosen",), unit="seconds"):
     """Does the runs of a study that are not kept yet, each written when it is done.
 
     Args:
@@ -344,15 +345,16 @@ def missing(name, do, seeds, methods, seconds, hidden=("chosen",)):
         do: ``(method, seed) -> result, curve``.
         seeds: how many.
         methods: their names.
-        seconds: a run's processor time; runs kept of another are dropped.
+        budget: a run's processor time, or its steps; runs kept of another are dropped.
         hidden: what of a result is not printed.
+        unit: the entry of a result that is its budget.
 
     Returns:
         All runs and curves.
     """
     REPORT.mkdir(parents=True, exist_ok=True)
     runs, curves = load_results(name)
-    done = {(run["method"], run["seed"]) for run in runs if run["seconds"] == seconds}
+    done = {(run["method"], run["seed"]) for run in runs if run[unit] == budget}
     runs = [run for run in runs if (run["method"], run["seed"]) in done]
     for seed, method in itertools.product(range(seeds), methods):
         if (method, seed) in done:

@@ -107,13 +107,14 @@ REPORTS = {
         ),
     ),
     "self_tuning": Report(
-        "self-tuning networks: against a closed form, searches and population-based training, as schedules, costs",
+        "self-tuning networks: against a closed form, searches and population-based training, from drawn starts, on "
+        "text and photographs, as schedules, in meta-training, costs",
         (
+            *(f"learned-opt data fetch {name}" for name in ("fashion_mnist", "cifar10", "sotu")),
             *(
                 f"python benchmarks/self_tuning_{study}.py"
-                for study in ("ridge", "search", "peers", "schedules", "cost")
+                for study in ["ridge", "search", "peers", "drawn", "language", "cifar", "meta", "schedules", "cost"]
             ),
-            "learned-opt data fetch cifar10",
             "learned-opt tune cifar-cnn --out reports/self_tuning",
         ),
     ),
@@ -149,6 +150,7 @@ REPORTS = {
             " --out reports/workloads/tuned",
             "python scripts/workload_sizes.py",
             "python benchmarks/step_times.py",
+            "python benchmarks/clock.py",
         ),
     ),
 }

@@ -76,6 +76,15 @@ def few_images(make):
     return made
 
 
+def few_characters(make):
+    """The self-tuning model of characters with the narrowest layers, on an embedded text."""
+
+    def made(_, **sizes):
+        return make("sotu_small", **dict.fromkeys(sizes, 4) | {"batch_size": 4})
+
+    return made
+
+
 def wine(*_, **sizes):
     """In place of any family of tasks: one matrix and one vector, quick to compile under every rule."""
     return tabular.logistic_regression("wine", batch_size=4)
@@ -143,6 +152,15 @@ CASES = {
     ),
     "benchmarks/calibrate_adamw.py": Case(
         "--suite small --steps 2 --seeds 1 --out best.json", {"RATES": first(2)}, ("best.json",)
+    ),
+    "benchmarks/clock.py": Case(
+        "",
+        {
+            "suite": lambda suite: lambda name: [TINY[0]._replace(name="mail/embeddings-96-384")],
+            "OPTIMIZERS": ("nadamw",),
+        },
+        reports("workloads", "clock.csv"),
+        before=committed("reports/workloads/test/results.json"),
     ),
     "benchmarks/compile.py": Case("--optimizers adam --layers 1", {}, reports("compile", "run_1.json")),
     "benchmarks/control.py": Case(
@@ -289,6 +307,44 @@ CASES = {
     "benchmarks/self_tuning_cost.py": Case(
         "--networks mlp --batch 4 --rounds 1", {}, reports("self_tuning", "cost_cpu.csv")
     ),
+    "benchmarks/self_tuning_cifar.py": Case(
+        "--steps 40 --seeds 2 --methods 'untuned defaults' 'untuned defaults, twice as long' Delta-STN",
+        {"cifar_cnn": few_images, "LOOK": 10},
+        reports("self_tuning", "cifar.json", "cifar.csv", "cifar.png"),
+    ),
+    "benchmarks/self_tuning_drawn.py": Case(
+        "--steps 20",
+        {"fashion_cnn": few_images, "LOOK": 10, "STARTS": 2, "CHOICE": 1, "OTHERS": 2, "RATES": only("0.1")},
+        reports("self_tuning", *(f"drawn{part}" for part in (".json", ".csv", ".png", "_choice.json", "_choice.csv"))),
+    ),
+    "benchmarks/self_tuning_language.py": Case(
+        "--steps 40 --seeds 2 --methods 'untuned draw' Delta-STN replay",
+        {"char_lstm": few_characters, "char_transformer": few_characters, "LOOK": 10}
+        | dict.fromkeys(("TRAIN", "VALID", "TEST"), 100),
+        reports(
+            "self_tuning",
+            "language.png",
+            *(f"language_{model}.{end}" for model in ("lstm", "transformer") for end in ("json", "csv")),
+        ),
+    ),
+    "benchmarks/self_tuning_meta.py": Case(
+        "--cycles 2 --seeds 2",
+        {
+            "FINE_TUNING": lambda old: dataclasses.replace(
+                old, meta_steps=2, particles=1, unroll=1, min_length=2, max_length=2, log_every=1
+            ),
+            "loop.problems.SUITES": lambda old: {"self_tuned": old["self_tuned"][1:]},
+            "char_lstm": few_characters,
+            "char_transformer": few_characters,
+            "FACTORS": (1.0, 2.0),
+            "CHOICE": 1,
+            "LOOK": 1,
+        },
+        reports(
+            "self_tuning",
+            *("meta.json", "meta.csv", "meta.png", "meta_choice.json", "meta_choice.csv", "meta_training.csv"),
+        ),
+    ),
     "benchmarks/self_tuning_peers.py": Case(
         "--seconds 1 --seeds 1 --methods 'untuned draw' Delta-STN 'PBT, 4'",
         {"fashion_cnn": few_images},
@@ -418,8 +474,10 @@ CASES = {
 
 
 SEARCHES = {
-    "benchmarks/self_tuning_peers.py": "Delta-STN 'TPE, 8' 'Hyperband, TPE'",
-    "benchmarks/self_tuning_search.py": "implicit TPE Hyperband",
+    "benchmarks/self_tuning_cifar.py": "--steps 40 --seeds 1 --methods Delta-STN search",
+    "benchmarks/self_tuning_language.py": "--steps 40 --seeds 1 --methods Delta-STN search",
+    "benchmarks/self_tuning_peers.py": "--seconds 1 --seeds 1 --methods Delta-STN 'TPE, 8' 'Hyperband, TPE'",
+    "benchmarks/self_tuning_search.py": "--seconds 1 --seeds 1 --methods implicit TPE Hyperband",
 }
 
 
@@ -537,8 +595,7 @@ def test_a_script_runs(script, plain, tmp_path, monkeypatch):
 @pytest.mark.parametrize("script", SEARCHES)
 def test_a_search_with_optuna_runs(script, plain, tmp_path, monkeypatch):
     pytest.importorskip("optuna")
-    arguments = f"--seconds 1 --seeds 1 --methods {SEARCHES[script]}"
-    check(script, CASES[script]._replace(arguments=arguments), tmp_path, monkeypatch)
+    check(script, CASES[script]._replace(arguments=SEARCHES[script]), tmp_path, monkeypatch)
 
 
 def test_every_script_has_a_case():

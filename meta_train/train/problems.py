@@ -118,14 +118,23 @@ def _split(arrays: dict[str, np.ndarray], share: float = 0.2) -> tuple[dict, dic
     return {k: v[~held] for k, v in arrays.items()}, {k: v[held] for k, v in arrays.items()}
 
 
-def _images(dataset: str) -> Data:
-    splits = load(dataset)
+def _images(dataset: str, shrink: int = 1) -> Data:
+    splits = {split: rows | {"image": _shrunk(rows["image"], shrink)} for split, rows in load(dataset).items()}
     train, valid = _split({name: splits["train"][name] for name in ("image", "label")})
     data = {"train": train, "valid": valid, "test": {name: splits["valid"][name] for name in ("image", "label")}}
     return {
         split: {"x": rows["image"].reshape(*rows["image"].shape[:3], -1), "y": rows["label"].astype(np.int32)}
         for split, rows in data.items()
     }
+
+
+def _shrunk(images: np.ndarray, times: int) -> np.ndarray:
+    """Means of squares of pixels, rounded."""
+    if times == 1:
+        return images
+    count, height, width = images.shape[:3]
+    squares = images.reshape(count, height // times, times, width // times, times, -1)
+    return np.rint(squares.mean((2, 4), dtype=np.float32)).astype(images.dtype)
 
 
 def _pixels(x: jax.Array) -> jax.Array:
@@ -220,7 +229,7 @@ def fashion_cnn(dataset: str = "fashion_mnist_small", *, width: int = 8, batch_s
     return _classifier(network, augment, penalty, specs, _images(dataset), batch_size)
 
 
-def cifar_cnn(dataset: str = "cifar10", *, width: int = 16, batch_size: int = 64) -> Problem:
+def cifar_cnn(dataset: str = "cifar10", *, width: int = 16, batch_size: int = 64, shrink: int = 1) -> Problem:
     """A convolutional net on CIFAR-10 with fifteen hyperparameters, as many as MacKay et al. tune.
 
     Dropout of the three convolutions and the two dense layers, input noise and scaling, hue, contrast, saturation,
@@ -230,6 +239,7 @@ def cifar_cnn(dataset: str = "cifar10", *, width: int = 16, batch_size: int = 64
         dataset: a data set of colour images; ``cifar10`` has to be fetched.
         width: channels of the first convolution.
         batch_size: examples a batch.
+        shrink: how many times smaller images are made, on each side.
 
     Returns:
         A :class:`Problem`.
@@ -270,7 +280,7 @@ def cifar_cnn(dataset: str = "cifar10", *, width: int = 16, batch_size: int = 64
         x = st.regularisers.input_scaling(k[6], x, hparams["input_scaling"])
         return st.regularisers.input_noise(k[7], x, hparams["input_noise"])
 
-    return _classifier(network, augment, lambda params, hparams: 0.0, specs, _images(dataset), batch_size)
+    return _classifier(network, augment, lambda params, hparams: 0.0, specs, _images(dataset, shrink), batch_size)
 
 
 def char_lstm(
@@ -315,11 +325,6 @@ def char_lstm(
     }
     if tuned is not None:
         specs = {name: dataclasses.replace(spec, tuned=name in tuned) for name, spec in specs.items()}
-    splits = load(dataset)
-    text, test = (np.asarray(splits[name]["text"]).reshape(-1) for name in ("train", "valid"))
-    cut = len(text) * 9 // 10
-    parts = {"train": text[:cut], "valid": text[cut:], "test": test}
-    data = {split: {"text": _windows(part, length)} for split, part in parts.items()}
     cores = ["lstm", *(f"lstm_{i}" for i in range(1, layers))]
 
     def network(codes, hparams):
@@ -333,6 +338,87 @@ def char_lstm(
         dropped = x if hparams is None else _shared_mask(x, hparams["dropout_output"])
         return hk.Linear(VOCABULARY, name="output")(dropped).swapaxes(0, 1), x.swapaxes(0, 1)
 
+    def drop(key, params, hparams):
+        return st.regularisers.weight_drop(key, params, hparams["weight_drop"], [f"{name}/linear" for name in cores])
+
+    def penalty(hparams, states):
+        activation = hparams["activation"] * st.regularisers.activation_penalty(states)
+        return activation + hparams["temporal"] * st.regularisers.temporal_penalty(states)
+
+    return _language_model(network, drop, penalty, specs, dataset, length, batch_size)
+
+
+def char_transformer(
+    dataset: str = "sotu_small",
+    *,
+    width: int = 48,
+    layers: int = 2,
+    heads: int = 4,
+    length: int = 32,
+    batch_size: int = 32,
+) -> Problem:
+    """A character transformer with six hyperparameters.
+
+    Dropout of the embedded inputs, of attention's and of the dense layers' outputs, of the last layer's outputs, of
+    whole characters, and weight decay.
+
+    Args:
+        dataset: a data set of text.
+        width: of the embedding.
+        layers: blocks of attention and two dense layers, normalised before each.
+        heads: of attention.
+        length: characters an example.
+        batch_size: examples a batch.
+
+    Returns:
+        A :class:`Problem`, with losses and splits as :func:`char_lstm`'s.
+
+    Raises:
+        DataError: the data set is missing.
+    """
+    specs = {
+        "dropout_input": st.logit(0.05),
+        "dropout_attention": st.logit(0.05),
+        "dropout_dense": st.logit(0.05),
+        "dropout_output": st.logit(0.05),
+        "dropout_characters": st.logit(0.02),
+        "weight_decay": st.log(1e-6, 1e-9, 1e-2),
+    }
+    normalised = functools.partial(hk.LayerNorm, axis=-1, create_scale=True, create_offset=True)
+    small = hk.initializers.VarianceScaling(1.0 / layers)
+
+    def network(codes, hparams):
+        x = hk.Embed(VOCABULARY, width, name="embed")(codes)
+        if hparams is not None:
+            x = _masked_rows(x.swapaxes(0, 1), hparams["dropout_characters"]).swapaxes(0, 1)
+        x = x + hk.Embed(length, width, name="position")(jnp.arange(length)[None])
+        x = _dropped(x, hparams, "dropout_input")
+        before = jnp.tril(jnp.ones((1, 1, length, length), bool))
+        for i in range(layers):
+            attention = hk.MultiHeadAttention(heads, width // heads, w_init=small, name=f"attention_{i}")
+            h = normalised(name=f"norm_{i}_attention")(x)
+            x = x + _dropped(attention(h, h, h, before), hparams, "dropout_attention")
+            h = jax.nn.gelu(hk.Linear(4 * width, name=f"dense_{i}_in")(normalised(name=f"norm_{i}_dense")(x)))
+            h = hk.Linear(width, w_init=small, name=f"dense_{i}_out")(h)
+            x = x + _dropped(h, hparams, "dropout_dense")
+        x = _dropped(normalised(name="norm")(x), hparams, "dropout_output")
+        return hk.Linear(VOCABULARY, name="output")(x), x
+
+    return _language_model(
+        *(network, lambda key, params, hparams: params, lambda hparams, states: 0.0),
+        *(specs, dataset, length, batch_size),
+    )
+
+
+def _language_model(
+    network: Callable, drop: Callable, penalty: Callable, specs, dataset: str, length: int, batch_size: int
+) -> Problem:
+    """A model of characters; ``network(codes, hparams or None)`` gives logits and states, [B, T, ...]."""
+    splits = load(dataset)
+    text, test = (np.asarray(splits[name]["text"]).reshape(-1) for name in ("train", "valid"))
+    cut = len(text) * 9 // 10
+    parts = {"train": text[:cut], "valid": text[cut:], "test": test}
+    data = {split: {"text": _windows(part, length)} for split, part in parts.items()}
     net = st.lift(hk.transform(network))
 
     def init(key):
@@ -346,16 +432,9 @@ def char_lstm(
     def train_loss(params, hparams, key, batch):
         codes = batch["text"]
         k_drop, k_net = jax.random.split(key)
-        params = st.regularisers.weight_drop(
-            k_drop, params, hparams["weight_drop"], [f"{name}/linear" for name in cores]
-        )
+        params = drop(k_drop, params, hparams)
         logits, states = net.apply(params, k_net, codes[:, :-1], hparams)
-        return (
-            nats(logits, codes)
-            + hparams["activation"] * st.regularisers.activation_penalty(states)
-            + hparams["temporal"] * st.regularisers.temporal_penalty(states)
-            + hparams["weight_decay"] * st.squared_norm(params)
-        )
+        return nats(logits, codes) + penalty(hparams, states) + hparams["weight_decay"] * st.squared_norm(params)
 
     def metrics(params, batch):
         codes = batch["text"]

@@ -180,6 +180,29 @@ def test_the_lstm_can_be_deeper_and_tune_some_of_its_hyperparameters():
     assert info.mean.shape == (1,)
 
 
+def test_all_of_the_transformer_responds():
+    problem = problems.char_transformer(width=8, layers=1, heads=2, length=6)
+    params, response = problem.init(jax.random.key(0))
+    gated = jax.tree.structure(response, is_leaf=lambda x: isinstance(x, st.Gated))
+    assert gated.num_leaves == len(jax.tree.leaves(params))
+    tuner = problems.make_tuner(problem, weights=optax.adam(1e-3))
+    _, info = jax.eval_shape(
+        lambda key: tuner.cycle(tuner.init(params, response), key, jax.device_put(problem.data)), jax.random.key(1)
+    )
+    assert info.mean.shape == (6,)
+
+
+def test_images_shrink_to_the_means_of_their_squares(monkeypatch):
+    images = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3)).astype(np.uint8)
+    rows = {"image": images, "label": np.arange(20) % 10}
+    monkeypatch.setattr(problems, "load", lambda name: {"train": rows, "valid": rows})
+    whole, half = (problems.cifar_cnn(width=1, shrink=shrink) for shrink in (1, 2))
+    x = whole.data["train"]["x"].astype(float)
+    means = (x[:, ::2, ::2] + x[:, 1::2, ::2] + x[:, ::2, 1::2] + x[:, 1::2, 1::2]) / 4
+    assert np.abs(half.data["train"]["x"] - means).max() <= 0.5
+    assert jax.eval_shape(half.init, jax.random.key(0))[0]["dense1"]["w"].shape == (16, 4)
+
+
 def test_convolution_and_pooling_are_those_of_haiku():
     x = jax.random.normal(jax.random.key(0), (2, 8, 6, 2))
 

@@ -1,0 +1,250 @@
+"""Runs of self-tuning and of plain training that have a number of steps, for the studies of self_tuning_*.py."""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+from self_tuning_peers import at_steps, draw, load_optuna
+from self_tuning_search import CHUNK, Lab, Watch, interval, load_results, missing
+
+from learned_opt import self_tuning as st
+from learned_opt.self_tuning.objectives import Hyper
+from meta_train.train.problems import make_tuner
+
+CYCLE = 5  # training steps of a cycle of the tuner
+TRIALS = 4  # of a search, in as many training steps as a run has
+OWN = "Delta-STN"
+METHODS = (
+    *("untuned defaults", "untuned defaults, twice as long", "untuned draw", OWN, "search"),
+    *("search's best, trained anew", "replay"),
+)
+
+
+def cosine(share):
+    """From 1 to 0 while ``share`` goes from 0 to 1."""
+    return (1 + jnp.cos(jnp.pi * jnp.minimum(share, 1))) / 2
+
+
+class Runs(Lab):
+    """A Lab whose runs have a number of steps: Adam's rate rises over the first ``rise``, and falls to 0 by a cosine.
+
+    All are looked at every ``look`` steps. Rates and lengths are arguments of what is compiled, once a problem.
+    """
+
+    def __init__(self, problem, rows, rate, look, rise=200):
+        super().__init__(problem, rows)
+        self.rate, self.look, self.rise, self.moments = rate, look, rise, optax.scale_by_adam()
+
+    def self_tuner(self, hyper_rate, scale_rate, total):
+        hyper = optax.stateless(lambda updates, _: Hyper(hyper_rate * updates.mean, scale_rate * updates.scale))
+        weights = optax.scale_by_schedule(lambda i: -self.rate_at(i, total))
+        fall = optax.scale_by_schedule(lambda i: -cosine(i * CYCLE / total))
+        return make_tuner(
+            self.problem, train_steps=CYCLE, warmup=CHUNK // CYCLE,
+            weights=optax.chain(self.moments, weights), hyper=optax.chain(self.moments, hyper, fall),
+        )  # fmt: skip
+
+    def rate_at(self, step, total):
+        return self.rate * jnp.minimum(1, (step + 1) / self.rise) * cosine(step / total)
+
+    @functools.partial(jax.jit, static_argnums=(0, 6))
+    def tuned_part(self, state, key, hyper_rate, scale_rate, total, cycles):
+        return self.self_tuner(hyper_rate, scale_rate, total).run(state, key, self.data, cycles)
+
+    def tuned(self, level, k_init, k_run, total, hyper_rate, scale_rate):
+        """A run of Delta-STN from l; return its watch, its schedule, and how often the guard was needed."""
+        state = self.self_tuner(hyper_rate, scale_rate, total).init(*self.start(k_init))
+        hyper = state.hyper._replace(mean=level)
+        state = state._replace(hyper=hyper, best=state.best._replace(hyper=hyper))
+        watch, infos = Watch(self, np.inf), []
+        for _ in range(0, total, self.look):
+            state, info = self.tuned_part(state, k_run, hyper_rate, scale_rate, total, self.look // CYCLE)
+            watch.look(state.params, info.mean[-1], self.look)
+            infos.append(info)
+        guarded = {name: int(sum(getattr(info, name).sum() for info in infos)) for name in ("skipped", "rolled_back")}
+        return watch, st.from_run(self.specs, infos, CYCLE), guarded
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def plain_part(self, carry, path, key, begin, total):
+        def step(carry, own):
+            level, index = own
+            grads = jax.grad(self.loss)(carry[0], level, jax.random.fold_in(key, index))
+            updates, state = self.moments.update(grads, carry[1])
+            rate = self.rate_at(index, total)
+            return (jax.tree.map(lambda p, u: p - rate * u, carry[0], updates), state), None
+
+        return jax.lax.scan(step, carry, (path, begin + jnp.arange(self.look)))[0]
+
+    def plain(self, watch, path, k_init, k_run, total):
+        """Train at l, or at a path of them [total, H]; return the least validation loss."""
+        path = np.broadcast_to(np.asarray(path, np.float32), (total, len(st.names(self.specs))))
+        params, best = self.start(k_init)[0], np.inf
+        carry = params, self.moments.init(params)
+        for begin in range(0, total, self.look):
+            own = path[begin : begin + self.look]
+            carry = self.plain_part(carry, own, k_run, begin, total)
+            best = min(best, watch.look(carry[0], own[-1], self.look))
+        return best
+
+    def compile(self):
+        """Compile both, outside of any run's time."""
+        key = jax.random.key(0)
+        self.plain(Watch(self, np.inf), self.level, key, key, self.look)
+        self.tuned(self.level, key, key, self.look, 0.1, 0.0)
+
+    def named(self, level):
+        """The values at l, by name."""
+        values = jax.device_get(st.values(self.specs, jnp.asarray(level, jnp.float32)))
+        return {name: float(f"{float(x):.3g}") for name, x in values.items()}
+
+    def level_of(self, values):
+        """The l of values by name."""
+        specs = {name: dataclasses.replace(spec, start=values[name]) for name, spec in self.specs.items()}
+        return st.start(specs)[0]
+
+    def result(self, watch, **columns):
+        """What is kept of a run."""
+        test = jax.device_get(self.judge(watch.params, self.data["test"]))
+        return columns | {
+            "processor_s": watch.curve[-1][0], "trained": watch.steps, "valid": round(watch.best, 4),
+            **{f"test_{name}": round(float(x), 4) for name, x in test.items()}, "chosen": self.named(watch.level),
+        }  # fmt: skip
+
+
+class Comparison:
+    """Methods by equal compute, each as ``(seed) -> watch, trials``.
+
+    Args:
+        name: of the study's files.
+        lab: :class:`Runs`.
+        steps: of a run.
+        rates: Adam's for l and for sigma.
+        drawn: whether Delta-STN and the search start at a draw of the seed's own instead of the defaults.
+    """
+
+    def __init__(self, name, lab, steps, rates, drawn):
+        self.name, self.lab, self.steps, self.rates, self.drawn = name, lab, steps, rates, drawn
+        self.methods = {
+            "untuned defaults": lambda seed: self.constant(seed, lab.level),
+            "untuned defaults, twice as long": lambda seed: self.constant(seed, lab.level, 2 * steps),
+            "untuned draw": lambda seed: self.constant(seed, draw(lab, seed)),
+            OWN: lambda seed: (self.tuned(seed)[0], 1),
+            "search": self.search,
+            "search's best, trained anew": self.best_anew,
+            "replay": self.replay,
+        }
+
+    def keys(self, seed):
+        return jax.random.split(jax.random.key(seed))
+
+    def kept(self, method, seed):
+        own = [run for run in load_results(self.name)[0] if (run["method"], run["seed"]) == (method, seed)]
+        if not own:
+            raise SystemExit(f"{method} of seed {seed} has to run first")
+        return own[0]
+
+    def constant(self, seed, path, steps=None):
+        watch = Watch(self.lab, np.inf)
+        self.lab.plain(watch, path, *self.keys(seed), steps or self.steps)
+        return watch, 1
+
+    @functools.cache  # noqa: B019
+    def tuned(self, seed):
+        start = draw(self.lab, seed) if self.drawn else self.lab.level
+        return self.lab.tuned(start, *self.keys(seed), self.steps, *self.rates)
+
+    def search(self, seed):
+        """TPE, trials of a TRIALS-th of a run, in the processor time that Delta-STN took."""
+        optuna = load_optuna()
+        study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=4))
+        first = jax.nn.sigmoid(draw(self.lab, seed) if self.drawn else self.lab.level)
+        study.enqueue_trial(dict(zip(st.names(self.lab.specs), map(float, first), strict=True)))
+        watch, keys = Watch(self.lab, self.kept(OWN, seed)["processor_s"]), self.keys(seed)
+        for trial in itertools.count():
+            if not watch.left():
+                return watch, trial
+            asked = study.ask()
+            # uniform between the bounds, or their logarithms: what self_tuning.draw draws
+            share = np.asarray([asked.suggest_float(name, 0.0067, 0.9933) for name in st.names(self.lab.specs)])
+            level, own = np.log(share) - np.log1p(-share), jax.random.fold_in(keys[1], trial)
+            study.tell(asked, self.lab.plain(watch, level, keys[0], own, self.steps // TRIALS))
+
+    def best_anew(self, seed):
+        return self.constant(seed, self.lab.level_of(self.kept("search", seed)["chosen"]))
+
+    def replay(self, seed):
+        """The schedule of the seed's run on a network of other initial weights, batches and masks."""
+        path, _ = jax.vmap(functools.partial(st.interpolate, self.tuned(seed)[1]))(np.arange(self.steps))
+        return self.constant(100 + seed, path)
+
+    def run(self, method, seed):
+        watch, trials = self.methods[method](seed)
+        end = jax.device_get(self.lab.judge(watch.last, self.lab.data["test"]))
+        columns = {"method": method, "seed": seed, "steps": self.steps, "trials": trials}
+        columns |= {f"end_{name}": round(float(x), 4) for name, x in end.items()}
+        if method == OWN:
+            columns |= self.tuned(seed)[2]
+        return self.lab.result(watch, **columns), watch.curve
+
+    def missing(self, seeds, methods):
+        return missing(self.name, self.run, seeds, [m for m in self.methods if m in methods], self.steps, unit="steps")
+
+
+def less(runs, method, name):
+    """The differences, seed by seed: Delta-STN's less another method's."""
+    own, other = ({run["seed"]: run[name] for run in runs if run["method"] == m} for m in (OWN, method))
+    return np.asarray([own[seed] - other[seed] for seed in own.keys() & other.keys()])
+
+
+def by_test(runs, name):
+    """The methods' runs, the best test figure first."""
+    found = {m: [run for run in runs if run["method"] == m] for m in dict.fromkeys(run["method"] for run in runs)}
+    return dict(sorted(found.items(), key=lambda item: np.mean([run[name] for run in item[1]])))
+
+
+def summary(runs, curves, name, title, unit, digits):
+    """Print the table, the method that is furthest ahead of Delta-STN first; figures are divided by ``unit``."""
+    steps = runs[0]["steps"]
+    print(f"| method | trials | steps | processor time, s | validation loss | after {steps} steps | {title} |"
+          f" {OWN}'s less its |\n|---|---|---|---|---|---|---|---|")  # fmt: skip
+    shown = lambda values, digits: "{:.{d}f} ± {:.{d}f}".format(*interval(values), d=digits)  # noqa: E731
+    for method, own in by_test(runs, name).items():
+        counts = [f"{np.mean([run[column] for run in own]):.{d}f}" for column, d in (("trials", 1), ("trained", 0))]
+        early = [at_steps(curves[method, run["seed"]], steps) for run in own]
+        cells = [*counts, f"{np.mean([run['processor_s'] for run in own]):.1f}"]
+        cells += [shown([run["valid"] for run in own], 3), shown(early, 3)]
+        cells.append(shown(np.asarray([run[name] for run in own]) / unit, digits))
+        mean, half = interval(less(runs, method, name) / unit)
+        cells.append("" if method == OWN else f"{mean:+.{digits}f} ± {half:.{digits}f}")
+        print(f"| {method} | " + " | ".join(cells) + " |")
+
+
+def plot(axes, runs, curves, name, title, unit):
+    """The course of the validation loss, and the test figures, on two axes."""
+    left, right = axes
+    found = by_test(runs, name)
+    colours = dict(zip(sorted(found), plt.cm.tab10.colors, strict=False))
+    for place, (method, own) in enumerate(found.items()):
+        paths = [np.asarray(curves[method, run["seed"]]) for run in own]
+        length = min(map(len, paths))
+        _, steps, best = np.mean([path[:length] for path in paths], 0).T
+        left.plot(steps, best, color=colours[method], lw=2.4 if method == OWN else 1.2, label=method)
+        tests = np.asarray([run[name] for run in own]) / unit
+        mean, half = interval(tests)
+        right.errorbar(mean, -place, xerr=half, fmt="o", color=colours[method], capsize=3)
+        right.plot(tests, np.full(len(own), -place - 0.25), "|", color=colours[method])
+    left.set(xlabel="training steps", ylabel="best validation loss so far, mean", yscale="log")
+    left.yaxis.set_major_formatter("{x:.2g}")
+    left.yaxis.set_minor_formatter("{x:.2g}")
+    right.set_yticks(-np.arange(len(found)), found)
+    right.set_xlabel(f"{title}; mean, 95 % interval, runs")
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
