@@ -79,16 +79,38 @@ def test_cards_tables_are_the_committed_ones(path):
         assert diverged == f"{found['diverged']} of {found['runs']}"
 
 
+def committed_clock():
+    """``(workload, optimizer)`` to a row of clock.csv."""
+    with (ROOT / "reports/workloads/clock.csv").open() as file:
+        return {(row["workload"], row["optimizer"]): row for row in csv.DictReader(file)}
+
+
 def test_readmes_workloads_are_the_committed_ones():
     results = json.loads((ROOT / "reports/workloads/test/results.json").read_text())
     rows = table_after((ROOT / "README.md").read_text(), "| | validation loss, times NAdamW's |")
-    shown = {label.strip("*`"): cells for label, *cells in rows}
+    shown, clock = {label.strip("*`"): cells for label, *cells in rows}, committed_clock()
     assert list(shown) == [row["optimizer"] for row in results["summary"]]
     for row in results["summary"]:
-        reached = [f["steps_to_target"] for f in results["figures"] if f["optimizer"] == row["optimizer"]]
+        figures = [f for f in results["figures"] if f["optimizer"] == row["optimizer"]]
+        reached = [f["steps_to_target"] for f in figures]
         ratio = interval([row["ratio"], row["ratio_low"], row["ratio_high"]]) if row["ratio"] != 1 else "1.00"
         steps = ", ".join(f"{step:.0f}" if step else "–" for step in reached)
-        assert shown[row["optimizer"]] == [ratio, steps, f"{row['score_steps']:.2f}"]
+        times = [clock[key] for f in figures if (key := (f["workload"], f["optimizer"])) in clock]
+        time = ", ".join(f"{float(t['seconds_over_nadamw']):.2f}" for t in times) or "not timed"
+        assert shown[row["optimizer"]] == [ratio, steps, time, f"{row['score_steps']:.2f}"]
+        assert [float(t["steps_to_target"]) for t in times] in (reached, [])
+
+
+def test_the_clock_of_the_workloads_is_the_committed_one():
+    text = (ROOT / "docs/benchmark.md").read_text().split("**By the clock**")[1]
+    rows, clock = table_after(text, "| | word embeddings, mail | U-Net, speech |"), committed_clock()
+    order = ("mail/embeddings-96-384", "speech/unet-32-64-128", "cmudict/seq2seq-3x128", "qm9/message-passing-4x160")
+    assert len(rows) == 3
+    for label, *cells in rows:
+        times = [clock[workload, label.strip("*`")] for workload in (*order, "sqlite/llama-4x128")]
+        shown = [cell.split(", ") for cell in cells]
+        assert [cell[0] for cell in shown] == [f"{float(t['milliseconds']):.0f}" for t in times]
+        assert [float(cell[1]) for cell in shown] == [float(t["seconds_over_nadamw"]) for t in times]
 
 
 def test_validation_csv_is_of_the_committed_results():
