@@ -24,9 +24,9 @@ from self_tuning_search import REPORT, interval
 
 from meta_train.train.problems import cifar_cnn
 
-TRAIN, VALID = 2500, 2000
+TRAIN, VALID = 1000, 2000
 COMPARED = ("untuned defaults", "untuned defaults, twice as long", "Delta-STN", "search")
-RATE, LOOK, WIDTH = 3e-3, 100, 16
+RATE, LOOK, WIDTH = 3e-3, 75, 16
 HYPER_RATES = 0.1, 0.1  # Adam's for l and for sigma, as self_tuning_drawn.py chose them
 BOUNDS = {"translation": (0.0, 3.0), "cutout_length": (0.0, 8.0)}  # half of the preset's: so are the images
 
@@ -45,7 +45,7 @@ def problem():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=800, help=f"of a run: a multiple of {4 * LOOK}")
+    parser.add_argument("--steps", type=int, default=600, help=f"of a run: a multiple of {4 * LOOK}")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--methods", nargs="+", default=COMPARED, choices=METHODS)
     args = parser.parse_args()

@@ -30,8 +30,8 @@ from learned_opt import self_tuning as st
 from meta_train.train.problems import char_lstm, char_transformer
 
 COMPARED = ("untuned defaults", "untuned draw", "Delta-STN", "search", "search's best, trained anew", "replay")
-TRAIN, VALID, TEST = 1500, 1000, 2000  # windows
-RATE, LOOK = 3e-3, 125
+TRAIN, VALID, TEST = 1000, 1000, 2000  # windows
+RATE, LOOK = 3e-3, 100
 HYPER_RATES = 0.1, 0.1  # Adam's for l and for sigma, as self_tuning_drawn.py chose them
 COMMON = {
     "dropout_input": st.interval(0.05, 0.0, 0.8),
@@ -67,12 +67,14 @@ def problem_of(model):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1000, help=f"of a run: a multiple of {4 * LOOK}")
+    parser.add_argument("--steps", type=int, default=800, help=f"of a run: a multiple of {4 * LOOK}")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--methods", nargs="+", default=COMPARED, choices=METHODS)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     args = parser.parse_args()
-    fig, axes = plt.subplots(len(MODELS), 2, figsize=(11, 8), width_ratios=(3, 2), layout="constrained")
-    for model, own in zip(MODELS, axes, strict=True):
+    size, shape = (11, 4.2 * len(args.models)), (len(args.models), 2)
+    fig, axes = plt.subplots(*shape, figsize=size, width_ratios=(3, 2), layout="constrained", squeeze=False)
+    for model, own in zip(args.models, axes, strict=True):
         lab = Runs(problem_of(model), None, RATE, LOOK)
         lab.compile()
         study = Comparison(f"language_{model}", lab, args.steps, HYPER_RATES, drawn=True)

@@ -8,9 +8,9 @@ State of the Union, as by this command (the script does it itself):
       --set bench_suite= --workdir runs/self_tuned
 
 Then both rules train NETWORKS, which it was not tuned on, while their hyperparameters are tuned (the tuner as in
-fine-tuning). Their steps are multiplied by a factor of FACTORS: each rule has the one with the least mean validation
-loss of CHOICE seeds, from 100, and the five seeds that are reported are run at it; and at 1, the rules as they are.
-Losses are of the weights at the end, on the whole validation and test sets.
+fine-tuning). Their steps are multiplied by a factor: that of FACTORS with the least mean validation loss of CHOICE
+seeds, from 100, for either rule; the five seeds that are reported are run with both rules at the factors of both, and
+at 1, the rules as they are. Losses are of the weights at the end, on the whole validation and test sets.
 
     python benchmarks/self_tuning_meta.py      # writes reports/self_tuning/meta{.csv,.json,.png}, meta_training.csv
 
@@ -80,7 +80,7 @@ class Network(Lab):
 
 def fine_tuned():
     """The fine-tuned rule's theta; the losses while it was tuned go to a table."""
-    done = (WORKDIR / "rule").exists() and store.read_record(WORKDIR / "rule")["card"]["config"]["meta_steps"]
+    done = (WORKDIR / "rule").exists() and store.read_record(WORKDIR / "rule")["config"]["meta_steps"]
     if done != FINE_TUNING.meta_steps:
         loop.run(FINE_TUNING, WORKDIR, resume=WORKDIR.exists())
     metrics = [json.loads(line) for line in (WORKDIR / "metrics.jsonl").read_text().splitlines()]
@@ -93,7 +93,7 @@ def named(network, rule, factor):
 
 
 def study(networks, thetas, cycles, seeds):
-    """All runs; return those that are reported, and the chosen factors by network and rule."""
+    """All runs; return those that are reported, their factors by network, and the chosen ones by network and rule."""
 
     def do(method, seed, after=0):
         name, rule, factor = method.split("; ")
@@ -110,46 +110,42 @@ def study(networks, thetas, cycles, seeds):
         (name, rule): min(FACTORS, key=lambda factor: means[named(name, rule, factor)])
         for name, rule in itertools.product(NETWORKS, RULES)
     }
-    reported = dict.fromkeys(named(*key, factor) for key, best in chosen.items() for factor in (best, 1.0))
-    runs, _ = missing("meta", do, seeds, list(reported), cycles, unit="cycles")
-    return runs, chosen
+    factors = {name: sorted({1.0, *(chosen[name, rule] for rule in RULES)}) for name in NETWORKS}
+    reported = [named(name, rule, factor) for name in NETWORKS for factor in factors[name] for rule in RULES]
+    runs, _ = missing("meta", do, seeds, reported, cycles, unit="cycles")
+    return runs, factors, chosen
 
 
 def losses(runs, name, rule, factor, split="test"):
     return np.asarray([run[split] for run in runs if run["method"] == named(name, rule, factor)])
 
 
-def summary(runs, chosen):
-    print("| network | rule | factor | validation loss | test loss | fine-tuned less unchanged, each at its factor |"
-          " as they are |\n|---|---|---|---|---|---|---|")  # fmt: skip
+def summary(runs, factors, chosen):
+    print("| network | factor | unchanged: validation loss | test loss | fine-tuned: validation loss | test loss |"
+          " fine-tuned less unchanged | chosen for |\n|---|---|---|---|---|---|---|---|")  # fmt: skip
     shown = lambda values, sign="": "{:{s}.4f} ± {:.4f}".format(*interval(values), s=sign)  # noqa: E731
-    for (name, rule), factor in chosen.items():
-        cells = [shown(losses(runs, name, rule, factor, split)) for split in ("valid", "test")]
-        if rule == "fine-tuned":
-            for other in ({RULES[0]: chosen[name, RULES[0]], RULES[1]: factor}, dict.fromkeys(RULES, 1.0)):
-                before, after = (losses(runs, name, *item) for item in other.items())
-                cells.append(shown(after - before, "+"))
-        print(f"| {name} | {rule} | {factor} | " + " | ".join(cells) + " |")
+    for name in NETWORKS:
+        for factor in factors[name]:
+            cells = [shown(losses(runs, name, rule, factor, split)) for rule in RULES for split in ("valid", "test")]
+            before, after = (losses(runs, name, rule, factor) for rule in RULES)
+            own = ", ".join(rule for rule in RULES if chosen[name, rule] == factor)
+            print(f"| {name} | {factor} | " + " | ".join([*cells, shown(after - before, "+"), own]) + " |")
 
 
-def plot(runs, chosen):
+def plot(runs, factors):
     fig, axes = plt.subplots(1, len(NETWORKS), figsize=(12, 3), layout="constrained")
-    rows = [(rule, best) for rule in RULES for best in (True, False)]
-    for ax, name in zip(np.atleast_1d(axes), NETWORKS, strict=True):
-        for place, (rule, best) in enumerate(rows):
-            values = losses(runs, name, rule, chosen[name, rule] if best else 1.0)
+    for ax, name in zip(axes, NETWORKS, strict=True):
+        rows = [(rule, factor) for factor in factors[name] for rule in RULES]
+        for place, (rule, factor) in enumerate(rows):
+            values = losses(runs, name, rule, factor)
             mean, half = interval(values)
             colour = plt.cm.tab10(RULES.index(rule))
             ax.errorbar(mean, -place, xerr=half, fmt="o", color=colour, capsize=3)
             ax.plot(values, np.full(len(values), -place - 0.25), "|", color=colour)
-        ax.set_yticks(
-            -np.arange(len(rows)), [f"{rule}, {'best factor' if best else 'as it is'}" for rule, best in rows]
-        )
+        ax.set_yticks(-np.arange(len(rows)), [f"{rule}, steps times {factor:g}" for rule, factor in rows])
         ax.set_xlabel("test loss; mean, 95 % interval, runs")
         ax.set_title(name, fontsize=10)
         ax.spines[["top", "right"]].set_visible(False)
-    for ax in np.atleast_1d(axes)[1:]:
-        ax.set_yticklabels([])
     fig.savefig(REPORT / "meta.png", dpi=110)
 
 
@@ -162,9 +158,9 @@ def main():
     start = store.read(START)
     thetas = dict(zip(RULES, (start.theta, fine_tuned()), strict=True))
     networks = {name: functools.cache(functools.partial(Network, make, start.rule)) for name, make in NETWORKS.items()}
-    runs, chosen = study(networks, thetas, args.cycles, args.seeds)
-    summary(runs, chosen)
-    plot(runs, chosen)
+    runs, factors, chosen = study(networks, thetas, args.cycles, args.seeds)
+    summary(runs, factors, chosen)
+    plot(runs, factors)
 
 
 if __name__ == "__main__":
