@@ -13,7 +13,8 @@ rises over the first 200); looked at every LOOK steps, the weights of the least 
     learned-opt data fetch fashion_mnist
     python benchmarks/self_tuning_drawn.py     # writes reports/self_tuning/drawn{.csv,.json,.png}, drawn_choice.{...}
 
-Finished runs are kept and not repeated; delete drawn.json and drawn_choice.json to start afresh.
+Twenty minutes of one core. Finished runs are kept and not repeated; delete drawn.json and drawn_choice.json to start
+afresh.
 """
 
 import argparse

@@ -1,10 +1,9 @@
 """Self-tuning of character models on State of the Union, an LSTM and a small transformer, by equal compute.
 
-TRAIN windows of 32 characters train, the last ones before the tenth of the training split that validates: a part so
-small that regularisation matters. 1,000 windows validate and 2,000 test, evenly spaced over their splits (the test
-split is the last tenth of the text). Adam, whose rate rises to 0.003 over 200 steps and falls to 0 by a
-cosine over a run; batches of 32; the weights with the least validation loss of all looks are tested, in bits a
-character.
+TRAIN windows of 32 characters train, the last ones before the tenth of the training split that validates: a small part
+of the text. 1,000 windows validate and 2,000 test, evenly spaced over their splits (the test split is the last tenth of
+the text). Adam, whose rate rises to 0.003 over 200 steps and falls to 0 by a cosine over a run; batches of 32; the
+weights with the least validation loss of all looks are tested, in bits a character.
 
     untuned defaults             the values that the presets start at, held constant
     untuned draw                 a draw from the space SPACES, held constant

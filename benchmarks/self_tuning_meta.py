@@ -14,8 +14,8 @@ at 1, the rules as they are. Losses are of the weights at the end, on the whole 
 
     python benchmarks/self_tuning_meta.py      # writes reports/self_tuning/meta{.csv,.json,.png}, meta_training.csv
 
-Finished runs are kept and not repeated, and fine-tuning goes on where it was stopped; delete meta.json,
-meta_choice.json and runs/self_tuned to start afresh.
+Twenty minutes of one core. Finished runs are kept and not repeated, and fine-tuning goes on where it was stopped;
+delete meta.json, meta_choice.json and runs/self_tuned to start afresh.
 """
 
 import argparse

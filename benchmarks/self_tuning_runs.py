@@ -53,7 +53,8 @@ class Runs(Lab):
         )  # fmt: skip
 
     def rate_at(self, step, total):
-        return self.rate * jnp.minimum(1, (step + 1) / self.rise) * cosine(step / total)
+        rise = jnp.minimum(self.rise, total / 4)  # trials may be shorter
+        return self.rate * jnp.minimum(1, (step + 1) / rise) * cosine(step / total)
 
     @functools.partial(jax.jit, static_argnums=(0, 6))
     def tuned_part(self, state, key, hyper_rate, scale_rate, total, cycles):

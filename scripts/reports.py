@@ -113,8 +113,9 @@ REPORTS = {
             *(f"learned-opt data fetch {name}" for name in ("fashion_mnist", "cifar10", "sotu")),
             *(
                 f"python benchmarks/self_tuning_{study}.py"
-                for study in ["ridge", "search", "peers", "drawn", "language", "cifar", "meta", "schedules", "cost"]
+                for study in ("ridge", "search", "peers", "drawn", "cifar", "meta", "schedules", "cost")
             ),
+            "python benchmarks/self_tuning_language.py --models lstm",
             "learned-opt tune cifar-cnn --out reports/self_tuning",
         ),
     ),
