@@ -404,10 +404,8 @@ def char_transformer(
         x = _dropped(normalised(name="norm")(x), hparams, "dropout_output")
         return hk.Linear(VOCABULARY, name="output")(x), x
 
-    return _language_model(
-        *(network, lambda key, params, hparams: params, lambda hparams, states: 0.0),
-        *(specs, dataset, length, batch_size),
-    )
+    whole = lambda key, params, hparams: params  # noqa: E731
+    return _language_model(network, whole, lambda hparams, states: 0.0, specs, dataset, length, batch_size)
 
 
 def _language_model(
