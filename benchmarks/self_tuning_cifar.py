@@ -54,7 +54,7 @@ def main():
     runs, curves = Comparison("cifar", lab, args.steps, HYPER_RATES, drawn=False).missing(args.seeds, args.methods)
     for name, title in (("test_error", "test error, %"), ("end_error", "test error at the end, %")):
         summary(runs, curves, name, title, 0.01, 2)
-    for method in ("untuned defaults", "untuned defaults, twice as long"):
+    for method in {"untuned defaults", "untuned defaults, twice as long"} & {run["method"] for run in runs}:
         for name in ("test_error", "end_error"):
             own = {run["seed"]: run[name] for run in runs if run["method"] == method}
             ratios = [1 + x / error for x, error in zip(less(runs, method, name), own.values(), strict=True)]

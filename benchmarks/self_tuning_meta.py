@@ -84,7 +84,8 @@ def fine_tuned():
     if done != FINE_TUNING.meta_steps:
         loop.run(FINE_TUNING, WORKDIR, resume=WORKDIR.exists())
     metrics = [json.loads(line) for line in (WORKDIR / "metrics.jsonl").read_text().splitlines()]
-    tables.write(REPORT / "meta_training.csv", tables.shortened(metrics, 5))
+    columns = [name for name in metrics[0] if name.startswith("loss/")]
+    tables.write(REPORT / "meta_training.csv", tables.shortened(metrics, 5), without=columns)
     return store.read(WORKDIR / "rule").theta
 
 
