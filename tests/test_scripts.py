@@ -208,7 +208,7 @@ CASES = {
         "",
         {
             "TASKS": {"conv": wine},
-            "METHODS": ("DiLoCo (AdamW)", "Nesterov + outer, AdamW"),
+            "METHODS": only("DiLoCo (AdamW)", "Nesterov + outer, AdamW"),
             "ROUNDS": {64: 1},
             "SEEDS": (200, 201),
         },

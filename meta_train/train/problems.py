@@ -404,8 +404,13 @@ def char_transformer(
         x = _dropped(normalised(name="norm")(x), hparams, "dropout_output")
         return hk.Linear(VOCABULARY, name="output")(x), x
 
-    whole = lambda key, params, hparams: params  # noqa: E731
-    return _language_model(network, whole, lambda hparams, states: 0.0, specs, dataset, length, batch_size)
+    def drop(key, params, hparams):
+        return params
+
+    def penalty(hparams, states):
+        return 0.0
+
+    return _language_model(network, drop, penalty, specs, dataset, length, batch_size)
 
 
 def _language_model(
