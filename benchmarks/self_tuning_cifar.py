@@ -1,4 +1,4 @@
-"""Self-tuning on few images of CIFAR-10, shrunk to 16 x 16: against the values it starts at, and a search.
+r"""Self-tuning on few images of CIFAR-10, shrunk to 16 x 16: against the values it starts at, and a search.
 
 The network of `learned-opt tune cifar-cnn` with its fifteen hyperparameters, the first TRAIN training images, 2,000
 that validate and all 10,000 test images. Adam, whose rate rises to 0.003 over 200 steps and falls to 0 by a cosine over
@@ -11,8 +11,10 @@ a run; batches of 32; the weights with the least validation loss of all looks ar
 
     learned-opt data fetch cifar10
     python benchmarks/self_tuning_cifar.py     # writes reports/self_tuning/cifar{.csv,.json,.png}; needs Optuna
+    python benchmarks/self_tuning_cifar.py --name cifar_2400 --steps 2400 --methods "untuned defaults" \
+      "untuned defaults, twice as long" Delta-STN
 
-Finished runs are kept and not repeated; delete cifar.json to start afresh.
+Finished runs are kept and not repeated; delete the .json to start afresh.
 """
 
 import argparse
@@ -46,12 +48,13 @@ def problem():
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=600, help=f"of a run: a multiple of {4 * LOOK}")
+    parser.add_argument("--name", default="cifar", help="of the files")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--methods", nargs="+", default=COMPARED, choices=METHODS)
     args = parser.parse_args()
     lab = Runs(problem(), TRAIN, RATE, LOOK)
     lab.compile()
-    runs, curves = Comparison("cifar", lab, args.steps, HYPER_RATES, drawn=False).missing(args.seeds, args.methods)
+    runs, curves = Comparison(args.name, lab, args.steps, HYPER_RATES, drawn=False).missing(args.seeds, args.methods)
     for name, title in (("test_error", "test error, %"), ("end_error", "test error at the end, %")):
         summary(runs, curves, name, title, 0.01, 2)
     for method in {"untuned defaults", "untuned defaults, twice as long"} & {run["method"] for run in runs}:
@@ -62,7 +65,7 @@ def main():
     fig, axes = plt.subplots(1, 2, figsize=(11, 4.4), width_ratios=(3, 2), layout="constrained")
     plot(axes, runs, curves, "test_error", "test error, %", 0.01)
     axes[0].legend(frameon=False, fontsize=8)
-    fig.savefig(REPORT / "cifar.png", dpi=110)
+    fig.savefig(REPORT / f"{args.name}.png", dpi=110)
 
 
 if __name__ == "__main__":

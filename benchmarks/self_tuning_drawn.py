@@ -106,7 +106,7 @@ def plot(runs, curves):
             right.plot(points, np.full(len(points), shift - place), ".", ms=4, color=colour, label=label)
     right.set_yticks(-np.arange(len(SPACE)), SPACE)
     right.set_xlabel("share of the range")
-    right.legend(frameon=False, fontsize=8)
+    right.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
     for ax in fig.axes:
         ax.spines[["top", "right"]].set_visible(False)
     fig.savefig(REPORT / "drawn.png", dpi=110)
