@@ -1,4 +1,4 @@
-r"""Self-tuning on few images of CIFAR-10, shrunk to 16 x 16: against the values it starts at, and a search.
+"""Self-tuning on few images of CIFAR-10, shrunk to 16 x 16: against the values it starts at, and a search.
 
 The network of `learned-opt tune cifar-cnn` with its fifteen hyperparameters, the first TRAIN training images, 2,000
 that validate and all 10,000 test images. Adam, whose rate rises to 0.003 over 200 steps and falls to 0 by a cosine over
@@ -8,11 +8,11 @@ a run; batches of 32; the weights with the least validation loss of all looks ar
     ..., twice as long           in about the time of Delta-STN, whose steps are dearer
     Delta-STN                    one run from the defaults
     search                       Optuna's TPE, from the defaults and three draws, in Delta-STN's processor time
+    ..., trained anew            a whole run at the values that the search found best; its time comes on top
 
     learned-opt data fetch cifar10
     python benchmarks/self_tuning_cifar.py     # writes reports/self_tuning/cifar{.csv,.json,.png}; needs Optuna
-    python benchmarks/self_tuning_cifar.py --name cifar_2400 --steps 2400 --methods "untuned defaults" \
-      "untuned defaults, twice as long" Delta-STN
+    python benchmarks/self_tuning_cifar.py --name cifar_2400 --steps 2400
 
 Finished runs are kept and not repeated; delete the .json to start afresh.
 """
@@ -27,7 +27,7 @@ from self_tuning_search import REPORT, interval
 from meta_train.train.problems import cifar_cnn
 
 TRAIN, VALID = 1000, 2000
-COMPARED = ("untuned defaults", "untuned defaults, twice as long", "Delta-STN", "search")
+COMPARED = ("untuned defaults", "untuned defaults, twice as long", "Delta-STN", "search", "search's best, trained anew")
 RATE, LOOK, WIDTH = 3e-3, 75, 16
 HYPER_RATES = 0.1, 0.1  # Adam's for l and for sigma, as self_tuning_drawn.py chose them
 BOUNDS = {"translation": (0.0, 3.0), "cutout_length": (0.0, 8.0)}  # half of the preset's: so are the images

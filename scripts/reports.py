@@ -115,8 +115,7 @@ REPORTS = {
                 f"python benchmarks/self_tuning_{study}.py"
                 for study in ("ridge", "search", "peers", "drawn", "cifar", "meta", "schedules", "cost")
             ),
-            "python benchmarks/self_tuning_cifar.py --name cifar_2400 --steps 2400"
-            ' --methods "untuned defaults" "untuned defaults, twice as long" Delta-STN',
+            "python benchmarks/self_tuning_cifar.py --name cifar_2400 --steps 2400",
             "python benchmarks/self_tuning_language.py --models lstm",
             "learned-opt tune cifar-cnn --out reports/self_tuning",
         ),
