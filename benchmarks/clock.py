@@ -23,7 +23,6 @@ OPTIMIZERS = ("nadamw", "muon", "flagship")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workloads", nargs="+", default=[workload.name for workload in suite("workloads_test")])
     parser.add_argument("--out", type=Path, default=REPORT / "clock.csv")
     arguments = parser.parse_args()
     figures = json.loads((REPORT / "test" / "results.json").read_text())["figures"]
@@ -32,8 +31,6 @@ def main() -> None:
     chosen = [found[name] for name in OPTIMIZERS]
     rows: list[dict] = []
     for workload in suite("workloads_test"):
-        if workload.name not in arguments.workloads:
-            continue
         programs = {optimizer.name: training.program(workload, optimizer) for optimizer in chosen}
         times = protocol.step_times(workload, chosen, programs, show=print)
         seconds = {name: times[name] * steps[workload.name, name] / 1000 for name in OPTIMIZERS}

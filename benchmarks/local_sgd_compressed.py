@@ -53,10 +53,9 @@ def table(found):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peers", type=Path, default=REPORT / "peers.json")
     parser.add_argument("--out", type=Path, default=REPORT)
     arguments = parser.parse_args()
-    settings, path = json.loads(arguments.peers.read_text()), arguments.out / "compressed.json"
+    settings, path = json.loads((REPORT / "peers.json").read_text()), arguments.out / "compressed.json"
     found = json.loads(path.read_text()) if path.exists() else {}
     for task, make in TASKS.items():
         family = make()

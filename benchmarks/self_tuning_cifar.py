@@ -21,7 +21,7 @@ import argparse
 import dataclasses
 
 import matplotlib.pyplot as plt
-from self_tuning_runs import METHODS, Comparison, Runs, less, plot, summary
+from self_tuning_runs import HYPER_RATES, METHODS, Comparison, Runs, less, plot, summary
 from self_tuning_search import REPORT, interval
 
 from meta_train.train.problems import cifar_cnn
@@ -29,7 +29,6 @@ from meta_train.train.problems import cifar_cnn
 TRAIN, VALID = 1000, 2000
 COMPARED = ("untuned defaults", "untuned defaults, twice as long", "Delta-STN", "search", "search's best, trained anew")
 RATE, LOOK, WIDTH = 3e-3, 75, 16
-HYPER_RATES = 0.1, 0.1  # Adam's for l and for sigma, as self_tuning_drawn.py chose them
 BOUNDS = {"translation": (0.0, 3.0), "cutout_length": (0.0, 8.0)}  # half of the preset's: so are the images
 
 

@@ -22,7 +22,7 @@ import argparse
 
 import matplotlib.pyplot as plt
 import numpy as np
-from self_tuning_runs import METHODS, Comparison, Runs, plot, summary
+from self_tuning_runs import HYPER_RATES, METHODS, Comparison, Runs, plot, summary
 from self_tuning_search import REPORT
 
 from learned_opt import self_tuning as st
@@ -31,7 +31,6 @@ from meta_train.train.problems import char_lstm, char_transformer
 COMPARED = ("untuned defaults", "untuned draw", "Delta-STN", "search", "search's best, trained anew", "replay")
 TRAIN, VALID, TEST = 1000, 1000, 2000  # windows
 RATE, LOOK = 3e-3, 100
-HYPER_RATES = 0.1, 0.1  # Adam's for l and for sigma, as self_tuning_drawn.py chose them
 COMMON = {
     "dropout_input": st.interval(0.05, 0.0, 0.8),
     "dropout_output": st.interval(0.05, 0.0, 0.8),

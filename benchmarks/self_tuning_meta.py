@@ -25,13 +25,11 @@ import json
 from pathlib import Path
 
 import jax
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import tables
+from self_tuning_runs import CYCLE, strips
 from self_tuning_search import REPORT, Lab, Watch, interval, missing
 
 from learned_opt import store
@@ -66,7 +64,7 @@ class Network(Lab):
         return self.tuner(theta, factor, cycles).run(state, key, self.data, LOOK)[0]
 
     def tuner(self, theta, factor, cycles):
-        weights = optax.chain(self.rule.build(theta, num_steps=5 * cycles), optax.scale(factor))
+        weights = optax.chain(self.rule.build(theta, num_steps=CYCLE * cycles), optax.scale(factor))
         return make_tuner(self.problem, weights=weights, response=optax.adam(1e-3), guard=None, trust=None)
 
     def run(self, theta, factor, cycles, seed):
@@ -74,7 +72,7 @@ class Network(Lab):
         watch, state = Watch(self, np.inf), self.tuner(theta, factor, cycles).init(*self.start(k_init))
         for _ in range(0, cycles, LOOK):
             state = self.part(theta, factor, cycles, state, k_run)
-            last = watch.look(state.params, state.hyper.mean, 5 * LOOK)
+            last = watch.look(state.params, state.hyper.mean, CYCLE * LOOK)
         return watch, last, float(self.judge(state.params, self.data["test"])["loss"])
 
 
@@ -136,15 +134,12 @@ def summary(runs, factors, chosen):
 def plot(runs, factors):
     fig, axes = plt.subplots(1, len(NETWORKS), figsize=(12, 3), layout="constrained")
     for ax, name in zip(axes, NETWORKS, strict=True):
-        rows = [(rule, factor) for factor in factors[name] for rule in RULES]
-        for place, (rule, factor) in enumerate(rows):
-            values = losses(runs, name, rule, factor)
-            mean, half = interval(values)
-            colour = plt.cm.tab10(RULES.index(rule))
-            ax.errorbar(mean, -place, xerr=half, fmt="o", color=colour, capsize=3)
-            ax.plot(values, np.full(len(values), -place - 0.25), "|", color=colour)
-        ax.set_yticks(-np.arange(len(rows)), [f"{rule}, steps times {factor:g}" for rule, factor in rows])
-        ax.set_xlabel("test loss; mean, 95 % interval, runs")
+        rows = {
+            f"{rule}, steps times {factor:g}": losses(runs, name, rule, factor)
+            for factor in factors[name]
+            for rule in RULES
+        }
+        strips(ax, rows, [plt.cm.tab10(i) for _ in factors[name] for i in range(len(RULES))], "test loss")
         ax.set_title(name, fontsize=10)
         ax.spines[["top", "right"]].set_visible(False)
     fig.savefig(REPORT / "meta.png", dpi=110)

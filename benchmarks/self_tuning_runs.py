@@ -20,6 +20,7 @@ from learned_opt.self_tuning.objectives import Hyper
 from meta_train.train.problems import make_tuner
 
 CYCLE = 5  # training steps of a cycle of the tuner
+HYPER_RATES = 0.1, 0.1  # Adam's for l and for sigma, as self_tuning_drawn.py chose them
 TRIALS = 4  # of a search, in as many training steps as a run has
 OWN = "Delta-STN"
 METHODS = (
@@ -228,24 +229,30 @@ def summary(runs, curves, name, title, unit, digits):
         print(f"| {method} | " + " | ".join(cells) + " |")
 
 
+def strips(ax, rows, colours, title):
+    """A line for each label of ``rows``: the mean of its values with the 95 % interval, and below it the values."""
+    for place, (values, colour) in enumerate(zip(rows.values(), colours, strict=True)):
+        mean, half = interval(values)
+        ax.errorbar(mean, -place, xerr=half, fmt="o", color=colour, capsize=3)
+        ax.plot(values, np.full(len(values), -place - 0.25), "|", color=colour)
+    ax.set_yticks(-np.arange(len(rows)), rows)
+    ax.set_xlabel(f"{title}; mean, 95 % interval, runs")
+
+
 def plot(axes, runs, curves, name, title, unit):
     """The course of the validation loss, and the test figures, on two axes."""
     left, right = axes
     found = by_test(runs, name)
     colours = dict(zip(sorted(found), plt.cm.tab10.colors, strict=False))
-    for place, (method, own) in enumerate(found.items()):
+    for method, own in found.items():
         paths = [np.asarray(curves[method, run["seed"]]) for run in own]
         length = min(map(len, paths))
         _, steps, best = np.mean([path[:length] for path in paths], 0).T
         left.plot(steps, best, color=colours[method], lw=2.4 if method == OWN else 1.2, label=method)
-        tests = np.asarray([run[name] for run in own]) / unit
-        mean, half = interval(tests)
-        right.errorbar(mean, -place, xerr=half, fmt="o", color=colours[method], capsize=3)
-        right.plot(tests, np.full(len(own), -place - 0.25), "|", color=colours[method])
     left.set(xlabel="training steps", ylabel="best validation loss so far, mean", yscale="log")
     left.yaxis.set_major_formatter("{x:.2g}")
     left.yaxis.set_minor_formatter("{x:.2g}")
-    right.set_yticks(-np.arange(len(found)), found)
-    right.set_xlabel(f"{title}; mean, 95 % interval, runs")
+    tests = {method: [run[name] / unit for run in own] for method, own in found.items()}
+    strips(right, tests, [colours[method] for method in found], title)
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)

@@ -345,7 +345,7 @@ def char_lstm(
         activation = hparams["activation"] * st.regularisers.activation_penalty(states)
         return activation + hparams["temporal"] * st.regularisers.temporal_penalty(states)
 
-    return _language_model(network, drop, penalty, specs, dataset, length, batch_size)
+    return _language_model(network, specs, dataset, length, batch_size, drop=drop, penalty=penalty)
 
 
 def char_transformer(
@@ -404,17 +404,18 @@ def char_transformer(
         x = _dropped(normalised(name="norm")(x), hparams, "dropout_output")
         return hk.Linear(VOCABULARY, name="output")(x), x
 
-    def drop(key, params, hparams):
-        return params
-
-    def penalty(hparams, states):
-        return 0.0
-
-    return _language_model(network, drop, penalty, specs, dataset, length, batch_size)
+    return _language_model(network, specs, dataset, length, batch_size)
 
 
 def _language_model(
-    network: Callable, drop: Callable, penalty: Callable, specs, dataset: str, length: int, batch_size: int
+    network: Callable,
+    specs: st.hyperparameters.Specs,
+    dataset: str,
+    length: int,
+    batch_size: int,
+    *,
+    drop: Callable = lambda key, params, hparams: params,
+    penalty: Callable = lambda hparams, states: 0.0,
 ) -> Problem:
     """A model of characters; ``network(codes, hparams or None)`` gives logits and states, [B, T, ...]."""
     splits = load(dataset)
