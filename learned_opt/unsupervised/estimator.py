@@ -27,8 +27,8 @@ class LearnedFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
 
     ``fit`` trains a small network on batches of rows by a meta-trained rule, with no loss and no gradient.
     ``transform`` gives the activations of its top layer, each row by itself, normalised by the moments of the training
-    rows. Inputs are shifted and scaled as a whole to zero mean and unit variance, in float64, before they become
-    float32. Columns of very different size are therefore the user's to scale, and integers beyond 2^53, which float64
+    rows. Inputs are shifted and scaled as a whole to zero mean and unit variance, in float64, before ``fit`` makes
+    them float32. Columns of very different size are therefore the user's to scale, and integers beyond 2^53, which float64
     does not hold, are refused. What is compiled for one shape of data serves refits, clones and other rows of that
     shape.
 
@@ -104,7 +104,7 @@ class LearnedFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
                 raise ValueError(f"{name} must be an integer of at least {least}, not {value!r}")
         X, _ = self._numbers(X, ensure_min_samples=_MIN_ROWS)
         self.shift_, self.scale_ = _shift_and_scale(X)
-        x = self._scaled(X)
+        x = self._scaled(X).astype(np.float32)
         seed = check_random_state(self.random_state).randint(np.iinfo(np.int32).max)
         k_init, k_steps = jax.random.split(jax.random.key(seed))
         phi = rule.init(k_init, (X.shape[1], *sizes), self.activation)
@@ -127,11 +127,12 @@ class LearnedFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
             X: ``[rows, columns]``, the columns of ``fit``.
 
         Returns:
-            ``[rows, sizes[-1]]``, computed in float32; float32 for rows of float32, else float64.
+            ``[rows, sizes[-1]]``, computed in float64; float32 for rows of float32, else float64.
         """
         check_is_fitted(self)
         X, dtype = self._numbers(X, reset=False)
-        return np.asarray(_features(self.network_, self.moments_, self._scaled(X))).astype(dtype)
+        with jax.enable_x64(True):  # in float32 a row's last digits would depend on how many rows stand beside it
+            return np.asarray(_features(self.network_, self.moments_, self._scaled(X))).astype(dtype)
 
     def _numbers(self, X, **checks) -> tuple[np.ndarray, type]:
         """The rows in float64, and the dtype of their features."""
@@ -149,7 +150,7 @@ class LearnedFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
                 f"X lies {_FAR:g} or more of the training rows' standard deviations ({self.scale_:g}) from their mean "
                 f"({self.shift_:g}): are these the same columns, in the same units?"
             )
-        return scaled.astype(np.float32)
+        return scaled
 
     def _rule(self) -> tuple[UnsupervisedRule, Any]:
         if not isinstance(self.rule, Mapping):
