@@ -66,7 +66,7 @@ def main():
             for code, compression in CODES.items():
                 if code in kept:
                     continue
-                run = runner(family, methods(["outer"])[name]._replace(compression=compression))
+                run = runner(family, methods(["outer"])[name]._replace(options={"compression": compression}))
                 kept[code] = [round(float(run(family.data, setting, DELAY, ROUNDS[DELAY], s)), 5) for s in SEEDS]
                 write_atomically(path, json.dumps(found, indent=1) + "\n")
                 print(task, name, code, kept[code], flush=True)

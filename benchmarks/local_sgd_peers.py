@@ -1,12 +1,15 @@
-"""Local SGD with AdamW and Muon inside: averaging, DiLoCo, MuLoCo, SparseLoCo, each tuned, and learned outer steps.
+"""Local SGD with AdamW, Muon and `flagship` inside: published methods, each tuned, and learned outer steps.
 
 Eight workers meet every 16, 64 or 128 steps, 32, 10 or 6 times, on networks and data of no training suite: a character
 transformer on Moby Dick, an LSTM on the King James Bible, a convolutional net on CIFAR-10. The workers' rate falls by a
 half cosine over the run. Every hand-made method has up to sixteen trials of its workers' rate, outer rate and momentum,
 on a seed of its own: the usual ones, then what lies beside the best so far, until that has worse neighbours. The
-learned steps have none: the workers' rate is the one that averaging chose. All are reported on five other seeds
-by the loss at the end on the same validation batches, and compared with the best peer seed by seed. Finished runs are
-kept: the same command goes on. Writes reports/local_sgd/peers.json, peers.csv and peers.png.
+learned steps have none: the workers' rate is the one that averaging chose, and `flagship`, which has nothing to set, is
+left as it is. All are reported on five other seeds by the loss at the end on the same validation batches, and compared
+with the best peer seed by seed. Post-local SGD spends a quarter of the rounds on single steps; Streaming DiLoCo deals
+the parameters into four fragments, which meet in turn and are used a step late. All but SparseLoCo send the bytes that
+averaging sends. Finished runs are kept: the same command goes on. Writes reports/local_sgd/peers.json, peers.csv and
+peers.png.
 
     learned-opt data fetch moby_dick && learned-opt data fetch kjv && learned-opt data fetch cifar10
     python benchmarks/local_sgd_peers.py [--learned outer ...] [--only TASK ...]
@@ -14,6 +17,7 @@ kept: the same command goes on. Writes reports/local_sgd/peers.json, peers.csv a
 
 import argparse
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,12 +47,59 @@ TASKS = {
     "LSTM": lambda: char_rnn("kjv", core="lstm", width=64, embedding=16, length=16, batch_size=8),
     "conv": lambda: image_conv("cifar10", side=16, channels=(32, 64), batch_size=8),
 }
-INNER = {"AdamW": (LOCAL_OPTIMIZERS["adamw"], 0.008), "Muon": (LOCAL_OPTIMIZERS["muon"], 0.016)}  # and usual rates
+
+
+def falling(optimizer):
+    """At a rate that falls by a half cosine over the run."""
+    return lambda rate, total: optax.chain(
+        optimizer, optax.scale_by_schedule(lambda n: rate * 0.5 * (1 + jnp.cos(jnp.pi * n / total)))
+    )
+
+
+def flagship(rate, total):
+    return learned_opt.load("flagship", num_steps=total, learning_rate=rate)
+
+
+INNER = {  # and usual rates
+    "AdamW": (falling(LOCAL_OPTIMIZERS["adamw"]()), 0.008),
+    "Muon": (falling(LOCAL_OPTIMIZERS["muon"]()), 0.016),
+    "flagship": (flagship, 1.0),
+}
 
 
 def nesterov(rate, momentum, rounds):
     """Averaging where the momentum is 0 and the rate 1."""
     return optax.sgd(rate, momentum=momentum, nesterov=True)
+
+
+def slowmo(rate, momentum, rounds):
+    """Momentum of the mean deltas, each in units of the workers' rate, which falls."""
+
+    def falls(round_):
+        return 0.5 * (1 + jnp.cos(jnp.pi * round_ / rounds))
+
+    return optax.chain(
+        optax.scale_by_schedule(lambda r: 1 / falls(r)),
+        optax.trace(momentum),
+        optax.scale_by_schedule(lambda r: -rate * falls(r)),
+    )
+
+
+def steady(delay, rounds):
+    return lambda *_: delay
+
+
+def quarters(delay, rounds):
+    """A fragment of four at a time, so that each meets every ``delay`` steps."""
+    return lambda *_: delay // 4
+
+
+def late(delay, rounds):
+    """Single steps for a quarter of the rounds; the others share the remaining steps."""
+    single = jnp.maximum(rounds // 4, 1)
+    return lambda round_, step, _: jnp.where(
+        round_ < single, 1, (delay * rounds - step) // jnp.maximum(rounds - round_, 1)
+    )
 
 
 class Method(NamedTuple):
@@ -58,16 +109,16 @@ class Method(NamedTuple):
         inner: of INNER.
         outer: ``(outer rate, momentum, rounds) -> Optax transform``.
         usual: its outer rate and momentum; a momentum of 0 is not tuned.
-        compression: of ``local_sgd``.
-        feedback: likewise.
+        options: of ``local_sgd``.
+        delay: ``(steps of a round, rounds) -> sync_every``.
         tuned: whether it has trials.
     """
 
     inner: str
-    outer: object = nesterov
+    outer: Callable = nesterov
     usual: tuple[float, float] = (1.0, 0.0)
-    compression: object = None
-    feedback: float = 1.0
+    options: Mapping = {}
+    delay: Callable = steady
     tuned: bool = True
 
 
@@ -81,18 +132,24 @@ def added(name):
 
 def methods(names):
     """Averaging first: it chooses the workers' rate of the learned steps."""
-    sparse = communication.chunked_top_k(16, 1024, bits=2)
+    sparse = {"compression": communication.chunked_top_k(16, 1024, bits=2), "error_feedback": 0.95}
+    streaming = {"fragments": 4, "overlap": 1, "mixing": 0.5}
     return {
         "averaging, AdamW": Method("AdamW"),
         "DiLoCo (AdamW)": Method("AdamW", usual=(0.7, 0.9)),
-        "SparseLoCo (AdamW)": Method("AdamW", compression=sparse, feedback=0.95),
+        "SparseLoCo (AdamW)": Method("AdamW", options=sparse),
+        "Streaming DiLoCo (AdamW)": Method("AdamW", usual=(0.7, 0.9), options=streaming, delay=quarters),
+        "SlowMo (AdamW)": Method("AdamW", slowmo, (1.0, 0.6)),
+        "post-local (AdamW)": Method("AdamW", delay=late),
         "averaging, Muon": Method("Muon"),
         "MuLoCo (Muon)": Method("Muon", usual=(0.7, 0.6)),
+        "averaging, flagship": Method("flagship", tuned=False),
+        "DiLoCo's step, flagship": Method("flagship", usual=(0.7, 0.6), tuned=False),
         **{
             f"{label}{name}, {inner}": Method(inner, make(name), tuned=False)
             for name in names
-            for label, make in (("", learned), ("Nesterov + ", added))
-            for inner in INNER
+            for label, make, inners in (("", learned, ("AdamW", "Muon")), ("Nesterov + ", added, INNER))
+            for inner in inners
         },
     }
 
@@ -108,11 +165,10 @@ def runner(family, method):
         params = task.init(k_init)
         total = delay * rounds
         transform = local_sgd(
-            optax.chain(inner, optax.scale_by_schedule(lambda n: rate * 0.5 * (1 + jnp.cos(jnp.pi * n / total)))),
+            inner(rate, total),
             method.outer(outer_rate, momentum, rounds),
-            sync_every=lambda *_: delay,
-            compression=method.compression,
-            error_feedback=method.feedback,
+            sync_every=method.delay(delay, rounds),
+            **method.options,
         )
         state = transform.init(params)
         axes = worker_axes(state)
@@ -130,8 +186,8 @@ def runner(family, method):
             return steps(*carry, jax.random.split(jax.random.fold_in(k_run, i), WORKERS))
 
         start = spread_workers(params, WORKERS), spread_workers(state, WORKERS, axes)
-        params, _ = jax.lax.fori_loop(0, total, one, start)
-        anchor = jax.tree.map(lambda p: p[0], params)
+        _, state = jax.lax.fori_loop(0, total, one, start)
+        anchor = state.anchor  # where all met last; in fragments the workers still differ
         keys = jax.random.split(k_valid, VALIDATION)
         return jnp.mean(jax.lax.map(lambda k: task.loss(anchor, k, task.batch(k, "valid"))[0], keys))
 
@@ -253,8 +309,9 @@ def main():
                 results = kept.setdefault(str(delay), {})
                 if name in results:
                     continue
-                usual = INNER[method.inner][1] if method.tuned else results[f"averaging, {method.inner}"]["rate"]
-                results[name] = compare(family, delay, method, run, usual)
+                averaged = results.get(f"averaging, {method.inner}")
+                rate = averaged["rate"] if averaged and not method.tuned else INNER[method.inner][1]
+                results[name] = compare(family, delay, method, run, rate)
                 write_atomically(path, json.dumps(found, indent=1) + "\n")
                 print(task, delay, name, results[name], flush=True)
     rows = table(found)

@@ -12,7 +12,7 @@ from ..errors import UserError
 
 _MEASURES = ("log", "relative")
 _SCHEDULES = ("constant", "cosine")
-_LOCAL_OPTIMIZERS = ("adamw", "muon", "sgd")
+_LOCAL_OPTIMIZERS = ("adamw", "flagship", "muon", "sgd")
 
 
 class ConfigError(UserError):
@@ -45,8 +45,8 @@ class Config:
         min_learning_rate: lower end of the log-uniform inner step size of a rule that has a free one; by default
             the rule's own.
         max_learning_rate: upper end.
-        local_optimizers: for an outer step of local SGD, what the workers step by (``"sgd"``, ``"adamw"``, ``"muon"``),
-            with the least and most of the step size, drawn log-uniformly.
+        local_optimizers: for an outer step of local SGD, what the workers step by (``"sgd"``, ``"adamw"``, ``"muon"``,
+            ``"flagship"``), with the least and most of the step size, drawn log-uniformly.
         inner_schedule: such a step size over an episode, ``"constant"`` or ``"cosine"``.
         told_length: share of the episodes in which the rule is told their length (see ``task_learner``).
         max_loss: cap of the meta-loss in units of the initial loss; what a non-finite loss counts as.

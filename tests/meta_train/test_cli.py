@@ -169,7 +169,10 @@ def test_data(capsys, monkeypatch, tmp_path):
         ([*RUN, "--set", "sigma"], "KEY=VALUE"),
         ([*RUN, "--set", 'local_optimizers={"sgd": [0.5, 0.1]}'], "sgd must have two positive numbers in order"),
         ([*RUN, "--set", 'local_optimizers={"muon": [1, "x"]}'], "muon must have two positive numbers in order"),
-        ([*RUN, "--set", 'local_optimizers={"lion": [0.1, 1]}'], "local_optimizers must have some of adamw, muon, sgd"),
+        (
+            [*RUN, "--set", 'local_optimizers={"lion": [0.1, 1]}'],
+            "local_optimizers must have some of adamw, flagship, muon, sgd",
+        ),
         ([*RUN, "--set", "bench_suite=nonesuch"], "unknown held-out suite"),
         (["train", "--preset", "nonesuch"], "unknown preset 'nonesuch'"),
         (["train", "--resume"], "--resume needs --workdir"),

@@ -8,17 +8,20 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
+from learned_opt import load
 from learned_opt.base import LearnedOptimizer, Theta
 from tasks.base import Cfg, Params, TaskFamily
 from tasks.families.networks import log_uniform
 
 from .base import MEASURES, Learner, drawn_length, meta_loss_of, told
 
-# What workers may step by, at a rate of 1. Muon's matrices move as far as Adam's (an RMS of 0.2).
-LOCAL_OPTIMIZERS = {
-    "adamw": optax.adamw(1.0, b2=0.99, weight_decay=0.05),
-    "muon": optax.contrib.muon(1.0, consistent_rms=0.2, weight_decay=0.05),
-    "sgd": optax.sgd(1.0),
+# What workers may step by, at a rate of 1. Muon's matrices move as far as Adam's (an RMS of 0.2); `flagship` sets its
+# own steps, and a rate multiplies them.
+LOCAL_OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
+    "adamw": lambda: optax.adamw(1.0, b2=0.99, weight_decay=0.05),
+    "flagship": lambda: load("flagship"),
+    "muon": lambda: optax.contrib.muon(1.0, consistent_rms=0.2, weight_decay=0.05),
+    "sgd": lambda: optax.sgd(1.0),
 }
 
 
@@ -88,7 +91,7 @@ def local_sgd_learner(
     if learning_rates is None:
         default = 1.0 if outer.learning_rate is None else outer.learning_rate
         learning_rates = (default, default)
-    locals_ = [LOCAL_OPTIMIZERS[name] for name in local_optimizers]
+    locals_ = [LOCAL_OPTIMIZERS[name]() for name in local_optimizers]
     lows, highs = (jnp.asarray(ends, jnp.float32) for ends in zip(*local_optimizers.values(), strict=True))
 
     def local_update(optimizer, grads, states, params):

@@ -30,15 +30,18 @@ def regression(dim=3):
     return TaskFamily(data=(), sample=lambda key: {}, task=lambda data, cfg: task)
 
 
-@pytest.mark.parametrize(("workers", "delay", "name"), [(1, 1, "sgd"), (3, 4, "adamw"), (2, 3, "muon")])
+@pytest.mark.parametrize(
+    ("workers", "delay", "name"), [(1, 1, "sgd"), (3, 4, "adamw"), (2, 3, "muon"), (2, 2, "flagship")]
+)
 @pytest.mark.parametrize("falls", [False, True])
 def test_a_round_is_the_transform_s_round(workers, delay, name, falls):
     family, rule = regression(), learned_opt.RULES["sgdm"](learning_rate=0.7, momentum=0.5)
     theta = rule.init(jax.random.key(0))
-    rates = {"muon": (0.1, 0.1), "sgd": (0.1, 0.1), "adamw": (0.1, 0.1)}
+    names = ["flagship"] if name == "flagship" else ["muon", "sgd", "adamw"]
+    rates = dict.fromkeys(names, (0.1, 0.1))
     learner = local_sgd_learner(rule, family, max_workers=5, delays=(delay, delay), local_optimizers=rates)
     state = learner.init(theta, jax.random.key(1))
-    number = list(rates).index(name)
+    number = names.index(name)
     state = state._replace(workers=jnp.asarray(workers), optimizer=jnp.asarray(number), falls=jnp.asarray(falls))
     task = family.task((), {})
 
@@ -49,6 +52,7 @@ def test_a_round_is_the_transform_s_round(workers, delay, name, falls):
         "sgd": optax.sgd(rate),
         "adamw": optax.adamw(rate, b2=0.99, weight_decay=0.05),
         "muon": optax.contrib.muon(rate, consistent_rms=0.2, weight_decay=0.05),
+        "flagship": optax.chain(learned_opt.load("flagship"), optax.scale_by_schedule(rate)),
     }
     transform = learned_opt.local_sgd.local_sgd(inner[name], rule.build(theta), sync_every=delay)
     opt_state = transform.init(state.anchor)
