@@ -27,9 +27,9 @@ class LearnedFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
 
     ``fit`` trains a small network on batches of rows by a meta-trained rule, with no loss and no gradient.
     ``transform`` gives the activations of its top layer, each row by itself, normalised by the moments of the training
-    rows. Inputs are shifted and scaled as a whole to zero mean and unit variance, in float64, before ``fit`` makes
-    them float32. Columns of very different size are therefore the user's to scale, and integers beyond 2^53, which
-    float64 does not hold, are refused. What is compiled for one shape of data serves refits, clones and other rows of that
+    rows. Inputs are shifted and scaled as a whole to zero mean and unit variance, in float64, before ``fit`` makes them
+    float32. Columns of very different size are therefore the user's to scale, and integers beyond 2^53, which float64
+    does not hold, are refused. What is compiled for one shape of data serves refits, clones and other rows of that
     shape.
 
     Args:
