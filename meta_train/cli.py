@@ -135,6 +135,9 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--baselines", metavar="NAME,...", help="only these, beside the reference")
     bench.add_argument("--ruleset", metavar="NAME", help="on workloads: nothing-set or tuned (nothing-set)")
     bench.add_argument("--trials", type=int, metavar="N", help="on workloads, tuned: trials of each optimizer (12)")
+    bench.add_argument(
+        "--runs", type=Path, metavar="DIR", help="folder where finished runs are kept and found (that of the data sets)"
+    )
     bench.add_argument("--finished", action="store_true", help="on workloads: run nothing, report what is finished")
     for kind, more in (
         ("task", "instead of the suite, or beside the one named"),

@@ -273,7 +273,10 @@ CASES = {
             "SEEDS": (200, 201),
             "VALIDATION": 1,
             "methods": lambda methods: (
-                lambda names: only("averaging, AdamW", "SparseLoCo (AdamW)", "outer, AdamW")(methods(names))
+                lambda names: only(
+                    *("averaging, AdamW", "SparseLoCo (AdamW)", "Streaming DiLoCo (AdamW)", "SlowMo (AdamW)"),
+                    *("post-local (AdamW)", "outer, AdamW"),
+                )(methods(names))
             ),
         },
         reports("local_sgd", "peers.json", "peers.csv", "peers.png"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -84,8 +85,12 @@ def test_a_users_workload_from_nothing_and_again_from_what_is_kept(tmp_path, own
     assert row["seeds"] == 2
     assert row["milliseconds"] > 0
     assert (out / "report.html").is_file()
-    again = bench(tmp_path, *arguments, "--out", tmp_path / "b", "--ruleset", "tuned", "--trials", "2", "--seeds", "2")
-    assert again.returncode == 0
+    kept, other = tmp_path / "kept", tmp_path / "another machine"
+    other.mkdir()
+    shutil.copytree(tmp_path / "data" / "bench", kept)
+    again = ("--out", tmp_path / "b", "--ruleset", "tuned", "--trials", "2", "--seeds", "2", "--runs", kept)
+    again = bench(other, *arguments, *again)
+    assert again.returncode == 0, again.stderr
     assert "step" not in again.stderr
     figures = json.loads((tmp_path / "b" / "results.json").read_text())["figures"]
     assert figures == document["figures"]
@@ -100,6 +105,7 @@ def test_a_users_workload_from_nothing_and_again_from_what_is_kept(tmp_path, own
         (("--suite", "workloads_small", "--seeds", "-1"), "--seeds"),
         (("--suite", "quick", "--ruleset", "tuned"), "--ruleset"),
         (("--suite", "workloads_small", "--baselines", "muon"), "data fetch moby_dick"),
+        (("--suite", "workloads_small", "--baselines", "muon", "--runs", __file__), "cannot make --runs"),
     ],
 )
 def test_mistakes_are_one_line(arguments, said, mistake):
