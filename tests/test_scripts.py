@@ -274,7 +274,7 @@ CASES = {
             "VALIDATION": 1,
             "methods": lambda methods: (
                 lambda names: only(
-                    *("averaging, AdamW", "SparseLoCo (AdamW)", "Streaming DiLoCo (AdamW)", "SlowMo (AdamW)"),
+                    *("averaging, AdamW", "SparseLoCo (AdamW)", "SlowMo (AdamW)"),
                     *("post-local (AdamW)", "outer, AdamW"),
                 )(methods(names))
             ),
