@@ -1,5 +1,6 @@
 """Runs of self-tuning and of plain training that have a number of steps, for the studies of self_tuning_*.py."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -37,21 +38,18 @@ class Runs(Lab):
     """A Lab whose runs have a number of steps: Adam's rate rises over the first ``rise``, and falls to 0 by a cosine.
 
     All are looked at every ``look`` steps. Rates and lengths are arguments of what is compiled, once a problem.
-    Delta-STN warms up over ``CHUNK`` steps at its start, or over ``rise`` at the values ``mild``.
     """
 
-    def __init__(self, problem, rows, rate, look, rise=200, mild=None):
+    def __init__(self, problem, rows, rate, look, rise=200):
         super().__init__(problem, rows)
         self.rate, self.look, self.rise, self.moments = rate, look, rise, optax.scale_by_adam()
-        self.mild = mild
 
-    def self_tuner(self, hyper_rate, scale_rate, total, mild=False):
+    def self_tuner(self, hyper_rate, scale_rate, total):
         hyper = optax.stateless(lambda updates, _: Hyper(hyper_rate * updates.mean, scale_rate * updates.scale))
         weights = optax.scale_by_schedule(lambda i: -self.rate_at(i, total))
         fall = optax.scale_by_schedule(lambda i: -cosine(i * CYCLE / total))
         return make_tuner(
-            self.problem, train_steps=CYCLE,
-            warmup=(self.rise if mild else CHUNK) // CYCLE, warmup_values=self.mild if mild else None,
+            self.problem, train_steps=CYCLE, warmup=CHUNK // CYCLE,
             weights=optax.chain(self.moments, weights), hyper=optax.chain(self.moments, hyper, fall),
         )  # fmt: skip
 
@@ -59,18 +57,18 @@ class Runs(Lab):
         rise = jnp.minimum(self.rise, total / 4)  # trials may be shorter
         return self.rate * jnp.minimum(1, (step + 1) / rise) * cosine(step / total)
 
-    @functools.partial(jax.jit, static_argnums=(0, 6, 7))
-    def tuned_part(self, state, key, hyper_rate, scale_rate, total, cycles, mild):
-        return self.self_tuner(hyper_rate, scale_rate, total, mild).run(state, key, self.data, cycles)
+    @functools.partial(jax.jit, static_argnums=(0, 6))
+    def tuned_part(self, state, key, hyper_rate, scale_rate, total, cycles):
+        return self.self_tuner(hyper_rate, scale_rate, total).run(state, key, self.data, cycles)
 
-    def tuned(self, level, k_init, k_run, total, hyper_rate, scale_rate, mild=False):
+    def tuned(self, level, k_init, k_run, total, hyper_rate, scale_rate):
         """A run of Delta-STN from l; return its watch, its schedule, and how often the guard was needed."""
-        state = self.self_tuner(hyper_rate, scale_rate, total, mild).init(*self.start(k_init))
+        state = self.self_tuner(hyper_rate, scale_rate, total).init(*self.start(k_init))
         hyper = state.hyper._replace(mean=level)
         state = state._replace(hyper=hyper, best=state.best._replace(hyper=hyper))
         watch, infos = Watch(self, np.inf), []
         for _ in range(0, total, self.look):
-            state, info = self.tuned_part(state, k_run, hyper_rate, scale_rate, total, self.look // CYCLE, mild)
+            state, info = self.tuned_part(state, k_run, hyper_rate, scale_rate, total, self.look // CYCLE)
             watch.look(state.params, info.mean[-1], self.look)
             infos.append(info)
         guarded = {name: int(sum(getattr(info, name).sum() for info in infos)) for name in ("skipped", "rolled_back")}
@@ -111,7 +109,8 @@ class Runs(Lab):
 
     def level_of(self, values):
         """The l of values by name."""
-        return st.locate(self.specs, values)
+        specs = {name: dataclasses.replace(spec, start=values[name]) for name, spec in self.specs.items()}
+        return st.start(specs)[0]
 
     def result(self, watch, **columns):
         """What is kept of a run."""

@@ -317,8 +317,7 @@ CASES = {
     ),
     "benchmarks/self_tuning_drawn.py": Case(
         "--steps 20",
-        {"fashion_cnn": few_images, "LOOK": 10, "STARTS": 2, "CHOICE": 1, "OTHERS": 2}
-        | {"SETTINGS": {"Delta-STN": {"0.1": (0.1, 0, False)}, "Delta-STN, mild first": {"mild, 0.3": (0.3, 0, True)}}},
+        {"fashion_cnn": few_images, "LOOK": 10, "STARTS": 2, "CHOICE": 1, "OTHERS": 2, "RATES": only("0.1")},
         reports("self_tuning", *(f"drawn{part}" for part in (".json", ".csv", ".png", "_choice.json", "_choice.csv"))),
     ),
     "benchmarks/self_tuning_language.py": Case(

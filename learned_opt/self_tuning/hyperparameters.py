@@ -10,7 +10,7 @@ momentum, decay).
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -287,34 +287,6 @@ def span(specs: Specs) -> tuple[jax.Array, jax.Array]:
     flat = jnp.asarray([KINDS[spec.kind].bounds == ("low", "high") for spec in tuned(specs)])
     reach = jnp.where(flat, jnp.maximum(jnp.abs(mean), _REACH), jnp.inf)
     return -reach, reach
-
-
-def locate(specs: Specs, values: Mapping[str, float]) -> jax.Array:
-    r"""The point :math:`\ell` of hyperparameters' values, the inverse of :func:`values`.
-
-    Args:
-        specs: a pytree of :class:`Hyperparameter`, H of them tuned.
-        values: by the names of :func:`names`; what is left out stands at its start.
-
-    Returns:
-        :math:`\ell`, floats [H], within :func:`span`: a value on a bound of an interval stands just inside.
-
-    Raises:
-        ValueError: a name of no tuned hyperparameter; a value outside the bounds, or on one that is infinitely far.
-
-    Example:
-        >>> locate({"dropout": interval(0.1, 0.0, 0.8), "l2": log(1.0)}, {"dropout": 0.4})
-        Array([0., 0.], dtype=float32)
-    """
-    known = dict(zip(names(specs), tuned(specs), strict=True))
-    if unknown := sorted(set(values) - set(known)):
-        raise ValueError(f"no tuned hyperparameter is called {', '.join(unknown)}; there are {', '.join(known)}")
-    placed = [dataclasses.replace(spec, start=values.get(n, spec.start), tuned=False) for n, spec in known.items()]
-    found = [unconstrained(spec) for spec in placed]
-    for name, spec, place in zip(known, placed, found, strict=True):
-        if not math.isfinite(place) and KINDS[spec.kind].bounds != ("low", "high"):
-            raise ValueError(f"{name}={spec.start} lies on a bound that no point reaches")
-    return jnp.clip(jnp.asarray(found, jnp.result_type(float)), *span(specs))
 
 
 def values(specs: Specs, point: jax.Array) -> Any:

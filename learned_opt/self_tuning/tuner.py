@@ -1,7 +1,7 @@
 r"""The tuner: a network's weights, its response and its hyperparameters, trained together in one run."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from .hypergradient import Trace, advance, along_trace, start_trace
-from .hyperparameters import Specs, locate, names, span, start, tuned, values
+from .hyperparameters import Specs, names, span, start, tuned, values
 from .objectives import Batch, Hyper, NetState, leading_size, make_objectives
 from .response import BestResponse, Params, Response
 
@@ -145,7 +145,6 @@ def tuner(
     train_steps: int = 5,
     valid_steps: int = 1,
     warmup: int = 0,
-    warmup_values: Mapping[str, float] | None = None,
     entropy: float = 1e-2,
     tune_scale: bool = True,
     scale_range: tuple[float, float] = (1e-3, 3.0),
@@ -186,9 +185,6 @@ def tuner(
         train_steps: training steps a cycle.
         valid_steps: validation steps a cycle.
         warmup: cycles before the first validation step.
-        warmup_values: what the hyperparameters are during the warm-up, by name; those left out, and all by default,
-            stand at their starts. With regularisation off a network learns from whatever start, and the response of one
-            that has learned nothing says nothing about the hyperparameters.
         entropy: :math:`\tau`, weight of the entropy bonus, in the loss's units. Too little lets sigma shrink until the
             response is fitted to noise.
         tune_scale: whether sigma is tuned; else it stays at the specs' ``scale``.
@@ -236,8 +232,6 @@ def tuner(
     for name, steps in (("train_steps", train_steps), ("valid_steps", valid_steps)):
         if steps < 1:
             raise ValueError(f"{name} must be at least 1, got {steps}")
-    if warmup_values is not None and warmup < 1:
-        raise ValueError("warmup_values are for a warm-up: give warmup= a number of cycles")
     if not 0 < scale_range[0] < scale_range[1]:
         raise ValueError(f"scale_range must be (low, high) with 0 < low < high, got {scale_range}")
     for name, bound in (("trust", trust), ("guard", guard)):
@@ -267,14 +261,6 @@ def tuner(
         return training(mean) if response is None else optax.with_extra_args_support(response)
 
     tuning = optax.with_extra_args_support(optax.adam(0.01) if hyper is None else hyper)
-    warm = None if warmup_values is None else locate(specs, warmup_values)
-
-    def standing(state: TunerState) -> Hyper:
-        """The hyperparameters that a cycle trains at."""
-        if warm is None:
-            return state.hyper
-        return state.hyper._replace(mean=jnp.where(state.cycle < warmup, warm, state.hyper.mean))
-
     objectives = make_objectives(
         specs,
         train_loss,
@@ -318,7 +304,7 @@ def tuner(
     def train_step(state: TunerState, key: jax.Array, data: Data):
         k_batch, k_noise, k_loss = jax.random.split(key, 3)
         batch = train_batch(data, k_batch)
-        mean = standing(state).mean
+        mean = state.hyper.mean
         sigma = jax.nn.softplus(state.hyper.scale) * factor(state.cycle)
         if centred:
             # The same key for both: where hyperparameters do not enter the network, it is computed once.
@@ -424,16 +410,16 @@ def tuner(
 
     def cycle(state: TunerState, key: jax.Array, data: Data) -> tuple[TunerState, CycleInfo]:
         k_train, k_valid, k_check = jax.random.split(key, 3)
-        begin, stood = state, standing(state)
+        begin = state
         state, (losses, perturbed, skipped) = jax.lax.scan(
             lambda s, k: train_step(s, k, data), state, jax.random.split(k_train, train_steps)
         )
         batch = valid_batch(data, k_check)
         # The original form's elementary parameters alone are no network: those that respond to the mean are.
-        judged = state.params if centred else BestResponse(state.params, state.response, stood.mean)
+        judged = state.params if centred else BestResponse(state.params, state.response, begin.hyper.mean)
         valid = objectives.judged(judged, state.net_state, batch).astype(state.reference.dtype)
         better = valid < state.best.loss
-        current = Best(valid, state.params, state.response, state.net_state, stood)
+        current = Best(valid, state.params, state.response, state.net_state, begin.hyper)
         best = _where(better, current, state.best)
         reference = jnp.where(jnp.isnan(state.reference), valid, state.reference)
 
@@ -456,7 +442,7 @@ def tuner(
         else:
             state = state._replace(best=best, reference=reference)
         info = CycleInfo(
-            mean=stood.mean,
+            mean=begin.hyper.mean,
             sigma=jax.nn.softplus(begin.hyper.scale) * factor(begin.cycle),
             train_loss=jnp.mean(losses),
             response_loss=jnp.mean(perturbed),

@@ -57,20 +57,6 @@ def test_values_keep_rows_where_examples_have_their_own():
     assert [float(x) for x in found["b"]] == [1.0, 5.0]
 
 
-def test_a_point_is_found_by_its_values():
-    specs = {"a": st.real(3.0), "b": [st.real(1.0, tuned=False), st.interval(0.5, 0.0, 2.0)], "c": st.log(1.0)}
-    found = st.values(specs, st.locate(specs, {"b/1": 1.5, "c": 0.2}))
-    np.testing.assert_allclose([found["a"], found["b"][1], found["c"]], [3.0, 1.5, 0.2], rtol=1e-6)
-    np.testing.assert_array_equal(st.locate(specs, {"b/1": 0.0}), [3.0, -5.0, 0.0])  # just inside the bound
-    for values, message in (
-        ({"b/0": 1.0}, "no tuned hyperparameter is called b/0; there are a, b/1, c"),
-        ({"b/1": 3.0}, "must lie in"),
-        ({"c": 0.0}, r"c=0\.0 lies on a bound that no point reaches"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            st.locate(specs, values)
-
-
 def test_discrete_values_are_whole_and_start_amid_their_step():
     specs = {"count": st.interval(3.0, 0.0, 5.0, discrete=True)}
     mean, _ = st.start(specs)

@@ -105,24 +105,6 @@ def test_warmup_holds_the_hyperparameters_and_the_entropy_widens_them(short):
     assert not info.rolled_back.any()
 
 
-def test_during_the_warmup_training_is_at_other_values():
-    """As if the run began there; afterwards it stands at its start."""
-    begun = ridge({"l2": st.log(2.0, per_example=False, scale=0.1)}, warmup=3)
-    expected, there = begun.run(start(begun), KEY, data(), 3)
-    made = ridge(warmup=3, warmup_values={"l2": 2.0})
-    state, info = made.run(start(made), KEY, data(), 5)
-    early, _ = made.run(start(made), KEY, data(), 3)
-    np.testing.assert_allclose(early.params, expected.params, rtol=1e-6)
-    np.testing.assert_allclose(info.valid_loss[:3], there.valid_loss, rtol=1e-6)
-    np.testing.assert_allclose(info.mean[:4, 0], np.log([2.0, 2.0, 2.0, 0.5]), rtol=1e-6)
-    np.testing.assert_allclose(early.hyper.mean, jnp.log(0.5))
-    assert float(state.hyper.mean[0]) != float(early.hyper.mean[0])
-    with pytest.raises(ValueError, match="give warmup="):
-        ridge(warmup_values={"l2": 2.0})
-    with pytest.raises(ValueError, match="no tuned hyperparameter is called l1; there are l2"):
-        ridge(warmup=3, warmup_values={"l1": 2.0})
-
-
 def test_the_guard_ends_a_divergence():
     """Steps of 3 / r diverge without bound; with the guard they are halved until they do not."""
     options = {"weights": optax.sgd(6.0), "response": optax.adam(0.01)}
