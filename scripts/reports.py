@@ -171,8 +171,8 @@ def index() -> str:
     lines = [
         "# Reports",
         "",
-        "The committed results that claims in this repository cite, and the commands that make such results again (some "
-        "are of earlier code or of an earlier protocol, as their pages say); "
+        "The committed results that claims in this repository cite, and the commands that make such results again "
+        "(some are of earlier code or of an earlier protocol, as their pages say); "
         "`python scripts/reports.py --remake NAME` runs them.",
         "This page: `python scripts/reports.py --index`.",
         "",
