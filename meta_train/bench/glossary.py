@@ -36,9 +36,9 @@ TERMS = (
     Term(
         "steps",
         "in how many times fewer steps tuned Adam's best loss was reached, 0 where never",
-        "How many times fewer steps than tuned Adam it needed to the lowest training loss that tuned Adam reached, or to "
-        "Adam's validation loss where that is higher; 0 where it never got there. Curves are smoothed, and each seed is "
-        "compared with Adam's run of the same seed.",
+        "How many times fewer steps than tuned Adam it needed to the lowest training loss that tuned Adam reached, or "
+        "to Adam's validation loss where that is higher; 0 where it never got there. Curves are smoothed, and each "
+        "seed is compared with Adam's run of the same seed.",
     ),
     Term(
         "clock",
