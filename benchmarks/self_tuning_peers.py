@@ -20,6 +20,7 @@ Delta-STN's settings are those of self_tuning_search.py, set there on other seed
 here.
 
     python benchmarks/self_tuning_peers.py       # writes reports/self_tuning/peers{.csv,.json,.png}; needs Optuna
+    python benchmarks/self_tuning_peers.py --budget 4    # four times the time, trials four times as long: peers_4x.*
 
 Finished runs are kept and not repeated; delete peers.json to start afresh.
 """
@@ -41,7 +42,8 @@ from self_tuning_search import CHUNK, REPORT, Lab, Watch, interval, missing
 from learned_opt import self_tuning as st
 from meta_train.train.problems import fashion_cnn, make_tuner
 
-STEPS = 4000  # that a plain run takes in the time, about: what the lengths of trials are parts of
+SECONDS = 20.0  # processor time a run
+STEPS = 4000  # that a plain run takes in it, about: what the lengths of trials are parts of
 SPACE = {
     "dropout_conv1": st.interval(0.05, 0.0, 0.8),
     "dropout_conv2": st.interval(0.05, 0.0, 0.8),
@@ -170,8 +172,10 @@ def load_optuna():
 KINDS = {"constant": constant, "delta_stn": delta_stn, "pbt": pbt, "search": search}
 
 
-def record(lab, method, seed, seconds):
+def record(lab, method, seed, budget, seconds):
     options = dict(METHODS[method])
+    if "trial" in options:
+        options["trial"] *= budget
     watch, trials = KINDS[options.pop("kind")](lab, seed, seconds, **options)
     test = jax.device_get(lab.judge(watch.params, lab.data["test"]))
     chosen = {k: float(f"{float(v):.3g}") for k, v in st.values(lab.specs, jnp.asarray(watch.level)).items()}
@@ -218,7 +222,7 @@ def summary(runs, curves):
         print(f"| {method} | {len(own)} | {trials:.1f} | {steps:.0f} | " + " | ".join(text) + " |")
 
 
-def plot(runs, curves):
+def plot(name, runs, curves):
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.8), width_ratios=(3, 2), layout="constrained")
     found = [method for method in METHODS if any(run["method"] == method for run in runs)]
     colours = dict(zip(found, plt.cm.tab20(np.arange(0, 20) % 20), strict=False))
@@ -246,23 +250,24 @@ def plot(runs, curves):
     right.set_xlabel("test loss; mean, 95 % interval, runs")
     for ax in (left, right):
         ax.spines[["top", "right"]].set_visible(False)
-    fig.savefig(REPORT / "peers.png", dpi=110)
+    fig.savefig(REPORT / f"{name}.png", dpi=110)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=20.0, help="processor time a run")
+    parser.add_argument("--budget", type=int, default=1, help=f"times {SECONDS:g} s of processor time a run")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     args = parser.parse_args()
     lab = Lab(fashion_cnn(width=4, batch_size=32)._replace(specs=SPACE), rows=None)
+    name, seconds = "peers" if args.budget == 1 else f"peers_{args.budget}x", args.budget * SECONDS
 
     def do(method, seed):
-        return record(lab, method, seed, args.seconds)
+        return record(lab, method, seed, args.budget, seconds)
 
-    runs, curves = missing("peers", do, args.seeds, args.methods, args.seconds)
+    runs, curves = missing(name, do, args.seeds, args.methods, seconds)
     summary(runs, curves)
-    plot(runs, curves)
+    plot(name, runs, curves)
 
 
 if __name__ == "__main__":

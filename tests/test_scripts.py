@@ -349,9 +349,9 @@ CASES = {
         ),
     ),
     "benchmarks/self_tuning_peers.py": Case(
-        "--seconds 1 --seeds 1 --methods 'untuned draw' Delta-STN 'PBT, 4'",
-        {"fashion_cnn": few_images},
-        reports("self_tuning", "peers.json", "peers.csv", "peers.png"),
+        "--budget 2 --seeds 1 --methods 'untuned draw' Delta-STN 'PBT, 4'",
+        {"fashion_cnn": few_images, "SECONDS": 0.5},
+        reports("self_tuning", "peers_2x.json", "peers_2x.csv", "peers_2x.png"),
     ),
     "benchmarks/self_tuning_ridge.py": Case(
         "--cycles 40",
@@ -479,7 +479,7 @@ CASES = {
 SEARCHES = {
     "benchmarks/self_tuning_cifar.py": "--steps 40 --seeds 1 --methods Delta-STN search",
     "benchmarks/self_tuning_language.py": "--steps 40 --seeds 1 --methods Delta-STN search",
-    "benchmarks/self_tuning_peers.py": "--seconds 1 --seeds 1 --methods Delta-STN 'TPE, 8' 'Hyperband, TPE'",
+    "benchmarks/self_tuning_peers.py": "--budget 2 --seeds 1 --methods Delta-STN 'TPE, 8' 'Hyperband, TPE'",
     "benchmarks/self_tuning_search.py": "--seconds 1 --seeds 1 --methods implicit TPE Hyperband",
 }
 
