@@ -1,12 +1,13 @@
 """Fewer bytes a round: what int8 and top-k cost DiLoCo, MuLoCo and the learned outer step beside Nesterov's.
 
-The networks, seeds and settings of local_sgd_peers.py at H = 64, read from its peers.json: nothing is tuned here.
+The networks, seeds and settings of local_sgd_peers.py at H = 64, read from its peers.json as are the losses without
+compression: nothing is tuned here.
 `int8` sends one byte an entry, `top-k` one entry in 32 with its place, both with error feedback. Each method's loss is
 compared with its own without compression, seed by seed. Finished runs are kept: the same command goes on. Writes
 reports/local_sgd/compressed.json and compressed.csv.
 
     learned-opt data fetch moby_dick && learned-opt data fetch kjv && learned-opt data fetch cifar10
-    python benchmarks/local_sgd_compressed.py    # fifty minutes of one core
+    python benchmarks/local_sgd_compressed.py    # an hour and a half of one core
 """
 
 import argparse
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import tables
-from local_sgd_peers import REPORT, ROUNDS, SEEDS, TASKS, methods, runner
+from local_sgd_peers import OTHER, REPORT, ROUNDS, SEEDS, TASKS, methods, runner
 
 from learned_opt import communication
 from learned_opt.files import write_atomically
@@ -26,6 +27,7 @@ METHODS = {  # and the peer of each
     "Nesterov + outer, AdamW": "DiLoCo (AdamW)",
     "MuLoCo (Muon)": "MuLoCo (Muon)",
     "Nesterov + outer, Muon": "MuLoCo (Muon)",
+    "Nesterov + outer, flagship": "MuLoCo (Muon)",
 }
 CODES = {"none": None, "int8": communication.int8(), "top-k": communication.top_k(1 / 32)}
 BYTES = {"none": 4.0, "int8": 1.0, "top-k": 8 / 32}  # an entry; scales of tensors left out
@@ -53,18 +55,22 @@ def table(found):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=list(TASKS), default=[task for task in TASKS if task != OTHER])
     parser.add_argument("--out", type=Path, default=REPORT)
     arguments = parser.parse_args()
     settings, path = json.loads((REPORT / "peers.json").read_text()), arguments.out / "compressed.json"
     found = json.loads(path.read_text()) if path.exists() else {}
-    for task, make in TASKS.items():
-        family = make()
+    for task in arguments.only:
+        family = TASKS[task]()
         for name in METHODS:
             chosen = settings[task]["delays"][str(DELAY)][name]
             setting = chosen["rate"], chosen["outer_rate"], chosen["momentum"]
             kept = found.setdefault(task, {}).setdefault(name, {})
             for code, compression in CODES.items():
                 if code in kept:
+                    continue
+                if compression is None:
+                    kept[code] = chosen["losses"]
                     continue
                 run = runner(family, methods(["outer"])[name]._replace(options={"compression": compression}))
                 kept[code] = [round(float(run(family.data, setting, DELAY, ROUNDS[DELAY], s)), 5) for s in SEEDS]
