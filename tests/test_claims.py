@@ -113,6 +113,30 @@ def test_the_clock_of_the_workloads_is_the_committed_one():
         assert [float(cell[1]) for cell in shown] == [float(t["seconds_over_nadamw"]) for t in times]
 
 
+@pytest.mark.parametrize(
+    ("head", "methods"),
+    [
+        (
+            "| | H | AdamW: DiLoCo |",
+            ["DiLoCo (AdamW)", "averaging, Muon", "MuLoCo (Muon)", "Nesterov + outer, Muon", "averaging, flagship"]
+            + ["DiLoCo's step, flagship", "Nesterov + outer, flagship"],
+        ),
+        (
+            "| | H | AdamW: averaging |",
+            ["averaging, AdamW", "DiLoCo (AdamW)", "Streaming DiLoCo (AdamW)", "SlowMo (AdamW)", "post-local (AdamW)"]
+            + ["SparseLoCo (AdamW)", "outer, AdamW", "Nesterov + outer, AdamW", "outer, Muon"],
+        ),
+    ],
+)
+def test_local_sgds_losses_are_the_committed_ones(head, methods):
+    with (ROOT / "reports/local_sgd/peers.csv").open() as file:
+        found = {(r["task"], r["H"], r["method"]): f"{float(r['valid_loss']):.3f}" for r in csv.DictReader(file)}
+    rows = table_after((ROOT / "reports/local_sgd/README.md").read_text(), head)
+    assert len(rows) >= 9
+    for task, delay, *cells in rows:
+        assert [cell.strip("*") for cell in cells] == [found.get((task, delay, method), "") for method in methods]
+
+
 def test_validation_csv_is_of_the_committed_results():
     for folder in ("held_out", "fetched_small", "quick_5000", "validation"):
         figures = json.loads((ROOT / "reports" / folder / "results.json").read_text())["figures"]
