@@ -118,13 +118,17 @@ def test_the_clock_of_the_workloads_is_the_committed_one():
     [
         (
             "| | H | AdamW: DiLoCo |",
-            ["DiLoCo (AdamW)", "averaging, Muon", "MuLoCo (Muon)", "Nesterov + outer, Muon", "averaging, flagship"]
-            + ["DiLoCo's step, flagship", "Nesterov + outer, flagship"],
+            [
+                *("DiLoCo (AdamW)", "averaging, Muon", "MuLoCo (Muon)", "Nesterov + outer, Muon"),
+                *("averaging, flagship", "DiLoCo's step, flagship", "Nesterov + outer, flagship"),
+            ],
         ),
         (
             "| | H | AdamW: averaging |",
-            ["averaging, AdamW", "DiLoCo (AdamW)", "Streaming DiLoCo (AdamW)", "SlowMo (AdamW)", "post-local (AdamW)"]
-            + ["SparseLoCo (AdamW)", "outer, AdamW", "Nesterov + outer, AdamW", "outer, Muon"],
+            [
+                *("averaging, AdamW", "DiLoCo (AdamW)", "Streaming DiLoCo (AdamW)", "SlowMo (AdamW)"),
+                *("post-local (AdamW)", "SparseLoCo (AdamW)", "outer, AdamW", "Nesterov + outer, AdamW", "outer, Muon"),
+            ],
         ),
     ],
 )
