@@ -1,7 +1,6 @@
 """Fewer bytes a round: what int8 and top-k cost DiLoCo, MuLoCo and the learned outer step beside Nesterov's.
 
-The networks, seeds and settings of local_sgd_peers.py at H = 64, read from its peers.json as are the losses without
-compression: nothing is tuned here.
+The networks, seeds and settings of local_sgd_peers.py at H = 64, read from its peers.json: nothing is tuned here.
 `int8` sends one byte an entry, `top-k` one entry in 32 with its place, both with error feedback. Each method's loss is
 compared with its own without compression, seed by seed. Finished runs are kept: the same command goes on. Writes
 reports/local_sgd/compressed.json and compressed.csv.
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import tables
-from local_sgd_peers import OTHER, REPORT, ROUNDS, SEEDS, TASKS, methods, runner
+from local_sgd_peers import FEW, REPORT, ROUNDS, SEEDS, TASKS, methods, runner
 
 from learned_opt import communication
 from learned_opt.files import write_atomically
@@ -55,7 +54,7 @@ def table(found):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=list(TASKS), default=[task for task in TASKS if task != OTHER])
+    parser.add_argument("--only", nargs="+", choices=list(TASKS), default=[task for task in TASKS if task not in FEW])
     parser.add_argument("--out", type=Path, default=REPORT)
     arguments = parser.parse_args()
     settings, path = json.loads((REPORT / "peers.json").read_text()), arguments.out / "compressed.json"
@@ -68,9 +67,6 @@ def main():
             kept = found.setdefault(task, {}).setdefault(name, {})
             for code, compression in CODES.items():
                 if code in kept:
-                    continue
-                if compression is None:
-                    kept[code] = chosen["losses"]
                     continue
                 run = runner(family, methods(["outer"])[name]._replace(options={"compression": compression}))
                 kept[code] = [round(float(run(family.data, setting, DELAY, ROUNDS[DELAY], s)), 5) for s in SEEDS]

@@ -9,7 +9,7 @@ left as it is. All are reported on five other seeds by the loss at the end on th
 with the best peer seed by seed. Post-local SGD spends a quarter of the rounds on single steps; Streaming DiLoCo deals
 the parameters into four fragments, which meet in turn and are used a step late. All but SparseLoCo send the bytes that
 averaging sends. The numbers of `flagship` were chosen on larger networks on these three data sets, so a few methods run
-on State of the Union too (OTHER). Finished runs are kept: the same command goes on. Writes peers.json, peers.csv and
+on State of the Union too (FEW). Finished runs are kept: the same command goes on. Writes peers.json, peers.csv and
 peers.png under reports/local_sgd.
 
     for name in moby_dick kjv cifar10 sotu; do learned-opt data fetch $name; done
@@ -43,28 +43,31 @@ REPORT = Path(__file__).parents[1] / "reports" / "local_sgd"
 WORKERS = 8
 ROUNDS = {16: 32, 64: 10, 128: 6}  # by the steps of a round
 TRIALS, TUNING_SEED, SEEDS, VALIDATION = 16, 100, range(200, 205), 64
-OTHER = "transformer, other text"
 TASKS = {
     "transformer": lambda: char_transformer("moby_dick", layers=1, width=32, length=16, batch_size=8),
     "LSTM": lambda: char_rnn("kjv", core="lstm", width=64, embedding=16, length=16, batch_size=8),
     "conv": lambda: image_conv("cifar10", side=16, channels=(32, 64), batch_size=8),
-    OTHER: lambda: char_transformer("sotu", layers=1, width=32, length=16, batch_size=8),
+    "transformer, other text": lambda: char_transformer("sotu", layers=1, width=32, length=16, batch_size=8),
 }
 SHOWN = (  # in the plot
     *("DiLoCo (AdamW)", "Streaming DiLoCo (AdamW)", "MuLoCo (Muon)"),
     *("Nesterov + outer, AdamW", "Nesterov + outer, Muon", "Nesterov + outer, flagship"),
 )
-ON_OTHER = (
-    *("averaging, AdamW", "DiLoCo (AdamW)", "averaging, Muon", "MuLoCo (Muon)"),
-    *("Nesterov + outer, Muon", "DiLoCo's step, flagship", "Nesterov + outer, flagship"),
-)
+FEW = {  # the methods of a task that has not all of them
+    "transformer, other text": (
+        *("averaging, AdamW", "DiLoCo (AdamW)", "averaging, Muon", "MuLoCo (Muon)"),
+        *("Nesterov + outer, Muon", "DiLoCo's step, flagship", "Nesterov + outer, flagship"),
+    )
+}
+
+
+def half_cosine(share):
+    return 0.5 * (1 + jnp.cos(jnp.pi * share))
 
 
 def falling(optimizer):
     """At a rate that falls by a half cosine over the run."""
-    return lambda rate, total: optax.chain(
-        optimizer, optax.scale_by_schedule(lambda n: rate * 0.5 * (1 + jnp.cos(jnp.pi * n / total)))
-    )
+    return lambda rate, total: optax.chain(optimizer, optax.scale_by_schedule(lambda n: rate * half_cosine(n / total)))
 
 
 def flagship(rate, total):
@@ -85,14 +88,10 @@ def nesterov(rate, momentum, rounds):
 
 def slowmo(rate, momentum, rounds):
     """Momentum of the mean deltas, each in units of the workers' rate, which falls."""
-
-    def falls(round_):
-        return 0.5 * (1 + jnp.cos(jnp.pi * round_ / rounds))
-
     return optax.chain(
-        optax.scale_by_schedule(lambda r: 1 / falls(r)),
+        optax.scale_by_schedule(lambda r: 1 / half_cosine(r / rounds)),
         optax.trace(momentum),
-        optax.scale_by_schedule(lambda r: -rate * falls(r)),
+        optax.scale_by_schedule(lambda r: -rate * half_cosine(r / rounds)),
     )
 
 
@@ -316,7 +315,7 @@ def main():
         family = TASKS[task]()
         kept = found.setdefault(task, {"parameters": num_params(family), "delays": {}})["delays"]
         for name, method in methods(arguments.learned).items():
-            if task == OTHER and name not in ON_OTHER:
+            if name not in FEW.get(task, (name,)):
                 continue
             run = runner(family, method)
             for delay in ROUNDS:

@@ -172,8 +172,8 @@ def load_optuna():
 KINDS = {"constant": constant, "delta_stn": delta_stn, "pbt": pbt, "search": search}
 
 
-def record(lab, method, seed, budget, seconds):
-    options = dict(METHODS[method])
+def record(lab, method, seed, budget):
+    options, seconds = dict(METHODS[method]), budget * SECONDS
     if "trial" in options:
         options["trial"] *= budget
     watch, trials = KINDS[options.pop("kind")](lab, seed, seconds, **options)
@@ -260,12 +260,12 @@ def main():
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     args = parser.parse_args()
     lab = Lab(fashion_cnn(width=4, batch_size=32)._replace(specs=SPACE), rows=None)
-    name, seconds = "peers" if args.budget == 1 else f"peers_{args.budget}x", args.budget * SECONDS
+    name = "peers" if args.budget == 1 else f"peers_{args.budget}x"
 
     def do(method, seed):
-        return record(lab, method, seed, args.budget, seconds)
+        return record(lab, method, seed, args.budget)
 
-    runs, curves = missing(name, do, args.seeds, args.methods, seconds)
+    runs, curves = missing(name, do, args.seeds, args.methods, args.budget * SECONDS)
     summary(runs, curves)
     plot(name, runs, curves)
 

@@ -210,6 +210,7 @@ CASES = {
             "TASKS": {"conv": wine},
             "METHODS": only("DiLoCo (AdamW)", "Nesterov + outer, AdamW"),
             "ROUNDS": {64: 1},
+            "SEEDS": (200, 201),
         },
         reports("local_sgd", "compressed.json", "compressed.csv"),
         before=committed("reports/local_sgd/peers.json"),

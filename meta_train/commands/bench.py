@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
         if value < 1:
             raise UsageError(f"--{name} must be at least 1")
     names = arguments.baselines.split(",") if arguments.baselines else list(benchmark.QUICK) if quick else None
-    plan = Plan(steps, seeds, 1 if quick else 2, timed=True, folder=_runs(arguments))
+    plan = Plan(steps, seeds, 1 if quick else 2, timed=True, folder=shared.cache("bench", arguments.runs))
     out = arguments.out or Path("runs") / f"bench-{time.strftime('%Y%m%d-%H%M%S')}"
 
     entries = benchmark.choose_tasks(suite, [task for task in tasks if isinstance(task, Entry)])
@@ -71,7 +71,14 @@ def _on_workloads(arguments: argparse.Namespace, own: Sequence[Workload], tasks:
     chosen = command.choose_workloads(arguments.suite, own)
     names = arguments.baselines.split(",") if arguments.baselines else None
     optimizers = command.choose_optimizers(names, rules, arguments.optimizer)
-    plan = command.Plan(ruleset, seeds, trials, timed=True, folder=_runs(arguments), only_finished=arguments.finished)
+    plan = command.Plan(
+        ruleset,
+        seeds,
+        trials,
+        timed=True,
+        folder=shared.cache("bench", arguments.runs),
+        only_finished=arguments.finished,
+    )
     shown = None if arguments.json else Console(stderr=True)
     result = command.run(
         arguments.suite or "own workloads", chosen, optimizers, plan, out, shown, command=arguments.typed
@@ -79,17 +86,6 @@ def _on_workloads(arguments: argparse.Namespace, own: Sequence[Workload], tasks:
     if arguments.json:
         shared.print_json(result)
     return 0
-
-
-def _runs(arguments: argparse.Namespace) -> Path:
-    """Where finished runs are kept, made if missing."""
-    if arguments.runs is None:
-        return shared.cache("bench")
-    try:
-        arguments.runs.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"cannot make --runs {arguments.runs}: {error.strerror}") from None
-    return arguments.runs
 
 
 def _optimizers() -> list[str]:

@@ -54,17 +54,18 @@ def use_cores(devices: int | None, particles: int | None = None) -> None:
     jax.config.update("jax_num_cpu_devices", number)
 
 
-def cache(name: str) -> Path:
-    """A folder in that of the data sets, made if missing.
+def cache(name: str, own: Path | None = None) -> Path:
+    """The user's own folder, or one in that of the data sets; made if missing.
 
     Raises:
         DataError: it cannot be made.
     """
-    folder = data_dir() / name
+    folder = own or data_dir() / name
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError(f"cannot make {folder} ({error.strerror}): set LEARNED_OPT_DATA to another folder") from None
+        remedy = "name another folder" if own else "set LEARNED_OPT_DATA to another folder"
+        raise DataError(f"cannot make {folder} ({error.strerror}): {remedy}") from None
     return folder
 
 

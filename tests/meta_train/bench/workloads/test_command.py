@@ -105,7 +105,7 @@ def test_a_users_workload_from_nothing_and_again_from_what_is_kept(tmp_path, own
         (("--suite", "workloads_small", "--seeds", "-1"), "--seeds"),
         (("--suite", "quick", "--ruleset", "tuned"), "--ruleset"),
         (("--suite", "workloads_small", "--baselines", "muon"), "data fetch moby_dick"),
-        (("--suite", "workloads_small", "--baselines", "muon", "--runs", __file__), "cannot make --runs"),
+        (("--suite", "workloads_small", "--baselines", "muon", "--runs", __file__), "name another folder"),
     ],
 )
 def test_mistakes_are_one_line(arguments, said, mistake):
