@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import tables
-from local_sgd_peers import FEW, REPORT, ROUNDS, SEEDS, TASKS, methods, runner
+from local_sgd_peers import REPORT, SEEDS, TASKS, methods, runner
 
 from learned_opt import communication
 from learned_opt.files import write_atomically
@@ -54,13 +54,14 @@ def table(found):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=list(TASKS), default=[task for task in TASKS if task not in FEW])
+    whole = [task for task, network in TASKS.items() if not network.methods]
+    parser.add_argument("--only", nargs="+", choices=list(TASKS), default=whole)
     parser.add_argument("--out", type=Path, default=REPORT)
     arguments = parser.parse_args()
     settings, path = json.loads((REPORT / "peers.json").read_text()), arguments.out / "compressed.json"
     found = json.loads(path.read_text()) if path.exists() else {}
     for task in arguments.only:
-        family = TASKS[task]()
+        family, rounds = TASKS[task].family(), TASKS[task].rounds[DELAY]
         for name in METHODS:
             chosen = settings[task]["delays"][str(DELAY)][name]
             setting = chosen["rate"], chosen["outer_rate"], chosen["momentum"]
@@ -69,7 +70,7 @@ def main():
                 if code in kept:
                     continue
                 run = runner(family, methods(["outer"])[name]._replace(options={"compression": compression}))
-                kept[code] = [round(float(run(family.data, setting, DELAY, ROUNDS[DELAY], s)), 5) for s in SEEDS]
+                kept[code] = [round(float(run(family.data, setting, DELAY, rounds, s)), 5) for s in SEEDS]
                 write_atomically(path, json.dumps(found, indent=1) + "\n")
                 print(task, name, code, kept[code], flush=True)
     tables.write(arguments.out / "compressed.csv", table(found))

@@ -28,7 +28,12 @@ REPORT = Path(__file__).parents[1] / "reports" / "local_sgd"
 STEPS, EVERY, LAST = 900, 30, 32  # of training, between two outer steps; batches that are validated on
 RATES = tuple(float(r) for r in 1e-3 * 2.0 ** np.arange(9))
 TUNING, SEEDS = (100, 101), range(200, 205)
-OPTIMIZERS = {"AdamW": lambda rate: optax.adamw(rate, weight_decay=1e-2), "Muon": optax.contrib.muon}
+OPTIMIZERS = {
+    "AdamW": lambda rate: optax.adamw(rate, weight_decay=1e-2),
+    "Muon": lambda rate: optax.contrib.muon(
+        rate, weight_decay=1e-2, consistent_rms=0.2, muon_weight_dimension_numbers=learned_opt.hidden_matrices
+    ),
+}
 
 
 def learned():

@@ -35,30 +35,68 @@ from learned_opt import communication
 from learned_opt.files import write_atomically
 from learned_opt.local_sgd import add_nesterov, local_sgd, map_workers, spread_workers, worker_axes
 from meta_train.train.learners.local_sgd import LOCAL_OPTIMIZERS
-from tasks.base import num_params
+from tasks.base import TaskFamily, num_params
 from tasks.families.sequence import char_rnn, char_transformer
-from tasks.families.vision import image_conv
+from tasks.families.vision import image_conv, image_resnet
+from tasks.workloads.language import gpt
 
 REPORT = Path(__file__).parents[1] / "reports" / "local_sgd"
 WORKERS = 8
-ROUNDS = {16: 32, 64: 10, 128: 6}  # by the steps of a round
-TRIALS, TUNING_SEED, SEEDS, VALIDATION = 16, 100, range(200, 205), 64
+TUNING_SEED, SEEDS, VALIDATION = 100, range(200, 205), 64
+
+
+class Network(NamedTuple):
+    """What the workers train.
+
+    Attributes:
+        family: makes the task family.
+        methods: names of those that run on it; None: all.
+        rounds: by the steps of a round.
+        trials: at most so many for each tuned method.
+        start: of a method's trials, in place of what is usual: rate, outer rate, momentum.
+    """
+
+    family: Callable[[], TaskFamily]
+    methods: tuple[str, ...] | None = None
+    rounds: Mapping[int, int] = {16: 32, 64: 10, 128: 6}
+    trials: int = 16
+    start: Mapping[str, tuple[float, float, float]] = {}
+
+
+_LARGE = (
+    *("DiLoCo (AdamW)", "MuLoCo (Muon)"),
+    *("DiLoCo's step, flagship", "Nesterov + outer, flagship"),
+)
 TASKS = {
-    "transformer": lambda: char_transformer("moby_dick", layers=1, width=32, length=16, batch_size=8),
-    "LSTM": lambda: char_rnn("kjv", core="lstm", width=64, embedding=16, length=16, batch_size=8),
-    "conv": lambda: image_conv("cifar10", side=16, channels=(32, 64), batch_size=8),
-    "transformer, other text": lambda: char_transformer("sotu", layers=1, width=32, length=16, batch_size=8),
+    "transformer": Network(lambda: char_transformer("moby_dick", layers=1, width=32, length=16, batch_size=8)),
+    "LSTM": Network(lambda: char_rnn("kjv", core="lstm", width=64, embedding=16, length=16, batch_size=8)),
+    "conv": Network(lambda: image_conv("cifar10", side=16, channels=(32, 64), batch_size=8)),
+    "transformer, other text": Network(
+        lambda: char_transformer("sotu", layers=1, width=32, length=16, batch_size=8),
+        (
+            *("averaging, AdamW", "DiLoCo (AdamW)", "averaging, Muon", "MuLoCo (Muon)"),
+            *("Nesterov + outer, Muon", "DiLoCo's step, flagship", "Nesterov + outer, flagship"),
+        ),
+    ),
+    "ResNet": Network(
+        lambda: image_resnet("cifar10", side=None, channels=(32, 64, 128), batch_size=8),
+        _LARGE,
+        {16: 16, 64: 6, 128: 4},
+        12,
+        {"DiLoCo (AdamW)": (0.004, 1.05, 0.6), "MuLoCo (Muon)": (0.008, 1.05, 0.6)},
+    ),
+    "transformer of 1M": Network(
+        lambda: gpt("sotu", layers=5, width=128, length=32, batch_size=8),
+        _LARGE,
+        {16: 16, 64: 6, 128: 4},
+        12,
+        {"DiLoCo (AdamW)": (0.004, 1.05, 0.6), "MuLoCo (Muon)": (0.016, 1.05, 0.6)},
+    ),
 }
 SHOWN = (  # in the plot
     *("DiLoCo (AdamW)", "Streaming DiLoCo (AdamW)", "MuLoCo (Muon)"),
     *("Nesterov + outer, AdamW", "Nesterov + outer, Muon", "Nesterov + outer, flagship"),
 )
-FEW = {  # the methods of a task that has not all of them
-    "transformer, other text": (
-        *("averaging, AdamW", "DiLoCo (AdamW)", "averaging, Muon", "MuLoCo (Muon)"),
-        *("Nesterov + outer, Muon", "DiLoCo's step, flagship", "Nesterov + outer, flagship"),
-    )
-}
 
 
 def half_cosine(share):
@@ -229,17 +267,17 @@ def tune(score, usual, trials):
     return {setting(place): loss for place, loss in found.items()}, inside
 
 
-def compare(family, delay, method, run, usual_rate):
+def compare(network, data, delay, method, run, start):
     """One method at one delay: its trials, and its losses on the reported seeds."""
-    rounds, trials, inside = ROUNDS[delay], {}, None
+    rounds, trials, inside = network.rounds[delay], {}, None
 
     def score(setting, seed=TUNING_SEED):
-        loss = float(run(family.data, setting, delay, rounds, seed))
+        loss = float(run(data, setting, delay, rounds, seed))
         return loss if np.isfinite(loss) else np.inf
 
-    best = (usual_rate, *method.usual)
+    best = start
     if method.tuned:
-        trials, inside = tune(score, best, TRIALS)
+        trials, inside = tune(score, start, network.trials)
         best = min(trials, key=trials.get)
     return {
         "rate": best[0],
@@ -261,7 +299,13 @@ def table(found):
             for name, r in results.items():
                 less = np.subtract(r["losses"], results[peer]["losses"])
                 error = float(less.std(ddof=1) / len(less) ** 0.5)
-                row = {"task": task, "H": delay, "rounds": ROUNDS[int(delay)], "method": name, "rate": r["rate"]}
+                row = {
+                    "task": task,
+                    "H": delay,
+                    "rounds": TASKS[task].rounds[int(delay)],
+                    "method": name,
+                    "rate": r["rate"],
+                }
                 row |= {
                     "outer_rate": r["outer_rate"],
                     "momentum": r["momentum"],
@@ -312,19 +356,21 @@ def main():
     path.parent.mkdir(parents=True, exist_ok=True)
     found = json.loads(path.read_text()) if path.exists() else {}
     for task in arguments.only:
-        family = TASKS[task]()
+        network = TASKS[task]
+        family = network.family()
         kept = found.setdefault(task, {"parameters": num_params(family), "delays": {}})["delays"]
         for name, method in methods(arguments.learned).items():
-            if name not in FEW.get(task, (name,)):
+            if network.methods and name not in network.methods:
                 continue
             run = runner(family, method)
-            for delay in ROUNDS:
+            for delay in network.rounds:
                 results = kept.setdefault(str(delay), {})
                 if name in results:
                     continue
                 averaged = results.get(f"averaging, {method.inner}")
                 rate = averaged["rate"] if averaged and not method.tuned else INNER[method.inner][1]
-                results[name] = compare(family, delay, method, run, rate)
+                start = network.start.get(name, (rate, *method.usual))
+                results[name] = compare(network, family.data, delay, method, run, start)
                 write_atomically(path, json.dumps(found, indent=1) + "\n")
                 print(task, delay, name, results[name], flush=True)
     rows = table(found)

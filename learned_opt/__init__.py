@@ -9,6 +9,7 @@ import importlib
 from . import local_sgd, mup
 from .base import LearnedOptimizer, Params, Theta
 from .directions import soap, soap_muon
+from .muon import hidden_matrices
 from .precision import bfloat16_params, bfloat16_state
 from .reference import from_reference
 from .rules import RULES
@@ -27,6 +28,7 @@ __all__ = [
     "bfloat16_params",
     "bfloat16_state",
     "from_reference",
+    "hidden_matrices",
     "load",
     "load_rule",
     "local_sgd",

@@ -60,7 +60,8 @@ def muloco(
     The outer constants are the authors' defaults for one worker (``axis_name`` of size 1); for more, they tune them.
 
     Args:
-        inner: as published, ``optax.contrib.muon(schedule)``: Muon for matrices, AdamW for the rest.
+        inner: as published, Muon for hidden matrices and AdamW for the rest:
+            ``optax.contrib.muon(schedule, muon_weight_dimension_numbers=learned_opt.hidden_matrices)``.
         sync_every: H.
         learning_rate: of the outer step.
         momentum: of the outer step.
@@ -71,7 +72,8 @@ def muloco(
 
     Example:
         >>> import jax.numpy as jnp
-        >>> tx = muloco(optax.contrib.muon(0.02))
+        >>> from learned_opt import hidden_matrices
+        >>> tx = muloco(optax.contrib.muon(0.02, muon_weight_dimension_numbers=hidden_matrices))
         >>> state = tx.init({"w": jnp.zeros((4, 3))})
 
     Reference:

@@ -5,6 +5,8 @@ compiled step.
 """
 
 import functools
+import math
+from collections.abc import Callable
 
 import haiku as hk
 import jax
@@ -15,7 +17,7 @@ from ..base import Cfg, Data, Task, TaskFamily
 from ..data import load
 from ..data.sources import DataError, Splits
 from .batches import mean_squared_error, num_outputs, on_device, supervised, supervised_batch
-from .networks import activate, mlp, mlp_spec, sample_mlp, scaled_normal, transform
+from .networks import MlpSpec, activate, mlp, mlp_spec, sample_mlp, scaled_normal, transform
 
 
 def shrink(images: np.ndarray, side: int) -> np.ndarray:
@@ -55,6 +57,17 @@ def _images(dataset: str, side: int | None) -> Splits:
         raise DataError(f"the data set {dataset!r} has no images")
     side = splits["train"]["image"].shape[1] if side is None else side
     return {name: {**arrays, "image": shrink(arrays["image"], side)} for name, arrays in splits.items()}
+
+
+def _grid(images: Splits) -> tuple[int, int, int]:
+    """Height, width and colours."""
+    shape = images["train"]["image"].shape[1:]
+    return (shape[0], shape[1], shape[2] if len(shape) == 3 else 1)
+
+
+def _scale_alone(spec: MlpSpec) -> Callable[[jax.Array], Cfg]:
+    """Draws the initial weights' factor; the sizes are fixed."""
+    return lambda key: sample_mlp(spec._replace(width=spec.width[:1], depth=(1,)), key)
 
 
 def image_mlp(
@@ -171,8 +184,7 @@ def image_conv(
     spec = mlp_spec(channels or (0,), len(channels), activation, init_scale)
     images = _images(dataset, side)
     classes = num_outputs(images, dataset)
-    shape = images["train"]["image"].shape[1:]
-    grid = (*shape[:2], shape[2] if len(shape) == 3 else 1)
+    grid = _grid(images)
 
     def network(cfg: Cfg):
         def net(x):
@@ -186,10 +198,79 @@ def image_conv(
 
         return transform(net)
 
-    def sample(key):
-        return sample_mlp(spec._replace(width=channels[:1], depth=(1,)), key)
+    return supervised(on_device(images, "image"), _scale_alone(spec), network, batch_size, classes)
 
-    return supervised(on_device(images, "image"), sample, network, batch_size, classes)
+
+def image_resnet(
+    dataset: str = "fashion_mnist_small",
+    *,
+    side: int | None = 14,
+    channels: tuple[int, ...] = (8, 16),
+    blocks: int = 1,
+    init_scale: float | tuple[float, float] = 1.0,
+    batch_size: int = 64,
+) -> TaskFamily:
+    """Classify images with a small residual net: a 3x3 stem, residual blocks, the mean over places, a linear layer.
+
+    The stem has stride 2. A block is two 3x3 convolutions, each after group normalisation and a ReLU.
+
+    Args:
+        dataset: a data set of images, see :mod:`tasks.data`.
+        side: the images' side, shrunk to it; None keeps them.
+        channels: of each stage; all but the first halve the side.
+        blocks: residual blocks a stage.
+        init_scale: factor of the initial weights, or ``(low, high)``, drawn log-uniformly.
+        batch_size: examples a batch.
+
+    Returns:
+        The family.
+
+    Raises:
+        DataError: the data set is missing or has no images.
+        ValueError: a size or scale is impossible.
+
+    Example:
+        >>> family = image_resnet(channels=(4,))
+        >>> task = family.task(family.data, {})
+        >>> sorted(task.init(jax.random.key(1)))[:2]
+        ['conv_0_0_0', 'conv_0_0_1']
+
+    Reference: He et al., "Identity mappings in deep residual networks", 2016; Wu & He, "Group normalization", 2018.
+    """
+    spec = mlp_spec(channels or (0,), len(channels), "relu", init_scale)
+    if blocks < 1:
+        raise ValueError(f"blocks {blocks}: at least 1")
+    images = _images(dataset, side)
+    classes = num_outputs(images, dataset)
+    grid = _grid(images)
+
+    def network(cfg: Cfg):
+        scale = cfg.get("init_scale", spec.init_scale[0])
+
+        def conv(x, size, stride, name):
+            return _Conv3x3(size, stride, scaled_normal(scale, 9 * x.shape[-1]), name=name)(x)
+
+        def norm(x, name):
+            return jax.nn.relu(hk.GroupNorm(math.gcd(8, x.shape[-1]), name=name)(x))
+
+        def net(x):
+            x = conv(x.reshape(-1, *grid), channels[0], 2, "stem")
+            for stage, size in enumerate(channels):
+                for block in range(blocks):
+                    stride, label = (2 if stage and not block else 1), f"{stage}_{block}"
+                    y = norm(x, f"norm_{label}_0")
+                    way = x
+                    if stride > 1 or x.shape[-1] != size:
+                        w_init = scaled_normal(scale, x.shape[-1])
+                        way = hk.Linear(size, False, w_init, name=f"way_{label}")(y[:, ::stride, ::stride])
+                    y = norm(conv(y, size, stride, f"conv_{label}_0"), f"norm_{label}_1")
+                    x = way + conv(y, size, 1, f"conv_{label}_1")
+            x = norm(x, "norm_output").mean(axis=(1, 2))
+            return hk.Linear(classes, w_init=scaled_normal(scale, x.shape[-1]), name="output")(x)
+
+        return transform(net)
+
+    return supervised(on_device(images, "image"), _scale_alone(spec), network, batch_size, classes)
 
 
 def image_autoencoder(

@@ -10,6 +10,7 @@ import optax.contrib
 
 from learned_opt.directions import scale_by_soap
 from learned_opt.features import unit_rms
+from learned_opt.muon import as_matrix, hidden_matrices, is_hidden
 
 from ...errors import UserError
 from .optimizers import DECAY, SOAP_RATE, WARMUP, Optimizer, Range, Settings, assembled, not_vectors, schedule
@@ -157,14 +158,12 @@ def normuon_direction(s: Settings) -> optax.GradientTransformation:
         rows = jax.tree.map(lambda u, v: u / (jnp.sqrt(v / corrected) + 1e-8), updates, seen)
         return jax.tree.map(lambda u: _MUON_RMS * unit_rms(u, 1e-16, tuple(range(u.ndim))), rows), (seen, count + 1)
 
-    muon = optax.contrib.scale_by_muon(
-        beta=b1, weight_dimension_numbers=lambda params: jax.tree.map(_as_matrix, params)
-    )
+    muon = optax.contrib.scale_by_muon(beta=b1, weight_dimension_numbers=lambda params: jax.tree.map(as_matrix, params))
     return hidden_alone(optax.chain(muon, optax.GradientTransformation(init_fn, update_fn)), s)
 
 
 def hidden_alone(direction: optax.GradientTransformation, s: Settings) -> optax.GradientTransformation:
-    """A direction for the tensors of :func:`is_hidden`, Adam's for the others."""
+    """A direction for the tensors of :func:`~learned_opt.muon.is_hidden`, Adam's for the others."""
 
     def labels(params):
         return jax.tree_util.tree_map_with_path(lambda path, p: "hidden" if is_hidden(path, p) else "rest", params)
@@ -216,17 +215,6 @@ def cautious(inner: optax.GradientTransformation) -> optax.GradientTransformatio
     return optax.GradientTransformation(inner.init, update_fn)
 
 
-def is_hidden(path: tuple, leaf: Any) -> bool:
-    """Whether a tensor is a matrix or kernel between layers: neither a vector nor an embedding nor the last layer.
-
-    Parameters that a Haiku function makes outside its layers (in ``"~"``) are embeddings; so is what has ``embed`` or
-    ``positions`` in its name; the last layer has ``output`` or ``head``.
-    """
-    name = jax.tree_util.keystr(path, simple=True, separator="/").lower()
-    outside = any(word in name for word in ("~", "embed", "positions", "output", "head"))
-    return jnp.ndim(leaf) >= 2 and not outside
-
-
 def _muon(s: Settings, num_steps: int) -> optax.GradientTransformation:
     """One rate for both halves: the orthogonalised updates are scaled to the RMS of Adam's (Liu et al. 2025)."""
     return optax.contrib.muon(
@@ -235,16 +223,9 @@ def _muon(s: Settings, num_steps: int) -> optax.GradientTransformation:
         weight_decay=s["weight_decay"],
         weight_decay_mask=not_vectors,
         adam_b2=0.99,
-        muon_weight_dimension_numbers=lambda params: jax.tree_util.tree_map_with_path(
-            lambda path, p: _as_matrix(p) if is_hidden(path, p) else None, params
-        ),
+        muon_weight_dimension_numbers=hidden_matrices,
         consistent_rms=_MUON_RMS,
     )
-
-
-def _as_matrix(kernel: jax.Array) -> optax.contrib.MuonDimensionNumbers:
-    """Outputs are the last axis, inputs all others."""
-    return optax.contrib.MuonDimensionNumbers(tuple(range(kernel.ndim - 1)), kernel.ndim - 1)
 
 
 def _betas(s: Settings) -> dict[str, Any]:

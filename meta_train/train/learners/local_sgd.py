@@ -8,19 +8,21 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
-from learned_opt import load
+from learned_opt import hidden_matrices, load
 from learned_opt.base import LearnedOptimizer, Theta
 from tasks.base import Cfg, Params, TaskFamily
 from tasks.families.networks import log_uniform
 
 from .base import MEASURES, Learner, drawn_length, meta_loss_of, told
 
-# What workers may step by, at a rate of 1. Muon's matrices move as far as Adam's (an RMS of 0.2); `flagship` sets its
-# own steps, and a rate multiplies them.
+# What workers may step by, at a rate of 1. Muon's matrices and kernels move as far as Adam's (an RMS of 0.2);
+# `flagship` sets its own steps, and a rate multiplies them.
 LOCAL_OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "adamw": lambda: optax.adamw(1.0, b2=0.99, weight_decay=0.05),
     "flagship": lambda: load("flagship"),
-    "muon": lambda: optax.contrib.muon(1.0, consistent_rms=0.2, weight_decay=0.05),
+    "muon": lambda: optax.contrib.muon(
+        1.0, consistent_rms=0.2, weight_decay=0.05, muon_weight_dimension_numbers=hidden_matrices
+    ),
     "sgd": lambda: optax.sgd(1.0),
 }
 

@@ -10,7 +10,7 @@ import pytest
 
 import learned_opt
 from meta_train.bench.workloads import optimizers
-from meta_train.bench.workloads.baselines import baselines, cautious, is_hidden, normuon_direction, soap_direction
+from meta_train.bench.workloads.baselines import baselines, cautious, normuon_direction, soap_direction
 from meta_train.bench.workloads.optimizers import schedule
 
 PARAMS = {
@@ -66,12 +66,6 @@ def test_weight_decay_spares_vectors():
 
 
 def test_muon_orthogonalises_hidden_matrices_alone():
-    names = [
-        jax.tree_util.keystr(path, simple=True, separator="/")
-        for path, leaf in jax.tree_util.tree_leaves_with_path(PARAMS)
-        if is_hidden(path, leaf)
-    ]
-    assert names == ["layer/w"]
     muon = next(optimizer for optimizer in baselines() if optimizer.name == "muon")
     transform = muon.make({**muon.setting, "weight_decay": 0.0}, 100)
     updates, _ = transform.update(GRADS, transform.init(PARAMS), PARAMS)
