@@ -324,8 +324,13 @@ def plot(rows, path):
     """Validation loss over the best peer's, a panel a task, a group a delay."""
     names = [name for name in SHOWN if any(row["method"] == name for row in rows)]
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    figure = Figure(figsize=(2.6 * len(tasks) + 1, 3.4), layout="constrained")
-    for ax, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+    across = min(len(tasks), 3)
+    down = -(-len(tasks) // across)
+    figure = Figure(figsize=(3.1 * across + 1, 2.7 * down + 0.8), layout="constrained")
+    panels = figure.subplots(down, across, squeeze=False).ravel()
+    for ax in panels[len(tasks) :]:
+        ax.remove()
+    for ax, task in zip(panels, tasks, strict=False):
         mine = [row for row in rows if row["task"] == task]
         delays = list(dict.fromkeys(row["H"] for row in mine))
         for number, name in enumerate(names):
@@ -342,7 +347,7 @@ def plot(rows, path):
         ax.set_title(task, fontsize=9)
         ax.tick_params(labelsize=8)
         ax.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].set_ylabel("validation loss over the best peer's", fontsize=8)
+    figure.supylabel("validation loss over the best peer's", fontsize=8)
     handles = figure.axes[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     figure.savefig(path, dpi=120)

@@ -207,9 +207,8 @@ CASES = {
     "benchmarks/local_sgd_compressed.py": Case(
         "",
         {
-            "TASKS": {"conv": wine},
+            "TASKS": lambda tasks: {"conv": tasks["conv"]._replace(family=wine, rounds={64: 1})},
             "METHODS": only("DiLoCo (AdamW)", "Nesterov + outer, AdamW"),
-            "ROUNDS": {64: 1},
             "SEEDS": (200, 201),
         },
         reports("local_sgd", "compressed.json", "compressed.csv"),
@@ -266,16 +265,17 @@ CASES = {
     "benchmarks/local_sgd_peers.py": Case(
         "",
         {
-            "TASKS": {"wine": wine},
+            "TASKS": lambda tasks: {
+                "wine": tasks["conv"]._replace(family=wine, rounds={1: 2, 2: 1}, trials=2),
+                "few": tasks["ResNet"]._replace(family=wine, rounds={1: 2}, trials=2),
+            },
             "WORKERS": 2,
-            "ROUNDS": {1: 2, 2: 1},
-            "TRIALS": 2,
             "SEEDS": (200, 201),
             "VALIDATION": 1,
             "methods": lambda methods: (
                 lambda names: only(
                     *("averaging, AdamW", "SparseLoCo (AdamW)", "SlowMo (AdamW)"),
-                    *("post-local (AdamW)", "outer, AdamW"),
+                    *("post-local (AdamW)", "outer, AdamW", "DiLoCo (AdamW)"),
                 )(methods(names))
             ),
         },
