@@ -65,10 +65,8 @@ class Network(NamedTuple):
     start: Mapping[str, tuple[float, float, float]] = {}
 
 
-_LARGE = (
-    *("DiLoCo (AdamW)", "MuLoCo (Muon)"),
-    *("DiLoCo's step, flagship", "Nesterov + outer, flagship"),
-)
+_FOUR = ("DiLoCo (AdamW)", "MuLoCo (Muon)", "DiLoCo's step, flagship", "Nesterov + outer, flagship")
+_FEWER = {16: 16, 64: 6, 128: 4}
 TASKS = {
     "transformer": Network(lambda: char_transformer("moby_dick", layers=1, width=32, length=16, batch_size=8)),
     "LSTM": Network(lambda: char_rnn("kjv", core="lstm", width=64, embedding=16, length=16, batch_size=8)),
@@ -82,15 +80,15 @@ TASKS = {
     ),
     "ResNet": Network(
         lambda: image_resnet("cifar10", side=None, channels=(32, 64, 128), batch_size=8),
-        _LARGE,
-        {16: 16, 64: 6, 128: 4},
+        _FOUR,
+        _FEWER,
         12,
         {"DiLoCo (AdamW)": (0.004, 1.05, 0.6), "MuLoCo (Muon)": (0.008, 1.05, 0.6)},
     ),
     "transformer of 1M": Network(
         lambda: gpt("sqlite", layers=5, width=128, length=32, batch_size=8),
-        _LARGE,
-        {16: 16, 64: 6, 128: 4},
+        _FOUR,
+        _FEWER,
         12,
         {"DiLoCo (AdamW)": (0.004, 1.05, 0.6), "MuLoCo (Muon)": (0.016, 1.05, 0.6)},
     ),
