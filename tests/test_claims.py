@@ -117,11 +117,15 @@ def test_the_clock_of_the_workloads_is_the_committed_one():
     ("head", "methods"),
     [
         (
-            "| | H | AdamW: DiLoCo |",
+            "| | H | AdamW: DiLoCo | Muon: averaging |",
             [
                 *("DiLoCo (AdamW)", "averaging, Muon", "MuLoCo (Muon)", "Nesterov + outer, Muon"),
                 *("averaging, flagship", "DiLoCo's step, flagship", "Nesterov + outer, flagship"),
             ],
+        ),
+        (
+            "| | H | AdamW: DiLoCo | Muon: MuLoCo |",
+            ["DiLoCo (AdamW)", "MuLoCo (Muon)", "DiLoCo's step, flagship", "Nesterov + outer, flagship"],
         ),
         (
             "| | H | AdamW: averaging |",
@@ -136,7 +140,7 @@ def test_local_sgds_losses_are_the_committed_ones(head, methods):
     with (ROOT / "reports/local_sgd/peers.csv").open() as file:
         found = {(r["task"], r["H"], r["method"]): f"{float(r['valid_loss']):.3f}" for r in csv.DictReader(file)}
     rows = table_after((ROOT / "reports/local_sgd/README.md").read_text(), head)
-    assert len(rows) >= 9
+    assert len(rows) >= 3
     for task, delay, *cells in rows:
         assert [cell.strip("*") for cell in cells] == [found.get((task, delay, method), "") for method in methods]
 
