@@ -10,6 +10,7 @@ import optax.contrib
 
 import learned_opt
 from learned_opt.base import LearnedOptimizer, Theta
+from learned_opt.muon import as_matrix
 
 from . import cache
 
@@ -174,11 +175,7 @@ def _muon(rate):
     """One rate for both halves: the orthogonalised updates are scaled to the RMS of Adam's (Liu et al. 2025)."""
 
     def matrices(params):
-        def numbers(leaf):
-            rank = jnp.ndim(leaf)
-            return optax.contrib.MuonDimensionNumbers(tuple(range(rank - 1)), rank - 1) if rank > 1 else None
-
-        return jax.tree.map(numbers, params)
+        return jax.tree.map(lambda p: as_matrix(p) if jnp.ndim(p) > 1 else None, params)
 
     return optax.contrib.muon(
         rate,

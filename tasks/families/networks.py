@@ -4,7 +4,7 @@ A single choice costs nothing; several are one set of array shapes, the largest,
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import haiku as hk
@@ -186,3 +186,40 @@ def mlp(spec: MlpSpec, cfg: Cfg, outputs: int, x: jax.Array) -> jax.Array:
         x = jnp.where(layer < cfg["depth"], hidden, x) if layer >= min(spec.depth) else hidden
         fan_in = cfg.get("width", size)
     return hk.Linear(outputs, w_init=scaled_normal(scale, fan_in), name="output")(x)
+
+
+def residual(
+    x: jax.Array, outputs: int, channels: Sequence[int], blocks: int, conv: Callable[..., jax.Array], scale: Any = 1.0
+) -> jax.Array:
+    """Run the residual network, inside ``hk.transform``: normalisation first, group normalisation, global mean.
+
+    A ``stem`` of stride 2; in each stage blocks of two 3x3 convolutions, the first of all stages but the first with
+    stride 2; a linear ``output``.
+
+    Args:
+        x: images ``[batch, h, w, c]``.
+        outputs: classes.
+        channels: of each stage.
+        blocks: a stage.
+        conv: ``(x, channels, stride, kernel, name) -> y`` calls a convolution.
+        scale: factor of the last layer's initial weights, whose standard deviation is ``scale / sqrt(fan_in)``.
+
+    Returns:
+        Logits ``[batch, outputs]``.
+
+    Reference: He et al., "Identity mappings in deep residual networks", 2016; Wu & He, "Group normalization", 2018.
+    """
+
+    def norm(x, name):
+        return jax.nn.relu(hk.GroupNorm(math.gcd(8, x.shape[-1]), name=name)(x))
+
+    x = conv(x, channels[0], 2, 3, "stem")
+    for stage, size in enumerate(channels):
+        for block in range(blocks):
+            stride, label = (2 if stage and not block else 1), f"{stage}_{block}"
+            y = norm(x, f"norm_{label}_0")
+            way = conv(y, size, stride, 1, f"way_{label}") if stride > 1 or x.shape[-1] != size else x
+            y = norm(conv(y, size, stride, 3, f"conv_{label}_0"), f"norm_{label}_1")
+            x = way + conv(y, size, 1, 3, f"conv_{label}_1")
+    x = norm(x, "norm_output").mean(axis=(1, 2))
+    return hk.Linear(outputs, w_init=scaled_normal(scale, x.shape[-1]), name="output")(x)

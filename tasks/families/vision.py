@@ -5,7 +5,6 @@ compiled step.
 """
 
 import functools
-import math
 from collections.abc import Callable
 
 import haiku as hk
@@ -17,7 +16,7 @@ from ..base import Cfg, Data, Task, TaskFamily
 from ..data import load
 from ..data.sources import DataError, Splits
 from .batches import mean_squared_error, num_outputs, on_device, supervised, supervised_batch
-from .networks import MlpSpec, activate, mlp, mlp_spec, sample_mlp, scaled_normal, transform
+from .networks import MlpSpec, activate, mlp, mlp_spec, residual, sample_mlp, scaled_normal, transform
 
 
 def shrink(images: np.ndarray, side: int) -> np.ndarray:
@@ -247,28 +246,13 @@ def image_resnet(
     def network(cfg: Cfg):
         scale = cfg.get("init_scale", spec.init_scale[0])
 
-        def conv(x, size, stride, name):
-            return _Conv3x3(size, stride, scaled_normal(scale, 9 * x.shape[-1]), name=name)(x)
+        def conv(x, size, stride, kernel, name):
+            w_init = scaled_normal(scale, kernel**2 * x.shape[-1])
+            if kernel == 1:
+                return hk.Linear(size, False, w_init, name=name)(x[:, ::stride, ::stride])
+            return _Conv3x3(size, stride, w_init, name=name)(x)
 
-        def norm(x, name):
-            return jax.nn.relu(hk.GroupNorm(math.gcd(8, x.shape[-1]), name=name)(x))
-
-        def net(x):
-            x = conv(x.reshape(-1, *grid), channels[0], 2, "stem")
-            for stage, size in enumerate(channels):
-                for block in range(blocks):
-                    stride, label = (2 if stage and not block else 1), f"{stage}_{block}"
-                    y = norm(x, f"norm_{label}_0")
-                    way = x
-                    if stride > 1 or x.shape[-1] != size:
-                        w_init = scaled_normal(scale, x.shape[-1])
-                        way = hk.Linear(size, False, w_init, name=f"way_{label}")(y[:, ::stride, ::stride])
-                    y = norm(conv(y, size, stride, f"conv_{label}_0"), f"norm_{label}_1")
-                    x = way + conv(y, size, 1, f"conv_{label}_1")
-            x = norm(x, "norm_output").mean(axis=(1, 2))
-            return hk.Linear(classes, w_init=scaled_normal(scale, x.shape[-1]), name="output")(x)
-
-        return transform(net)
+        return transform(lambda x: residual(x.reshape(-1, *grid), classes, channels, blocks, conv, scale))
 
     return supervised(on_device(images, "image"), _scale_alone(spec), network, batch_size, classes)
 

@@ -8,6 +8,7 @@ from ..base import TaskFamily
 from ..data import load
 from ..data.sources import DataError
 from ..families.batches import cross_entropy, draw, num_outputs, on_device, take
+from ..families.networks import residual
 from .base import attend, layer_norm, network_task, normal, single, split_heads, table
 
 _PAD = 4  # pixels that a picture is moved by at most
@@ -35,22 +36,11 @@ def resnet(
     Reference: He et al., "Identity mappings in deep residual networks", 2016; Wu & He, "Group normalization", 2018.
     """
 
-    def conv(size: int, stride: int, name: str, kernel: int = 3) -> hk.Conv2D:
-        return hk.Conv2D(size, kernel, stride, with_bias=False, name=name)
-
-    def norm(x: jax.Array, name: str) -> jax.Array:
-        return jax.nn.relu(hk.GroupNorm(min(8, x.shape[-1]), name=name)(x))
+    def conv(x: jax.Array, size: int, stride: int, kernel: int, name: str) -> jax.Array:
+        return hk.Conv2D(size, kernel, stride, with_bias=False, name=name)(x)
 
     def net(x: jax.Array, classes: int) -> jax.Array:
-        x = conv(channels[0], 2, "stem")(x)
-        for stage, size in enumerate(channels):
-            for block in range(blocks):
-                stride, label = (2 if stage and not block else 1), f"{stage}_{block}"
-                y = norm(x, f"norm_{label}_0")
-                way = conv(size, stride, f"way_{label}", 1)(y) if stride > 1 or x.shape[-1] != size else x
-                y = conv(size, stride, f"conv_{label}_0")(y)
-                x = way + conv(size, 1, f"conv_{label}_1")(norm(y, f"norm_{label}_1"))
-        return hk.Linear(classes, name="output")(norm(x, "norm_output").mean(axis=(1, 2)))
+        return residual(x, classes, channels, blocks, conv)
 
     return _classifier(dataset, net, batch_size)
 
