@@ -9,10 +9,9 @@ left as it is. All are reported on five other seeds by the loss at the end on th
 with the best peer seed by seed. Post-local SGD spends a quarter of the rounds on single steps; Streaming DiLoCo deals
 the parameters into four fragments, which meet in turn and are used a step late. All but SparseLoCo send the bytes that
 averaging sends. The numbers of `flagship` were chosen on larger networks on these three data sets, so a few methods run
-on SQLite's source too, of which no learned rule has seen anything, and on two larger networks: a ResNet of 0.3 million
-parameters on CIFAR-10 and a transformer of a million on SQLite's source, with 16, 6 or 4 rounds and up to twelve
-trials. Finished runs are kept: the same command goes on. Writes peers.json, peers.csv and peers.png under
-reports/local_sgd.
+on SQLite's source too, of which no learned rule has seen anything, and on two larger networks, with fewer rounds and up
+to twelve trials: a ResNet of 0.3 million parameters on CIFAR-10 and a transformer of a million on SQLite's source.
+Finished runs are kept: the same command goes on. Writes peers.json, peers.csv and peers.png under reports/local_sgd.
 
     for name in moby_dick kjv cifar10 sqlite; do learned-opt data fetch $name; done
     python benchmarks/local_sgd_peers.py [--learned outer ...] [--only TASK ...]
@@ -66,7 +65,6 @@ class Network(NamedTuple):
 
 
 _FOUR = ("DiLoCo (AdamW)", "MuLoCo (Muon)", "DiLoCo's step, flagship", "Nesterov + outer, flagship")
-_FEWER = {16: 16, 64: 6, 128: 4}
 TASKS = {
     "transformer": Network(lambda: char_transformer("moby_dick", layers=1, width=32, length=16, batch_size=8)),
     "LSTM": Network(lambda: char_rnn("kjv", core="lstm", width=64, embedding=16, length=16, batch_size=8)),
@@ -81,14 +79,14 @@ TASKS = {
     "ResNet": Network(
         lambda: image_resnet("cifar10", side=None, channels=(32, 64, 128), batch_size=8),
         _FOUR,
-        _FEWER,
+        {16: 16, 64: 6, 128: 4},
         12,
         {"DiLoCo (AdamW)": (0.004, 1.05, 0.6), "MuLoCo (Muon)": (0.008, 1.05, 0.6)},
     ),
     "transformer of 1M": Network(
         lambda: gpt("sqlite", layers=5, width=128, length=32, batch_size=8),
         _FOUR,
-        _FEWER,
+        {16: 16, 64: 4, 128: 2},
         12,
         {"DiLoCo (AdamW)": (0.004, 1.05, 0.6), "MuLoCo (Muon)": (0.016, 1.05, 0.6)},
     ),

@@ -139,9 +139,9 @@ class Moments(NamedTuple):
     col: jax.Array
 
 
-def no_moments(p: jax.Array, *, momenta: int = 3, factored: int = 3) -> Moments:
-    """The moments of a tensor before its first gradient."""
-    return Moments(zeros(p, momenta), jnp.zeros_like(p, compute_dtype(p.dtype)), *factored_zeros(p, factored))
+def no_moments(p: jax.Array) -> Moments:
+    """The moments of a tensor before its first gradient, of three decays each but for ``r``."""
+    return Moments(zeros(p, 3), jnp.zeros_like(p, compute_dtype(p.dtype)), *factored_zeros(p, 3))
 
 
 def moments_after(moments: Moments, g: jax.Array, *, momentum, rms, factored) -> Moments:

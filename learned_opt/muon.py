@@ -1,10 +1,13 @@
 """Which tensors Muon is for: matrices and kernels between layers."""
 
+import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from optax.contrib import MuonDimensionNumbers
+
+_LAST = re.compile(r"(?<![a-z])(output|(?<!multi_)head)(?![a-z])")  # as words: no heads of attention
 
 
 def hidden_matrices(params: Any) -> Any:
@@ -35,11 +38,11 @@ def is_hidden(path: tuple, leaf: Any) -> bool:
     """Whether a tensor is a matrix or kernel between layers: neither a vector nor an embedding nor the last layer.
 
     Parameters that a Haiku function makes outside its layers (in ``"~"``) are embeddings; so is what has ``embed`` or
-    ``positions`` in its name; the last layer has ``output`` or ``head``.
+    ``positions`` in its name; the last layer has the word ``output`` or ``head``.
     """
     name = jax.tree_util.keystr(path, simple=True, separator="/").lower()
-    outside = any(word in name for word in ("~", "embed", "positions", "output", "head"))
-    return jnp.ndim(leaf) >= 2 and not outside
+    embedding = name.startswith("~") or "embed" in name or "positions" in name
+    return jnp.ndim(leaf) >= 2 and not embedding and not _LAST.search(name)
 
 
 def as_matrix(kernel: jax.Array) -> MuonDimensionNumbers:

@@ -86,6 +86,7 @@ def scale_by_width(base: Tree, *, fan_in: FanIn = inputs_before_last) -> optax.G
     ``celo_adam``, ``nn_adam``, ``lstm``, ``mlp``, ``rnn_mlp``, ``adafac_mlp`` and ``celo2``. Not for ``sgd`` and
     ``sgdm``, whose table differs, nor as it is for ``velo`` and ``celo``: their updates are relative to the tensor's
     own size, which falls with the root of the fan-in already, so that hidden matrices want the root of the multiplier.
+    Nor for ``control`` (``flagship``), for the same reason.
 
     What comes before it in the chain is scaled with it, decoupled weight decay too.
 

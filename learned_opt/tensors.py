@@ -163,7 +163,7 @@ def rule_transform(
         params = jax.tree.map(as_array, params)
         tree: Any
         leaves, tree = jax.tree.flatten(params)
-        lead = [_lead(lead_of, path, leaf) for path, leaf in jax.tree.leaves_with_path(params)]
+        lead = [lead_axes(lead_of, path, leaf) for path, leaf in jax.tree.leaves_with_path(params)]
         started = [
             struct.flatten_up_to(_started(_over_axes(start_of, n), p)) for p, n in zip(leaves, lead, strict=True)
         ]
@@ -185,7 +185,7 @@ def rule_transform(
         given, tree = jax.tree.flatten(updates, is_leaf=lambda x: x is None)
         paths = [path for path, _ in jax.tree.leaves_with_path(updates, is_leaf=lambda x: x is None)]
         moving = [i for i, g in enumerate(given) if g is not None and jnp.size(g)]
-        lead = tuple((i, _lead(lead_of, paths[i], given[i])) for i in moving)
+        lead = tuple((i, lead_axes(lead_of, paths[i], given[i])) for i in moving)
         at = tree.flatten_up_to(where_gradients(updates, params))
         run = functools.partial(core, tree, lead)
         return _automatic(run, (updates, state), at, required_loss(value, name) if reads_loss else None)
@@ -316,7 +316,12 @@ def _kind(x: jax.Array, lead: int) -> tuple:
     return x.shape[lead:], x.dtype, jax.typeof(x).manual_axis_type
 
 
-def _lead(lead_of: BatchAxes, path: tuple, leaf: Any) -> int:
+def lead_axes(lead_of: BatchAxes, path: tuple, leaf: Any) -> int:
+    """How many leading axes of a leaf index separate tensors.
+
+    Raises:
+        ValueError: it has no so many.
+    """
     name, shape = jax.tree_util.keystr(path, simple=True, separator="/"), jnp.shape(leaf)
     lead = lead_of(name, shape)
     if not 0 <= lead <= len(shape):

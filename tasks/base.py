@@ -39,6 +39,11 @@ class TaskFamily(NamedTuple):
     task: Callable[[Data, Cfg], Task]
 
 
+def only(task: Task) -> TaskFamily:
+    """The family of one task, which holds its own data."""
+    return TaskFamily(data=(), sample=lambda key: {}, task=lambda data, cfg: task)
+
+
 class Workload(NamedTuple):
     """A network to train as people train it, with the rules by which optimizers are judged on it.
 

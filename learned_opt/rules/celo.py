@@ -10,8 +10,8 @@ from ..base import LearnedOptimizer, Theta
 from ..features import no_moments
 from ..tensors import each, rule_transform
 from . import recurrent
-from .recurrent import FRACTIONS, LOSSES, LossBuffer, LSTMState
-from .velo import CLIP, Clock, bank_init, mix, tensor_step, unmix
+from .recurrent import FRACTIONS, LOSSES, Clock, LossBuffer, LSTMState
+from .velo import CLIP, bank_init, mix, tensor_step, unmix
 
 PAPER = "Moudgil et al. 2025, Celo: training versatile learned optimizers on a compute diet, arXiv:2501.12670"
 

@@ -10,7 +10,7 @@ from ..features import compute_dtype, ema
 from ..tensors import each, rule_transform
 from . import recurrent
 from .celo import PAPER, schedule, scheduler_init
-from .recurrent import LossBuffer, LSTMState
+from .recurrent import Clock
 
 __all__ = ["PAPER", "AdamMoments", "celo_adam"]
 
@@ -25,13 +25,6 @@ class AdamMoments(NamedTuple):
 
     m: jax.Array
     r: jax.Array
-
-
-class Clock(NamedTuple):
-    """What the scheduler remembers: running means of the loss, and the memory of the LSTM, one row."""
-
-    loss: LossBuffer
-    memory: LSTMState
 
 
 def celo_adam(*, lstm_size: int = 64) -> LearnedOptimizer:

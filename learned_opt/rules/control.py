@@ -65,9 +65,9 @@ def control(
 
     with :math:`\rho` the share of its size that it moves by in one update (``ratio``), :math:`n` its fan-in, the root
     of which sets a floor to the size, and :math:`\delta` the cautious ``decay``, which only pulls where the step pulls
-    too. A vector's size counts as .05, whatever it holds, and it has no decay. :math:`s` rises over the share
-    ``warmup`` of the run and falls with what is left, :math:`(1 - t / T)^{1.2}`; where ``num_steps`` is not told it
-    rises over 20 updates and stays.
+    too. A vector's size counts as .05, whatever it holds, and it has no decay. :math:`s` rises in proportion to the
+    updates over :math:`w`, the share ``warmup`` of the :math:`T`, and then falls to 0,
+    :math:`((T - t) / (T - w))^{1.2}`; where ``num_steps`` is not told it rises over 20 updates and stays.
 
     The factors :math:`\kappa = 4^{\tanh(\cdot)}` are a network's with one hidden layer, whose last layer starts at
     zero: fresh meta-parameters are the hand-set values, and no training takes a tensor further than four times from

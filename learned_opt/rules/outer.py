@@ -4,11 +4,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from ..base import LearnedOptimizer
 from ..features import clean, compute_dtype
-from ..tensors import RuleState, common_dtype, where_gradients
+from ..tensors import RuleState, common_dtype, lead_axes, one_matrix, where_gradients
 from . import celo2 as base
 from . import celo2_soap, recurrent
 from .networks import network_init
@@ -167,6 +168,7 @@ def outer(*, hidden_size: int = 8, every: int = 10) -> LearnedOptimizer:
                 raise ValueError("outer reads the parameters: call update(gradients, state, params)")
             structure: Any
             given, structure = jax.tree.flatten(jax.tree.map(jnp.asarray, updates), is_leaf=lambda x: x is None)
+            paths = [path for path, _ in jax.tree.leaves_with_path(updates, is_leaf=lambda x: x is None)]
             at = structure.flatten_up_to(where_gradients(updates, params))
             moving = [i for i, x in enumerate(given) if x is not None and x.size]
             if not moving:
@@ -178,14 +180,24 @@ def outer(*, hidden_size: int = 8, every: int = 10) -> LearnedOptimizer:
             deltas = [x if x is None else x * factor.astype(x.dtype) for x in deltas]
             moves, after = inner.update(structure.unflatten(deltas), state.direction, params)
             flat, momenta = (structure.flatten_up_to(x) for x in (moves, after.tensors.moments.m))
+
+            def tensors(x, i):
+                """``[k, ...]``, the ``k`` tensors that a leaf holds."""
+                return x.reshape(-1, *x.shape[lead_axes(batch_axes or one_matrix, paths[i], given[i]) :])
+
             own = [
-                statistics(deltas[i], momenta[i][0], momenta[i][1], at[i].astype(deltas[i].dtype), state.step)
+                jax.vmap(lambda d, m, p: statistics(d, m[0], m[1], p.astype(d.dtype), state.step))(
+                    tensors(deltas[i], i), tensors(momenta[i], i), tensors(at[i], i)
+                )
                 for i in moving
             ]
-            scales = lengths(jnp.stack([x.astype(usual.dtype) for x in own]), state.step)
+            rows = jnp.concatenate([x.astype(usual.dtype) for x in own])
+            scales = jnp.split(lengths(rows, state.step), np.cumsum([x.shape[0] for x in own])[:-1])
             for i, scale in zip(moving, scales, strict=True):
-                longest = _REACH * jnp.exp(_log_mean(momenta[i][0], 0, state.step))
-                flat[i] = jnp.minimum(scale, longest).astype(flat[i].dtype) * flat[i]
+                u = tensors(flat[i], i)
+                longest = _REACH * jnp.exp(jax.vmap(lambda m: _log_mean(m[0], 0, state.step))(tensors(momenta[i], i)))
+                scale = jnp.minimum(scale, longest).astype(u.dtype).reshape(-1, *(1,) * (u.ndim - 1))
+                flat[i] = (scale * u).reshape(flat[i].shape)
             flat = [x if x is None else x.astype(g.dtype) for x, g in zip(flat, given, strict=True)]
             return structure.unflatten(flat), OuterState(optax.safe_increment(state.step), usual, after)
 

@@ -167,6 +167,13 @@ class LossBuffer(NamedTuple):
     seen: jax.Array
 
 
+class Clock(NamedTuple):
+    """What an LSTM that schedules by the loss remembers: running means of the loss, and its memory, one row."""
+
+    loss: LossBuffer
+    memory: LSTMState
+
+
 def loss_start(dtype) -> LossBuffer:
     """No loss seen yet."""
     return LossBuffer(

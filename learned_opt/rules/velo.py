@@ -21,7 +21,7 @@ from ..tensors import each, in_order, rule_transform
 from . import recurrent
 from .mlp import step_of
 from .networks import network, network_init, without_factors
-from .recurrent import FRACTIONS, LOSSES, LossBuffer, LSTMState
+from .recurrent import FRACTIONS, LOSSES, LSTMState
 
 PAPER = "Metz et al. 2022, VeLO: training versatile learned optimizers by scaling up, arXiv:2211.09760"
 
@@ -37,13 +37,6 @@ CLIP = 1000.0
 _EPS = 1e-5
 _ROOT_EPS = 1e-6
 _TINY = 1e-20  # of a second moment: below, the derivative of its root may overflow
-
-
-class Clock(NamedTuple):
-    """What the scheduler of ``celo`` remembers: running means of the loss, and the LSTM's memory, one row."""
-
-    loss: LossBuffer
-    memory: LSTMState
 
 
 class VeloTensor(NamedTuple):

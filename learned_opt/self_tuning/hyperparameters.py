@@ -270,8 +270,9 @@ def draw(specs: Specs, key: jax.Array) -> jax.Array:
 def span(specs: Specs) -> tuple[jax.Array, jax.Array]:
     r"""How low and how high :math:`\ell` may go.
 
-    Where the transform is a sigmoid, to 5 on either side, or to the start where that lies further out: within 0.7 % of
-    the bounds. Beyond it is flat, and no gradient would bring the hyperparameter back. Unbounded elsewhere.
+    Where the transform is a sigmoid, to 5 on either side, or on both as far as the start where that lies further out:
+    5 is within 0.7 % of the bounds. Beyond it is flat, and no gradient would bring the hyperparameter back. Unbounded
+    elsewhere.
 
     Args:
         specs: a pytree of :class:`Hyperparameter`, H of them tuned.

@@ -26,7 +26,8 @@ class PopulationState(NamedTuple):
         params: the members' parameters.
         opt_state: their optimizers' states.
         mean: float [P, H], their hyperparameters on the whole line.
-        valid_loss: float [P], their validation losses after the last round; infinite before the first.
+        valid_loss: float [P], their validation losses after the last round; infinite before the first, and of a member
+            that was replaced.
         round: int32, rounds done.
     """
 
@@ -177,10 +178,11 @@ def population(
         moved = jnp.clip(moved, *(bound[None] for bound in span(specs)))
         anew = jax.vmap(functools.partial(draw, specs))(jax.random.split(k_draw, members))
         moved = jnp.where(jax.random.uniform(k_which, moved.shape) < resample, anew, moved)
-        params, opt_state, valid_after = jax.tree.map(lambda x: x[parent], (params, opt_state, valid))
+        params, opt_state = jax.tree.map(lambda x: x[parent], (params, opt_state))
         info = RoundInfo(state.mean, train_losses, valid, parent.astype(jnp.int32))
         mean = jnp.where(copied[:, None], moved, state.mean)
-        return PopulationState(params, opt_state, mean, valid_after, state.round + 1), info
+        valid = jnp.where(copied, jnp.inf, valid)  # its parent's weights, but not with these hyperparameters
+        return PopulationState(params, opt_state, mean, valid, state.round + 1), info
 
     @functools.partial(jax.jit, static_argnames="num_rounds")
     def run(state: PopulationState, key: jax.Array, data: Data, num_rounds: int) -> tuple[PopulationState, RoundInfo]:

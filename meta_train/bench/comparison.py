@@ -192,7 +192,7 @@ def _relative(result: Result, reference: Result | None) -> dict[str, float | Non
 
 
 def _per_seed(result: Result, reference: Result) -> np.ndarray:
-    """``[seeds]``, normalised losses for the means; a run that diverged counts as -1, and none counts as less."""
+    """``[seeds]``, normalised losses for the means; one that is not finite counts as -1, and none as less."""
     floor = floor_of(reference)
     ends = (np.maximum(one.final, floor) for one in (result, reference))
     values = measures.normalised(result.initial, *ends)

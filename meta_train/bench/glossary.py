@@ -22,9 +22,9 @@ TERMS = (
         "final loss",
         "how far the training loss came down, tuned Adam's way being 1",
         "How far the training loss came down, tuned Adam's way being 1: (initial − final) / (initial − Adam's final), "
-        "the final loss a mean over the last twentieth of the steps. A run that diverged counts as −1. No training "
-        "loss counts as less than Adam's validation loss at the end: below that a network learns examples by heart. "
-        "Where every optimizer gets there this is 1 for all: look at the steps.",
+        "the final loss a mean over the last twentieth of the steps. A loss that is not finite counts as −1, and none "
+        "as less. No training loss counts as less than Adam's validation loss at the end: below that a network learns "
+        "examples by heart. Where every optimizer gets there this is 1 for all: look at the steps.",
     ),
     Term(
         "validation",

@@ -51,7 +51,5 @@ def take_turns(seconds: Mapping[str, Callable[[int], float]], rounds: int = ROUN
 
 
 def machine() -> str:
-    """What times depend on besides the program: the devices and, on a CPU, the processor."""
-    device = jax.local_devices()[0]
-    processor = platform.processor() or platform.machine()
-    return f"{device.device_kind} {processor} x{jax.local_device_count()}"
+    """What times depend on besides the program: the devices and the host, by its name."""
+    return f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}, {platform.node()}"

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from tasks.base import Task, TaskFamily, Workload
+from tasks.base import Task, TaskFamily, Workload, only
 from tasks.suites import Entry
 
 from ..train.config import ConfigError
@@ -48,7 +48,7 @@ def task(spec: str) -> Entry | Workload:
                 )
         made = _call(spec, workload.make)
     if isinstance(made, Task):
-        made = _family(made)
+        made = only(made)
     if not isinstance(made, TaskFamily):
         kinds = "a tasks.Task, tasks.TaskFamily or tasks.Workload"
         raise UserCodeError(f"{spec} returned {type(made).__name__}, not {kinds}")
@@ -150,10 +150,6 @@ def distinct(chosen: list, kind: str) -> list:
         if names.count(name) > 1:
             raise ConfigError(f"two {kind}s are called {name!r}: rename a file or folder")
     return chosen
-
-
-def _family(only: Task) -> TaskFamily:
-    return TaskFamily(data=(), sample=lambda key: (), task=lambda data, cfg: only)
 
 
 def _function(spec: str) -> tuple[str, Callable]:

@@ -25,6 +25,26 @@ def test_hidden_matrices_are_what_lies_between_layers():
 
 
 @pytest.mark.parametrize(
+    ("path", "hidden"),
+    [
+        ("mlp/~/linear_0/w", True),  # Haiku's, made in a constructor
+        ("~/table", False),  # and outside of any layer
+        ("multi_head_attention/query/w", True),
+        ("params/MultiHeadDotProductAttention_0/query/kernel", True),  # Flax's
+        ("word_embedding/w", False),
+        ("lm_head/w", False),
+        ("decoder/output/w", False),
+        ("throughput/w", True),
+    ],
+)
+def test_names_say_what_lies_between_layers(path, hidden):
+    tree = jnp.ones((2, 3))
+    for key in reversed(path.split("/")):
+        tree = {key: tree}
+    assert (jax.tree.leaves(hidden_matrices(tree), is_leaf=lambda x: x is None)[0] is not None) == hidden
+
+
+@pytest.mark.parametrize(
     "muon",
     [
         LOCAL_OPTIMIZERS["muon"](),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from rich.console import Console
 
@@ -87,7 +88,7 @@ def run(
         ``out``, ``about``, ``summary`` and ``figures``, JSON values.
 
     Raises:
-        ConfigError: nothing is finished, and nothing was to be run.
+        ConfigError: nothing is finished, and nothing was to be run; or the reference diverged.
         ClaimError: another process holds ``out``.
     """
     with claim.claim(out):
@@ -98,6 +99,8 @@ def _run(label, chosen, optimizers, plan: Plan, out: Path, console: Console | No
     results = run_suite(chosen, optimizers, plan, _shown(console or Console(stderr=True)))
     if not results:
         raise ConfigError(f"nothing is finished yet of {label}: run it without --finished")
+    if lost := [r.workload.name for r in results if r.optimizer.name == REFERENCE and not np.isfinite(r.final).all()]:
+        raise ConfigError(f"{REFERENCE}, the reference, diverged on {', '.join(lost)}: take --ruleset tuned")
     missing = len(chosen) * len(optimizers) - len(results)
     about = {
         "suite": label,

@@ -1,7 +1,8 @@
 """Who takes part on workloads: the form of an optimizer and its schedule; learned rules and their controls.
 
 All make an Optax transform of a few settings, under one schedule: a linear warm-up, then a cosine to 0. Weight decay is
-decoupled and spares vectors. A setting may be traced, so that all trials of an optimizer share one program.
+decoupled and spares vectors; Prodigy and schedule-free AdamW decay them too. A setting may be traced, so that all
+trials of an optimizer share one program.
 """
 
 from collections.abc import Callable, Mapping

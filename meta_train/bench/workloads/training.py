@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from tasks.base import Task, TaskFamily, Workload
+from tasks.base import Task, TaskFamily, Workload, only
 from tasks.workloads import valid_keys
 
 from .. import cache
@@ -172,7 +172,8 @@ def run(
     """Trains for the whole budget, or reads what an earlier run left.
 
     The run is kept under the hash of its program, data, settings and seed. On the way its state is written beside and
-    renamed every twenty seconds or more, so that a killed run loses no more than that and ends as it would have.
+    renamed every twenty seconds or more, at a look at the validation loss, so that a killed run goes on from there and
+    ends as it would have.
 
     Args:
         made: of :func:`program`.
@@ -248,7 +249,7 @@ def run(
 def family_of(workload: Workload) -> TaskFamily:
     """A workload's family, made once for the optimizers that meet on it."""
     made = workload.make()
-    return TaskFamily((), lambda key: {}, lambda data, cfg: made) if isinstance(made, Task) else made
+    return only(made) if isinstance(made, Task) else made
 
 
 def _curves(arrays: Mapping[str, np.ndarray], made: Program) -> Curves:

@@ -1,4 +1,4 @@
-"""Nesterov's outer step with another added: the sum of the two, alone and inside local SGD."""
+"""Nesterov's outer step with another added: the sum of the two, its cut, and both inside local SGD."""
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,9 @@ PARAMS = {"w": jnp.linspace(-1.0, 1.0, 12).reshape(4, 3), "b": jnp.ones(3)}
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
-def test_it_is_the_sum_of_the_two(share):
-    outer = optax.adam(0.1)
+@pytest.mark.parametrize("rate", [0.01, 100.0])
+def test_it_is_the_sum_of_nesterov_s_step_and_a_share_of_the_other_cut_to_its_length(share, rate):
+    outer = optax.adam(rate)
     tx, plain = add_nesterov(outer, share=share), optax.sgd(0.7, momentum=0.6, nesterov=True)
     states = tx.init(PARAMS), plain.init(PARAMS), outer.init(PARAMS)
     for seed in range(3):
@@ -22,7 +23,16 @@ def test_it_is_the_sum_of_the_two(share):
         found, mine = tx.update(delta, states[0], PARAMS)
         (x, first), (y, second) = plain.update(delta, states[1], PARAMS), outer.update(delta, states[2], PARAMS)
         states = mine, first, second
-        jax.tree.map(lambda f, x, y: np.testing.assert_allclose(f, x + share * y, rtol=1e-6), found, x, y)
+        for name, cut in ((name, min(1, np.linalg.norm(x[name]) / np.linalg.norm(y[name]))) for name in PARAMS):
+            assert (cut < 1) == (rate > 1)
+            np.testing.assert_allclose(found[name], x[name] + share * cut * y[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_delta_of_zero_has_a_derivative():
+    tx = add_nesterov(optax.sgd(1.0))
+    zero = jnp.zeros(3)
+    slope = jax.grad(lambda d: jnp.sum(tx.update(d, tx.init(zero))[0]))(zero)
+    assert np.all(np.isfinite(slope))
 
 
 def test_the_loss_reaches_the_other_step():

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import learned_opt
 from learned_opt.local_sgd import map_workers, spread_workers, worker_axes
@@ -124,6 +125,19 @@ def test_it_runs_as_the_outer_step_and_does_not_depend_on_how_many_workers_agree
             params, state = step(params, state)
         ends.append(jax.tree.map(lambda p: p[0], params))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *ends)
+
+
+def test_the_layers_of_a_stack_step_as_separate_tensors():
+    stacked = RULE.build(THETA, num_steps=9, batch_axes=lambda path, shape: 1)
+    apart = RULE.build(THETA, num_steps=9)
+    p, keys = jnp.linspace(-1, 1, 24).reshape(2, 3, 4), jax.random.split(jax.random.key(2), 3)
+    one, two = stacked.init({"w": p}), apart.init({"0": p[0], "1": p[1]})
+    for key in keys:  # of different sizes, so that lengths differ
+        delta = jnp.array([0.1, 0.01])[:, None, None] * jax.random.normal(key, p.shape)
+        ours, one = stacked.update({"w": delta}, one, {"w": p})
+        theirs, two = apart.update({"0": delta[0], "1": delta[1]}, two, {"0": p[0], "1": p[1]})
+    np.testing.assert_allclose(ours["w"], jnp.stack([theirs["0"], theirs["1"]]), rtol=1e-4, atol=1e-6)
+    assert rms(ours["w"][0]) != pytest.approx(rms(ours["w"][1]), rel=1e-3)
 
 
 def test_a_step_is_at_most_a_hundred_usual_deltas():

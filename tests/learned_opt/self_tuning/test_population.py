@@ -53,6 +53,7 @@ def test_the_worst_take_over_from_the_best_and_the_rest_go_on():
     np.testing.assert_array_equal(after.mean[order[:-2]], state.mean[order[:-2]])
     step = np.abs(after.mean[order[-2:]] - state.mean[parent[order[-2:]]])
     assert np.all((step > 0) & (step < 0.6))
+    assert np.all(np.isinf(after.valid_loss[order[-2:]]))  # of weights that other hyperparameters trained
     params, mean = population.best(after)
     np.testing.assert_array_equal(params, after.params[order[0]])
     np.testing.assert_array_equal(mean, after.mean[order[0]])
@@ -91,7 +92,7 @@ def test_diverged_members_are_replaced():
     after, info = population.run(state, KEY, DATA, 4)
     assert not np.all(np.isfinite(info.valid_loss[0]))
     assert np.all(np.isfinite(population.best(after)[0]))
-    assert np.sum(np.isfinite(after.valid_loss)) > np.sum(np.isfinite(info.valid_loss[0]))
+    assert np.sum(np.isfinite(info.valid_loss[-1])) > np.sum(np.isfinite(info.valid_loss[0]))
 
 
 def test_mistakes_are_named():

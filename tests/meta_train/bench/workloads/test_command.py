@@ -40,6 +40,10 @@ def bad():
 
 def none():
     return Workload(make, steps=0)
+
+def lost():
+    task = Task(lambda key: 0.01 * jnp.ones(3), lambda key, split: (), lambda w, key, x: (jnp.mean(5 + jnp.log(w)), {}))
+    return Workload(lambda: task, steps=20)
 """
 
 
@@ -126,6 +130,11 @@ def test_a_users_workload_is_checked(own):
     for function in ("bad", "none"):
         with pytest.raises(UserError, match=function):
             user_code.task(f"{own}:{function}")
+
+
+def test_a_workload_on_which_the_reference_diverges_is_one_line(own, mistake):
+    line = mistake("--task", f"{own}:lost", "--baselines", "nadamw").strip().splitlines()[-1]
+    assert "nadamw, the reference, diverged on own" in line
 
 
 def test_a_users_optimizer_takes_part(tmp_path):

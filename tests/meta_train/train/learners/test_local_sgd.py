@@ -12,7 +12,7 @@ from learned_opt.local_sgd import map_workers, spread_workers, worker_axes
 from meta_train.train import estimators
 from meta_train.train.learners.local_sgd import local_sgd_learner
 from meta_train.train.trainer import make_mesh, make_trainer
-from tasks.base import Task, TaskFamily
+from tasks.base import Task, only
 
 
 def regression(dim=3):
@@ -26,8 +26,7 @@ def regression(dim=3):
         k_x, k_noise = jax.random.split(key)
         return jax.random.normal(k_x, (4, dim)), 0.1 * jax.random.normal(k_noise, (4,))
 
-    task = Task(init=lambda key: {"w": jnp.zeros(dim)}, batch=batch, loss=loss)
-    return TaskFamily(data=(), sample=lambda key: {}, task=lambda data, cfg: task)
+    return only(Task(init=lambda key: {"w": jnp.zeros(dim)}, batch=batch, loss=loss))
 
 
 @pytest.mark.parametrize(

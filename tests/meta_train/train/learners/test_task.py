@@ -9,7 +9,7 @@ import pytest
 import learned_opt
 from meta_train.train import estimators
 from meta_train.train.learners import MEASURES, SCHEDULES, task_learner
-from tasks.base import Task, TaskFamily
+from tasks.base import Task, TaskFamily, only
 from tasks.families.networks import log_uniform
 
 
@@ -118,7 +118,7 @@ def test_the_step_size_is_drawn_for_a_rule_that_has_a_free_one():
 def test_the_step_size_follows_its_schedule_over_the_episode():
     rule = learned_opt.RULES["sgd"](learning_rate=1.0)
     line = Task(lambda key: jnp.ones(()), lambda key, split: (), lambda params, key, batch: (params, {}))
-    family = TaskFamily(data=(), sample=lambda key: {}, task=lambda data, cfg: line)
+    family = only(line)
     learner = task_learner(rule, family, lengths=(4, 4), schedule=SCHEDULES["cosine"])
     theta = rule.init(jax.random.key(0))
     state, moved = learner.init(theta, jax.random.key(1)), []
