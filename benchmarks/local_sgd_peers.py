@@ -88,7 +88,7 @@ TASKS = {
         _FOUR,
         {16: 16, 64: 4, 128: 2},
         12,
-        {"DiLoCo (AdamW)": (0.004, 1.05, 0.6), "MuLoCo (Muon)": (0.016, 1.05, 0.6)},
+        {"DiLoCo (AdamW)": (0.008, 0.7, 0.6), "MuLoCo (Muon)": (0.016, 1.05, 0.6)},
     ),
 }
 SHOWN = (  # in the plot

@@ -117,7 +117,9 @@ REPORTS = {
             ),
             "python benchmarks/self_tuning_cifar.py --name cifar_2400 --steps 2400",
             "python benchmarks/self_tuning_language.py --models lstm",
-            "learned-opt tune cifar-cnn --out reports/self_tuning",
+            "learned-opt tune cifar-cnn --out runs/cifar-cnn",
+            "cp runs/cifar-cnn/result.json reports/self_tuning/cifar_cnn.json",
+            "cp runs/cifar-cnn/curves.png reports/self_tuning/cifar_cnn.png",
         ),
     ),
     "sizes": Report(

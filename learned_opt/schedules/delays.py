@@ -203,7 +203,7 @@ def patel_dieuleveut(
 
     Constants: near the optimum the variance that P workers leave after averaging, about eta sigma^2 / (mu P), dominates
     the bias of the third derivative up to a delay of order 1 / (eta mu P); c = 1 puts N at the knee, measured for
-    logistic regression (P=16, eta mu P = 1/8.6: N=4 costs 1.15 times the error of N=1, N=8 1.5 times, N=16 2.4 times).
+    logistic regression (P=16, eta mu P = 1/8.6: N=4 costs 1.16 times the error of N=1, N=8 1.5 times, N=16 2.4 times).
     Take c = 1/2 to stay before it.
 
     Args:

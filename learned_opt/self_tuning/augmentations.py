@@ -91,7 +91,7 @@ def translation(key: jax.Array, images: jax.Array, pixels: Any) -> jax.Array:
     Args:
         key: a PRNG key.
         images: float [B, H, W, C].
-        pixels: :math:`n \ge 0`, a scalar or [B]; a fraction is a chance of one pixel more.
+        pixels: :math:`n \ge 0`, a scalar or [B]; below 0.5 nothing moves.
 
     Returns:
         Float [B, H, W, C].

@@ -421,7 +421,7 @@ def tuner(
         better = valid < state.best.loss
         current = Best(valid, state.params, state.response, state.net_state, begin.hyper)
         best = _where(better, current, state.best)
-        reference = jnp.where(jnp.isnan(state.reference), valid, state.reference)
+        reference = jnp.where(jnp.isfinite(state.reference), state.reference, valid)
 
         def tune(state: TunerState) -> tuple[TunerState, jax.Array]:
             keys = jax.random.split(k_valid, valid_steps)

@@ -58,10 +58,11 @@ def run(arguments: argparse.Namespace) -> int:
 def _on_workloads(arguments: argparse.Namespace, own: Sequence[Workload], tasks: Sequence[Any]) -> int:
     if len(own) < len(tasks) or (arguments.suite and arguments.suite not in SUITES):
         raise UsageError("workloads and small tasks are compared in different ways: bench them one after the other")
-    for flag in ("quick", "steps"):
-        if getattr(arguments, flag):
-            raise UsageError(f"--{flag} is for small tasks: a workload has its own budget")
-    seeds, trials = arguments.seeds or 1, arguments.trials or search.TRIALS
+    if arguments.quick or arguments.steps is not None:
+        flag = "quick" if arguments.quick else "steps"
+        raise UsageError(f"--{flag} is for small tasks: a workload has its own budget")
+    seeds = 1 if arguments.seeds is None else arguments.seeds
+    trials = search.TRIALS if arguments.trials is None else arguments.trials
     for name, value in (("seeds", seeds), ("trials", trials)):
         if value < 1:
             raise UsageError(f"--{name} must be at least 1")

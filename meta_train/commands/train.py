@@ -97,6 +97,8 @@ def _join(arguments: argparse.Namespace) -> None:
             raise UsageError(f"--coordinator takes HOST:PORT, such as 10.0.0.1:9876, not {arguments.coordinator!r}")
         if number == 0 and _in_use(int(port)):
             raise UsageError(f"the port {port} of --coordinator is in use on this machine: name a free one")
+    if arguments.workdir is None:
+        raise UsageError("several processes share one folder: name it by --workdir")
     try:
         jax.distributed.initialize(arguments.coordinator, arguments.num_processes, arguments.process_id)
     except (ValueError, RuntimeError) as error:

@@ -69,9 +69,11 @@ def save(checkpoints: ocp.CheckpointManager, step: int, state: Any) -> None:
         CheckpointError: this save, or the one before it, could not be written.
     """
     try:
-        checkpoints.save(step, args=ocp.args.StandardSave({"state": state, "checksum": checksum(state)}))
+        saved = checkpoints.save(step, args=ocp.args.StandardSave({"state": state, "checksum": checksum(state)}))
     except Exception as error:  # Orbax and its storage layer raise many kinds
         raise CheckpointError(f"cannot save a checkpoint under {checkpoints.directory}: {_line(error)}") from None
+    if not saved:
+        raise CheckpointError(f"cannot save checkpoint {step} under {checkpoints.directory}: there are later ones")
 
 
 def finish(checkpoints: ocp.CheckpointManager) -> None:
@@ -88,7 +90,7 @@ def finish(checkpoints: ocp.CheckpointManager) -> None:
 
 
 def restore(checkpoints: ocp.CheckpointManager, like: Any) -> tuple[int, Any] | None:
-    """The latest sound checkpoint; a damaged one is passed over for the one before, with a warning.
+    """The latest sound checkpoint; a damaged one is passed over for the one before, with a warning, and deleted.
 
     Args:
         checkpoints: from :func:`manager`.
@@ -111,6 +113,8 @@ def restore(checkpoints: ocp.CheckpointManager, like: Any) -> tuple[int, Any] | 
         except Exception as error:  # a damaged file can fail anywhere in Orbax or its storage layer
             sound, why = False, _line(error)
         if sound:
+            for damaged in steps[: steps.index(step)]:  # beside later ones nothing would be saved
+                checkpoints.delete(damaged)
             return step, found["state"]
         warnings.warn(f"checkpoint {step} is damaged ({why}); trying the one before", stacklevel=2)
     if steps:  # to begin again would overwrite them

@@ -47,8 +47,9 @@ class Config:
         max_learning_rate: upper end.
         local_optimizers: for an outer step of local SGD, what the workers step by (``"sgd"``, ``"adamw"``, ``"muon"``,
             ``"flagship"``), with the least and most of the step size, drawn log-uniformly.
-        inner_schedule: such a step size over an episode, ``"constant"`` or ``"cosine"``.
-        told_length: share of the episodes in which the rule is told their length (see ``task_learner``).
+        inner_schedule: such a step size over an episode of the learner ``"optimizer"``: ``"constant"`` or ``"cosine"``.
+        told_length: share of the episodes in which the rule is told their length (see ``task_learner``), by the
+            learners ``"optimizer"`` and ``"local_sgd"``; the others always tell it.
         max_loss: cap of the meta-loss in units of the initial loss; what a non-finite loss counts as.
         measure: the meta-loss, ``"relative"`` (the loss in units of the initial loss) or ``"log"`` (its logarithm).
         outer_optimizer: the name of an Optax optimizer that takes a learning rate; it sees theta as one vector.

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -271,7 +272,8 @@ def _steps(state: TrainState, setup: Setup, config: Config, workdir, checkpoints
                 window_start, pending = time.monotonic(), []
                 if metrics:
                     metrics.write(step, values)
-                show(step, f"loss {values['loss']:.4f}, {values['inner_steps_per_second']:,.0f} inner steps/s")
+                lost = f", {values['dropped']:.0%} of the particles not finite" if values["dropped"] > 1e-6 else ""
+                show(step, f"loss {values['loss']:.4f}, {values['inner_steps_per_second']:,.0f} inner steps/s{lost}")
             stopped = bool(caught) if jax.process_count() == 1 else checkpoints.reached_preemption(step)
             if step % config.checkpoint_every == 0 or step == config.meta_steps or stopped:
                 _save(state, step, config, workdir, checkpoints, setup)
@@ -294,8 +296,7 @@ def _figures(infos: list[TrainInfo], setup: Setup, seconds: float) -> dict[str, 
 
 
 def _save(state: TrainState, step: int, config: Config, workdir: Path, checkpoints, setup: Setup) -> None:
-    if step not in checkpoints.all_steps():
-        checkpoint.save(checkpoints, step, state)
+    checkpoint.save(checkpoints, step, state)
     _save_rule(state, step, config, workdir, setup)
 
 
@@ -390,12 +391,16 @@ def _write_config(workdir: Path, config: Config) -> None:
 
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """While inside, SIGTERM and SIGINT are only added to the list."""
+    """While inside, SIGTERM and SIGINT are only added to the list; in one of several processes JAX hears them."""
     caught: list[int] = []
     before = {}
+    if jax.process_count() > 1:
+        handlers = {signal.SIGINT: lambda received, frame: os.kill(os.getpid(), signal.SIGTERM)}
+    else:
+        handlers = dict.fromkeys((signal.SIGTERM, signal.SIGINT), lambda received, frame: caught.append(received))
     with contextlib.suppress(ValueError):  # not the main thread: the signals are somebody else's
-        for number in (signal.SIGTERM, signal.SIGINT):
-            before[number] = signal.signal(number, lambda received, frame: caught.append(received))
+        for number, handler in handlers.items():
+            before[number] = signal.signal(number, handler)
     try:
         yield caught
     finally:

@@ -15,7 +15,7 @@ from learned_opt import self_tuning as st
 from tasks.base import Data
 from tasks.data import VOCABULARY, load
 from tasks.families.batches import draw, take
-from tasks.families.vision import patches3x3
+from tasks.families.vision import patches3x3, shrink
 
 _EVALUATED = 256  # examples of a batch of the whole-set evaluation
 
@@ -118,23 +118,19 @@ def _split(arrays: dict[str, np.ndarray], share: float = 0.2) -> tuple[dict, dic
     return {k: v[~held] for k, v in arrays.items()}, {k: v[held] for k, v in arrays.items()}
 
 
-def _images(dataset: str, shrink: int = 1) -> Data:
-    splits = {split: rows | {"image": _shrunk(rows["image"], shrink)} for split, rows in load(dataset).items()}
+def _images(dataset: str, times: int = 1) -> Data:
+    """Images, made so many times smaller."""
+
+    def smaller(images):
+        return shrink(images, images.shape[1] // times)
+
+    splits = {split: rows | {"image": smaller(rows["image"])} for split, rows in load(dataset).items()}
     train, valid = _split({name: splits["train"][name] for name in ("image", "label")})
     data = {"train": train, "valid": valid, "test": {name: splits["valid"][name] for name in ("image", "label")}}
     return {
         split: {"x": rows["image"].reshape(*rows["image"].shape[:3], -1), "y": rows["label"].astype(np.int32)}
         for split, rows in data.items()
     }
-
-
-def _shrunk(images: np.ndarray, times: int) -> np.ndarray:
-    """Means of squares of pixels, rounded."""
-    if times == 1:
-        return images
-    count, height, width = images.shape[:3]
-    squares = images.reshape(count, height // times, times, width // times, times, -1)
-    return np.rint(squares.mean((2, 4), dtype=np.float32)).astype(images.dtype)
 
 
 def _pixels(x: jax.Array) -> jax.Array:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,13 +83,14 @@ class Metrics:
             self._events = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step or None)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Writes one line of scalars.
+        """Writes one line of scalars; what is not finite is null.
 
         Raises:
             UserError: it cannot be written.
         """
         with self._writing():
-            self._file.write(json.dumps({"step": step} | values) + "\n")
+            told = {name: value if math.isfinite(value) else None for name, value in values.items()}
+            self._file.write(json.dumps({"step": step} | told) + "\n")
             self._file.flush()
             for name, value in values.items():
                 self._events.add_scalar(name, value, step)

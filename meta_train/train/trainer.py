@@ -150,7 +150,7 @@ def make_trainer(
         loss, finite, restarts = vector[total.size :].reshape(told.shape).T
         dropped = jnp.maximum(1 - jnp.mean(finite), 0)  # the mean of ones may round to more
         grad = vector[: total.size] / len(states)
-        shown = (loss / jnp.maximum(finite, 1 / particles), jnp.linalg.norm(grad), dropped, jnp.mean(restarts))
+        shown = (loss / finite, jnp.linalg.norm(grad), dropped, jnp.mean(restarts))  # NaN where none is finite
         return unravel(grad), states, shown
 
     def on_mesh(function, in_specs, out_specs):

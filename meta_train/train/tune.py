@@ -168,8 +168,10 @@ def table(result: dict[str, Any]) -> Table:
 
 def _weights(config: TuneConfig, problem: Problem) -> Any:
     if problem.weights is not None:
-        if config.optimizer is not None:
-            raise ValueError(f"{config.problem} brings its own optimizer for the weights: leave --optimizer out")
+        if (config.optimizer, config.learning_rate) != (None, None):
+            raise ValueError(
+                f"{config.problem} brings its own optimizer for the weights: leave --optimizer and --learning-rate out"
+            )
         return problem.weights
     if config.optimizer is None:
         return _adam(config)

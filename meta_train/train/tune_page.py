@@ -23,7 +23,11 @@ def render(result: dict[str, Any], curves: str) -> str:
     held = {f"constant {name}": found for name, found in result["constants"].items()}
     config = result["config"]
     named = ["--network", config["problem"]] if ":" in config["problem"] else [config["problem"]]
-    command = ["learned-opt", "tune", *named, "--cycles", str(config["cycles"]), "--seed", str(config["seed"])]
+    command = ["learned-opt", "tune", *named]
+    for name in ("dataset", "optimizer", "learning_rate", "method", "cycles", "seed"):
+        if config[name] is not None:
+            command += [f"--{name.replace('_', '-')}", str(config[name])]
+    command += ["--constants"] if config["constants"] else []
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader(__package__, "."), autoescape=True, undefined=jinja2.StrictUndefined
     )

@@ -162,7 +162,8 @@ def test_data(capsys, monkeypatch, tmp_path):
         ([*RUN, "--coordinator", "localhost", "--num-processes", "1", "--process-id", "0"], "takes HOST:PORT"),
         ([*RUN, "--distributed", "--coordinator", "localhost:port"], "takes HOST:PORT"),
         ([*RUN, "--coordinator", ":123456"], "takes HOST:PORT"),
-        ([*RUN, "--num-processes", "1"], "cannot join the other processes"),
+        ([*RUN, "--num-processes", "1", "--workdir", "a"], "cannot join the other processes"),
+        ([*RUN, "--num-processes", "1"], "name it by --workdir"),
         ([*RUN, "--particles", "3"], "multiple of the number of devices"),
         ([*RUN, "--set", "nonesuch=1"], "unknown field 'nonesuch'"),
         ([*RUN, "--set", "sigma=much"], "sigma must be float or int"),
@@ -201,12 +202,13 @@ def test_mistakes(arguments, message, capsys):
 @pytest.mark.parametrize(
     "flags", [["--coordinator", "localhost:9876"], ["--num-processes", "2"], ["--process-id", "0"], ["--distributed"]]
 )
-def test_any_flag_of_several_processes_means_several(flags, monkeypatch):
+def test_any_flag_of_several_processes_means_several(flags, monkeypatch, capsys):
     def initialize(*arguments):
         raise RuntimeError(str(arguments))
 
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
-    assert cli.main([*RUN, *flags]) == 2
+    assert cli.main([*RUN, *flags, "--workdir", "a"]) == 2
+    assert "cannot join the other processes" in capsys.readouterr().err
 
 
 def test_a_port_in_use(capsys):

@@ -175,6 +175,9 @@ def test_a_damaged_checkpoint_is_passed_over(undisturbed, tmp_path, damage):
         outcome = loop.run(SETTINGS, folder, resume=True)
     gc.collect()
     np.testing.assert_array_equal(flat(outcome.theta), flat(undisturbed[1].theta))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it was saved anew
+        loop.run(SETTINGS, folder, resume=True)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -141,6 +141,21 @@ def test_a_particle_whose_gradient_is_not_finite_counts_as_zero():
     np.testing.assert_allclose(state.theta, -(1 - info.dropped), rtol=1e-6)
 
 
+def test_a_step_that_loses_every_particle_has_no_loss():
+    learner = Learner(init=lambda theta, key: (), step=lambda theta, state, key: (state, theta * jnp.nan))
+    trainer = make_trainer(
+        lambda key: jnp.ones(()),
+        lambda data: [estimators.bptt(learner, unroll=1)],
+        optax.sgd(1.0),
+        particles=2,
+        mesh=make_mesh(jax.devices()[:1]),
+    )
+    state, info = trainer.meta_step(trainer.init(jax.random.PRNGKey(1), ()), ())
+    assert np.isnan(info.loss)
+    assert float(info.dropped) == 1
+    assert float(state.theta) == 1
+
+
 def test_meta_training_improves_a_learning_rate():
     # SGD on quadratics of condition 1..2, from a rate 30 times too small.
     rule = learned_opt.RULES["sgd"]()

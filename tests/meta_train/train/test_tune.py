@@ -89,6 +89,7 @@ def test_tune_takes_a_network_from_a_file_and_compares_it_with_constants(tmp_pat
     assert result["config"]["problem"] == spec
     assert set(result["constants"]) == {"first", "last"}
     page = (out / "report.html").read_text()
+    assert f"learned-opt tune --network {spec} --method delta_stn --cycles 45 --seed 0 --constants" in page
     for text in ("<svg", "first values, constant", "l2", f"{result['constants']['last']['test']['loss']:.4f}", "45"):
         assert text in page
     assert "<script" not in page
