@@ -404,5 +404,5 @@ def _stop_signals() -> Iterator[list[int]]:
     try:
         yield caught
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, previous in before.items():
+            signal.signal(number, previous)
