@@ -100,7 +100,8 @@ def _run(label, chosen, optimizers, plan: Plan, out: Path, console: Console | No
     if not results:
         raise ConfigError(f"nothing is finished yet of {label}: run it without --finished")
     if lost := [r.workload.name for r in results if r.optimizer.name == REFERENCE and not np.isfinite(r.final).all()]:
-        raise ConfigError(f"{REFERENCE}, the reference, diverged on {', '.join(lost)}: take --ruleset tuned")
+        why = "with every setting that it tried" if plan.ruleset == "tuned" else "try --ruleset tuned"
+        raise ConfigError(f"{REFERENCE}, the reference, diverged on {', '.join(lost)}: {why}")
     missing = len(chosen) * len(optimizers) - len(results)
     about = {
         "suite": label,

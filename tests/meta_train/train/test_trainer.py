@@ -123,34 +123,32 @@ def test_devices_must_divide_the_particles():
         build(4, particles=6)
 
 
+def one_meta_step(learner, theta, particles):
+    """By plain descent at rate 1, on a scalar."""
+    trainer = make_trainer(
+        lambda key: jnp.asarray(theta),
+        lambda data: [estimators.bptt(learner, unroll=1)],
+        optax.sgd(1.0),
+        particles=particles,
+        mesh=make_mesh(jax.devices()[:2]),
+    )
+    return trainer.meta_step(trainer.init(jax.random.PRNGKey(1), ()), ())
+
+
 def test_a_particle_whose_gradient_is_not_finite_counts_as_zero():
     # The odd draws give a NaN loss, the others the slope 1.
     learner = Learner(
         init=lambda theta, key: jax.random.bernoulli(key),
         step=lambda theta, bad, key: (bad, theta * jnp.where(bad, jnp.nan, 1.0)),
     )
-    trainer = make_trainer(
-        lambda key: jnp.zeros(()),
-        lambda data: [estimators.bptt(learner, unroll=1)],
-        optax.sgd(1.0),
-        particles=64,
-        mesh=make_mesh(jax.devices()[:2]),
-    )
-    state, info = trainer.meta_step(trainer.init(jax.random.PRNGKey(1), ()), ())
+    state, info = one_meta_step(learner, 0.0, particles=64)
     assert 0.2 < info.dropped < 0.8
     np.testing.assert_allclose(state.theta, -(1 - info.dropped), rtol=1e-6)
 
 
 def test_a_step_that_loses_every_particle_has_no_loss():
     learner = Learner(init=lambda theta, key: (), step=lambda theta, state, key: (state, theta * jnp.nan))
-    trainer = make_trainer(
-        lambda key: jnp.ones(()),
-        lambda data: [estimators.bptt(learner, unroll=1)],
-        optax.sgd(1.0),
-        particles=2,
-        mesh=make_mesh(jax.devices()[:1]),
-    )
-    state, info = trainer.meta_step(trainer.init(jax.random.PRNGKey(1), ()), ())
+    state, info = one_meta_step(learner, 1.0, particles=2)
     assert np.isnan(info.loss)
     assert float(info.dropped) == 1
     assert float(state.theta) == 1
