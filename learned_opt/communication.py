@@ -75,12 +75,14 @@ def int8() -> Compression:
     """
 
     def encode(x: jax.Array) -> Message:
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         scale = (jnp.max(jnp.abs(x), initial=0.0) / 127).astype(jnp.float32)
         return jnp.round(x / jnp.where(scale > 0, scale, 1).astype(x.dtype)).astype(jnp.int8), scale
 
     def decode(message: Message, like: Any) -> jax.Array:
         codes, scale = message
-        return codes.astype(like.dtype) * scale.astype(like.dtype)
+        wide = jnp.promote_types(like.dtype, jnp.float32)
+        return (codes.astype(wide) * scale.astype(wide)).astype(like.dtype)
 
     return both_parts(Compression(encode, decode))
 

@@ -1,6 +1,7 @@
 """What :func:`learned_opt.load` adds to a rule: nothing on a device before its first use, decay, and a step size."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -91,7 +92,7 @@ def decay_weights(weight_decay: optax.ScalarOrSchedule, mask: Mask | None = None
 
 
 def check_rate(name: str, value: Any) -> None:
-    """Refuses what is no number, scalar array or schedule.
+    """Refuses what is no number, scalar array or schedule, and a number that is negative or not finite.
 
     Raises:
         ValueError: with the argument's name, in one line.
@@ -103,6 +104,8 @@ def check_rate(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be a number, a scalar array or a schedule, not {_shown(value)}")
     if jnp.issubdtype(jnp.result_type(value), np.complexfloating):
         raise ValueError(f"{name} must be real, not {_shown(value)}")
+    if not isinstance(value, jax.core.Tracer) and not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be finite and at least 0, not {_shown(value)}")
 
 
 def check_num_steps(value: Any) -> None:

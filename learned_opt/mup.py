@@ -25,7 +25,8 @@ def inputs_before_last(path: str, shape: tuple[int, ...]) -> int:
     """The default fan-in: the product of all axes but the last, and 1 below rank 2.
 
     Right for dense layers ``[inputs, outputs]``, convolutions ``[*window, inputs, outputs]`` and embeddings
-    ``[tokens, width]``, as in Haiku and Flax; vectors (biases, gains) never count as wide.
+    ``[tokens, width]``, as in Haiku and Flax; vectors (biases, gains) never count as wide. Not for queries, keys and
+    values of Flax's attention, ``[inputs, heads, size]``, nor for layers in a stack, ``[layers, inputs, outputs]``.
 
     >>> inputs_before_last("conv/w", (3, 3, 64, 128))
     576
@@ -49,7 +50,8 @@ def width_multipliers(params: Tree, base: Tree, *, fan_in: FanIn = inputs_before
         base: those of the model whose step size is to carry over, the same tree with other sizes; for example
             ``jax.eval_shape`` of its ``init``. Tensors that only ``base`` has are ignored.
         fan_in: ``(path, shape) -> number of inputs``, where other layouts are used; ``path`` as ``layer/w``. For
-            Equinox's ``[outputs, inputs]``: ``lambda path, shape: shape[1] if len(shape) == 2 else 1``.
+            Equinox's ``[outputs, inputs]``: ``lambda path, shape: shape[1] if len(shape) == 2 else 1``; for stacked
+            layers and Flax's attention: ``shape[-2]`` and ``shape[0]`` of these.
 
     Returns:
         A tree of floats with the structure of ``params``.

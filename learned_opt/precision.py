@@ -41,7 +41,8 @@ def stochastic(x: jax.Array, key: jax.Array) -> jax.Array:
     noise = _hash(index + _hash(key)) >> 16
     # float32 bits are ordered as their sizes are: adding to the 16 bits that go carries over with their share
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + noise
-    return jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
+    rounded = jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
+    return jnp.where(jnp.isnan(x), jnp.bfloat16(jnp.nan), rounded)  # a NaN of many set bits would carry over to 0
 
 
 @stochastic.defjvp

@@ -135,7 +135,7 @@ def load(
         num_steps: the planned number of updates, at least 1, for a rule that wants it; may be traced.
         batch_axes: ``(path, shape) -> n``: the first ``n`` axes of that parameter index separate tensors, such as the
             layers of a scanned network (``lambda path, shape: int(path.startswith("layers/"))``). By default 0:
-            each parameter is one tensor, and from rank 3 on the matrix of its last axis against the others.
+            each parameter is one tensor.
 
     Returns:
         An Optax transform. A rule that needs the loss takes it as ``update(grads, state, params, value=loss)``.

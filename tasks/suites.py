@@ -3,8 +3,11 @@
 No data set of a training suite appears in a held-out suite, whole or in part, nor one range of a synthetic generator in
 another. No kind of family does either, but for those of ``SAME_FAMILY_NEW_DATA``: these are judged on new data *and* at
 other sizes. Checkpoints, settings and ablations are compared on ``VALIDATION`` alone, which shares no data with the
-other two. A test holds the suites to it. The held-out suites are frozen: ``tasks/held_out.json`` describes every
-entry (:mod:`tasks.manifest`), and a test recomputes it.
+other two. A test holds the suites to it. The rule ``flagship`` was chosen elsewhere, on :mod:`tasks.workloads`, which
+has Moby Dick and CIFAR-10 too: judge it there, and not on ``held_out`` or ``fetched``.
+
+The held-out suites are frozen: ``tasks/held_out.json`` describes every entry (:mod:`tasks.manifest`), and a test
+recomputes it.
 """
 
 import functools

@@ -1,16 +1,13 @@
 """Celo2: a normalised per-parameter MLP that needs neither loss nor step count."""
 
 import functools
-from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from ..base import LearnedOptimizer, Theta
 from ..features import (
     Moments,
-    clean,
     column_inputs,
     factored_axes,
     factored_columns,
@@ -19,10 +16,10 @@ from ..features import (
     no_moments,
     unit_rms,
 )
-from ..kernels import Layers, column_mlp
+from ..kernels import column_mlp
 from ..newton_schulz import newton_schulz
 from ..tensors import each, rule_transform
-from .networks import network_init
+from .networks import network, network_init
 
 PAPER = "Celo2, 2026, after Moudgil et al. 2025 (Celo), arXiv:2501.12670"
 
@@ -68,7 +65,7 @@ def direction(theta: Theta, p: jax.Array, g: jax.Array, moments: Moments) -> jax
     if g.ndim < 2:
         row, col = [], []
     w0 = theta["w0"] if g.ndim >= 2 else theta["w0"][:VECTOR_INPUTS]
-    layers = Layers((w0, theta["b0"]), ((theta["w1"], theta["b1"]),), (theta["w2"], theta["b2"]))
+    layers = network(theta | {"w0": w0})
 
     def of_matrix(*inputs):
         columns, squares = (functools.partial(f, eps=_ROOT_EPS) for f in (factored_columns, factored_squares))
@@ -84,9 +81,7 @@ def direction(theta: Theta, p: jax.Array, g: jax.Array, moments: Moments) -> jax
     return jax.vmap(of_matrix)(*jax.tree.map(matrices, (*inputs, row, col))).reshape(g.shape)
 
 
-def celo2(
-    *, hidden_size: int = 8, orthogonalize: bool = False, adam_on: Sequence[str] = (), published: bool = False
-) -> LearnedOptimizer:
+def celo2(*, hidden_size: int = 8, orthogonalize: bool = False, published: bool = False) -> LearnedOptimizer:
     """Celo2: one small MLP gives every parameter its direction; inputs and outputs are normalised by RMS.
 
     Per tensor: momenta ``m`` (.9, .99, .999), second moment ``r`` (.95) and factored second moments (.9, .99, .999) of
@@ -109,9 +104,6 @@ def celo2(
         hidden_size: units in either hidden layer, at least 2.
         orthogonalize: replace ``d`` of tensors of rank >= 2 by five Newton-Schulz steps towards the nearest orthogonal
             matrix.
-        adam_on: kinds of tensors that Adam moves instead: ``"vectors"`` (below rank 2) and ``"embeddings"`` (those with
-            "embed" in their path), as Muon's users do. With ``load(..., weight_decay=...)`` that is AdamW, at the same
-            learning rate. Their state is Adam's, 8 bytes a parameter.
         published: gradients are clipped to +-1000 in the unit that they come in, and what has no gradient moves: the
             trajectories of the reference implementation.
 
@@ -119,20 +111,22 @@ def celo2(
         A rule; theta is a dict of ``w0 [30, h], b0 [h], w1 [h, h], b1 [h], w2 [h, 3], b2 [3]``.
 
     Raises:
-        ValueError: if ``hidden_size`` is below 2, or ``adam_on`` names another kind.
+        ValueError: if ``hidden_size`` is below 2.
 
     Example:
-        >>> rule = celo2(orthogonalize=True, adam_on=["vectors", "embeddings"])
-        >>> params = {"embed": jnp.ones((5, 2)), "w": jnp.ones((2, 3)), "b": jnp.ones(3)}
-        >>> tx = rule.build(rule.init(jax.random.key(0)))
+        Vectors to Adam and matrices to the rule, as Muon's users have it:
+
+        >>> rule = celo2(orthogonalize=True)
+        >>> adam = optax.chain(optax.scale_by_adam(), optax.scale(-1.0))
+        >>> parts = {"adam": adam, "celo2": rule.build(rule.init(jax.random.key(0)))}
+        >>> tx = optax.partition(parts, lambda tree: jax.tree.map(lambda p: "adam" if p.ndim < 2 else "celo2", tree))
+        >>> params = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
         >>> updates, _ = tx.update(params, tx.init(params), params)
-        >>> print(jnp.round(updates["b"], 3))  # Adam's first step
+        >>> print(jnp.round(updates["b"], 3))
         [-1. -1. -1.]
     """
     if hidden_size < 2:
         raise ValueError(f"celo2 needs hidden_size >= 2, got {hidden_size}")
-    if unknown := sorted(set(adam_on) - set(KINDS)):
-        raise ValueError(f"celo2: adam_on knows {', '.join(KINDS)}, not {', '.join(unknown)}")
 
     def init(key):
         return network_init(key, INPUTS, hidden_size, OUTPUTS, _NORMALISED_MOMENTUM)
@@ -151,25 +145,6 @@ def celo2(
             del count, value
             return each(functools.partial(step, theta), groups), shared
 
-        learned = rule_transform("celo2", start=no_moments, update=update, rest=not published, batch_axes=batch_axes)
-        if not adam_on:
-            return learned
-        cleaned = optax.stateless_with_tree_map(lambda g, p: clean(g, _CLIP, g.dtype))
-        adam = optax.chain(cleaned, optax.scale_by_adam(), optax.scale(-1.0))
-        return optax.partition({True: adam, False: learned}, functools.partial(_is_one_of, adam_on))
+        return rule_transform("celo2", start=no_moments, update=update, rest=not published, batch_axes=batch_axes)
 
     return LearnedOptimizer(init, build, learning_rate=1e-3)
-
-
-# What `adam_on` may name: whether a tensor of that path is of the kind.
-KINDS: dict[str, Callable[[str, jax.Array], bool]] = {
-    "embeddings": lambda path, x: "embed" in path.lower(),
-    "vectors": lambda path, x: jnp.ndim(x) < 2,
-}
-
-
-def _is_one_of(kinds: Sequence[str], params: optax.Params) -> optax.Params:
-    def of_one(path, x):
-        return any(KINDS[kind](jax.tree_util.keystr(path), x) for kind in kinds)
-
-    return jax.tree_util.tree_map_with_path(of_one, params)

@@ -267,9 +267,8 @@ def distance_aware(
     def schedule(round_: Scalar, step: Scalar, statistics: Statistics) -> Scalar:
         eta = _rate(learning_rate, step)
         near = eta * noise / (mu * workers)
-        delay = floor(scale * jnp.maximum(distance(statistics), near) / (eta**2 * noise))
         most = jnp.ceil(1 / (eta * mu) - 1e-6) if maximum is None else maximum
-        return jnp.clip(delay, 1, jnp.asarray(most, jnp.int32))
+        return floor(scale * jnp.maximum(distance(statistics), near) / (eta**2 * noise), most)
 
     return schedule
 
@@ -326,7 +325,7 @@ def adacomm(initial: int, *, maximum: int | None = None) -> SyncSchedule:
     return schedule
 
 
-def floor(x: Scalar, maximum: int = 2**20) -> Scalar:
+def floor(x: Scalar, maximum: Scalar = 2**20) -> Scalar:
     """Round down to an int32 in [1, maximum], a millionth forgiven: 0.1 * 30 is 3 to a reader, if not to float32."""
     return jnp.clip(jnp.floor(jnp.asarray(x) * (1 + 1e-6)), 1, maximum).astype(jnp.int32)
 

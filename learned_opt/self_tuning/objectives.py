@@ -61,20 +61,22 @@ def leading_size(batch: Batch) -> int:
     return jax.tree.leaves(batch)[0].shape[0]
 
 
-def bias_weights(noise: jax.Array) -> jax.Array:
+def bias_weights(noise: jax.Array, responding: int) -> jax.Array:
     r"""Weights of the examples that remove the leading bias of a response fitted at a finite scale.
 
     The fitted response solves :math:`E[z\,\nabla L(\sigma z)] = 0`, which differs from that at scale 0 by the third
-    derivatives times :math:`E[z_a z_b z_c z_d]`. With weight :math:`c(z) = (H + 4 - |z|^2)/2`,
-    :math:`E[c\,zz^\top] = I` and all :math:`E[c\,z_a z_b z_c z_d] = 0`, so that the bias is of order sigma^4.
+    derivatives times :math:`E[z_a z_b z_c z_d]`. With weight :math:`c(z) = (R + 4 - |z|^2)/2`, where R of the H
+    hyperparameters respond, :math:`E[c\,zz^\top] = I` and all :math:`E[c\,z_a z_b z_c z_d] = 0`, so that the bias is
+    of order sigma^4.
 
     Args:
-        noise: z, floats [H] or [B, H].
+        noise: z, floats [H] or [B, H]; 0 where nothing responds.
+        responding: R.
 
     Returns:
         Floats [] or [B].
     """
-    return (noise.shape[-1] + 4 - jnp.sum(noise**2, axis=-1)) / 2
+    return (responding + 4 - jnp.sum(noise**2, axis=-1)) / 2
 
 
 def make_objectives(
@@ -145,7 +147,7 @@ def make_objectives(
         best = BestResponse(params, response, step, linear=True)
         loss, _ = train(best, net_state, shifted(mean, step), key, batch)
         if correct_bias:
-            weights = bias_weights(z)
+            weights = bias_weights(z, sum(spec.by == "response" for spec in tuned(specs)))
             if weights.ndim and not jnp.ndim(loss):
                 raise ValueError(
                     "correct_bias: with per-example hyperparameters train_loss must return one loss an example"

@@ -360,7 +360,7 @@ def tuner(
         )
         return state, (loss, perturbed, ~(good & good_response))
 
-    def valid_step(state: TunerState, key: jax.Array, data: Data):
+    def valid_step(state: TunerState, key: jax.Array, data: Data, anchor: jax.Array):
         k_batch, k_noise = jax.random.split(key)
         batch = valid_batch(data, k_batch)
         old, scaling = state.hyper, factor(state.cycle)
@@ -369,7 +369,7 @@ def tuner(
         def validation(point: Hyper) -> jax.Array:
             if not responds:
                 return objectives.judged(state.params, state.net_state, batch)
-            fixed = (state.params, state.response, state.net_state, old.mean, scaling)
+            fixed = (state.params, state.response, state.net_state, anchor, scaling)
             return jnp.mean(jnp.stack([objectives.validation(point, *fixed, z, batch) for z in noise]))
 
         loss, grads = jax.value_and_grad(validation)(old)
@@ -425,7 +425,7 @@ def tuner(
 
         def tune(state: TunerState) -> tuple[TunerState, jax.Array]:
             keys = jax.random.split(k_valid, valid_steps)
-            state, failed = jax.lax.scan(lambda s, k: valid_step(s, k, data), state, keys)
+            state, failed = jax.lax.scan(lambda s, k: valid_step(s, k, data, begin.hyper.mean), state, keys)
             return state, jnp.sum(failed, dtype=jnp.int32)
 
         idle = jnp.zeros((), jnp.int32)

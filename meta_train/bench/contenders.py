@@ -175,7 +175,7 @@ def _muon(rate):
     """One rate for both halves: the orthogonalised updates are scaled to the RMS of Adam's (Liu et al. 2025)."""
 
     def matrices(params):
-        return jax.tree.map(lambda p: as_matrix(p) if jnp.ndim(p) > 1 else None, params)
+        return jax.tree_util.tree_map_with_path(lambda path, p: as_matrix(path, p) if jnp.ndim(p) > 1 else None, params)
 
     return optax.contrib.muon(
         rate,

@@ -184,6 +184,9 @@ def _stack(name: str, found: dict) -> Splits:
             "train": {field: array[: cut[field]] for field, array in train.items()},
             "valid": {field: array[cut[field] :] for field, array in train.items()},
         }
+    labels = {split: arrays["label"] for split, arrays in splits.items() if "label" in arrays}
+    if any(of.dtype.kind != "f" and (of.min() < 0 or of.max() > labels["train"].max()) for of in labels.values()):
+        raise DataError(f"the data set {name!r} has labels below 0, or beyond those of its training split")
     for field, array in splits["train"].items():
         if array.dtype.kind == "f":
             splits["train"][field], splits["valid"][field] = standardise(array, splits["valid"][field])
@@ -197,7 +200,9 @@ def _arrays(name: str, examples) -> dict[str, np.ndarray]:
         if "image" in fields:
             image = np.stack([example["image"] for example in examples])
             image = image[..., 0] if image.shape[-1] == 1 else image
-            arrays = {"image": image.astype(np.uint8)}
+            if image.dtype != np.uint8:
+                raise DataError(f"the data set {name!r} has images of {image.dtype}; images of uint8 are read")
+            arrays = {"image": image}
         elif "features" in fields:
             arrays = {"features": np.stack([example["features"] for example in examples]).astype(np.float64)}
         elif "text" in fields:

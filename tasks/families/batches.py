@@ -22,7 +22,12 @@ def draw(key: jax.Array, num: int, batch_size: int) -> jax.Array:
 
     Returns:
         int32 ``[batch_size]``.
+
+    Raises:
+        ValueError: either is below 1.
     """
+    if num < 1 or batch_size < 1:
+        raise ValueError(f"a batch of {batch_size} cannot be drawn from {num}")
     return (jax.random.bits(key, (batch_size,), jnp.uint32) % np.uint32(num)).astype(jnp.int32)
 
 

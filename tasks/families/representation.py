@@ -16,7 +16,7 @@ from .vision import shrink
 
 
 class FewShot(NamedTuple):
-    """A labelled problem: the rows of each class lie together, in both halves alike."""
+    """A labelled problem: the rows of each class lie together, in both halves alike; no row is in both."""
 
     support: jax.Array  # [classes * shots, inputs]
     query: jax.Array  # [classes * shots, inputs]
@@ -120,9 +120,12 @@ def labelled_images(dataset: str, side: int) -> dict[str, tuple[np.ndarray, np.n
 
 
 def _by_class(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """``[classes, rows, inputs]``, as many rows of each as the largest class has: the others' repeat."""
-    most = np.bincount(y).max()
-    return np.stack([np.resize(x[y == label], (most, x.shape[1])) for label in range(int(y.max()) + 1)])
+    """``[classes, rows, inputs]``, as many rows of each as the largest class has: the others' repeat, in each half."""
+    half = (np.bincount(y).max() + 1) // 2
+    parts = [np.array_split(x[y == label], 2) for label in range(int(y.max()) + 1)]
+    if not all(len(second) for _, second in parts):
+        raise DataError("every class needs two rows: one to fit a classifier to and one to judge it by")
+    return np.stack([np.concatenate([np.resize(p, (half, x.shape[1])) for p in both]) for both in parts])
 
 
 def _family(rows: np.ndarray, classes: int, noise: float) -> FeatureFamily:
@@ -143,21 +146,22 @@ def _family(rows: np.ndarray, classes: int, noise: float) -> FeatureFamily:
             "sign": jnp.where(jax.random.bernoulli(k_sign), 1.0, -1.0),  # bright on dark, or dark on bright
         }
 
-    def look_up(data: Data, cfg: Cfg, key: jax.Array, label: jax.Array) -> jax.Array:
+    def look_up(data: Data, cfg: Cfg, key: jax.Array, label: jax.Array, first: int, end: int) -> jax.Array:
         k_row, k_noise = jax.random.split(key)
-        row = draw(k_row, per_class, label.shape[0])
+        row = first + draw(k_row, end - first, label.shape[0])
         x = data["rows"][cfg["variant"], cfg["classes"][label], row].astype(jnp.result_type(float))
         x = (x - data["mean"]) / data["std"] * cfg["sign"]
         return jnp.take(x, cfg["order"], axis=1) + cfg["noise"] * jax.random.normal(k_noise, x.shape, x.dtype)
 
     def batch(data: Data, cfg: Cfg, key: jax.Array, size: int) -> jax.Array:
         k_label, k_rows = jax.random.split(key)
-        return look_up(data, cfg, k_rows, draw(k_label, classes, size))
+        return look_up(data, cfg, k_rows, draw(k_label, classes, size), 0, per_class)
 
     def few_shot(data: Data, cfg: Cfg, key: jax.Array, shots: int) -> FewShot:
-        labels = jnp.repeat(jnp.arange(classes), shots)
-        x = look_up(data, cfg, key, jnp.concatenate([labels, labels]))
-        return FewShot(x[: labels.size], x[labels.size :], labels)
+        labels, half = jnp.repeat(jnp.arange(classes), shots), per_class // 2
+        k_support, k_query = jax.random.split(key)
+        support = look_up(data, cfg, k_support, labels, 0, half)
+        return FewShot(support, look_up(data, cfg, k_query, labels, half, per_class), labels)
 
     return FeatureFamily(data, inputs, classes, sample, batch, few_shot)
 

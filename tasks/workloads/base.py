@@ -90,4 +90,6 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: Any) -> jax.Array:
 
 def split_heads(x: jax.Array, heads: int) -> jax.Array:
     """``[batch, length, width]`` to ``[batch, length, heads, width / heads]``."""
+    if x.shape[-1] % heads:
+        raise ValueError(f"width {x.shape[-1]} and heads {heads}: the heads must divide the width")
     return x.reshape(*x.shape[:2], heads, -1)

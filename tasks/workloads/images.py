@@ -70,6 +70,8 @@ def vit(
 
     def net(x: jax.Array, classes: int) -> jax.Array:
         batch, side, _, colours = x.shape
+        if side % patch:
+            raise ValueError(f"pictures of side {side} and patch {patch}: the patch must divide the side")
         x = x.reshape(batch, side // patch, patch, side // patch, patch, colours).swapaxes(2, 3)
         tokens = (side // patch) ** 2
         x = (

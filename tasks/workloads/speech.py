@@ -1,5 +1,7 @@
 """Denoising: a U-Net on spectrograms of speech."""
 
+import math
+
 import haiku as hk
 import jax
 import jax.numpy as jnp
@@ -37,13 +39,18 @@ def unet(
     if "frames" not in splits["train"]:
         raise DataError(f"the data set {dataset!r} has no frames")
     known = splits["train"]["frames"]
+    if frames % 2 ** (len(channels) - 1) or known.shape[1] % 2 ** (len(channels) - 1):
+        raise ValueError(
+            f"{frames} frames of {known.shape[1]} bands and {len(channels)} resolutions: both must be multiples of "
+            f"{2 ** (len(channels) - 1)}"
+        )
     data = {split: {"frames": jnp.asarray(arrays["frames"])} for split, arrays in splits.items()}
     data["scale"] = {"shift": jnp.float32(known.mean()), "factor": jnp.float32(1 / max(known.std(), 1e-6))}
 
     def block(x: jax.Array, told: jax.Array, size: int, name: str) -> jax.Array:
-        y = jax.nn.silu(hk.GroupNorm(min(8, x.shape[-1]), name=f"{name}_norm_0")(x))
+        y = jax.nn.silu(hk.GroupNorm(math.gcd(8, x.shape[-1]), name=f"{name}_norm_0")(x))
         y = hk.Conv2D(size, 3, name=f"{name}_conv_0")(y) + hk.Linear(size, name=f"{name}_told")(told)[:, None, None]
-        y = jax.nn.silu(hk.GroupNorm(min(8, size), name=f"{name}_norm_1")(y))
+        y = jax.nn.silu(hk.GroupNorm(math.gcd(8, size), name=f"{name}_norm_1")(y))
         y = hk.Conv2D(size, 3, name=f"{name}_conv_1")(y)
         return y + (x if x.shape[-1] == size else hk.Conv2D(size, 1, name=f"{name}_way")(x))
 
@@ -62,7 +69,7 @@ def unet(
         for level in reversed(range(len(channels) - 1)):
             x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
             x = block(jnp.concatenate([x, kept[level]], axis=-1), told, channels[level], f"up_{level}")
-        x = jax.nn.silu(hk.GroupNorm(min(8, x.shape[-1]), name="norm_output")(x))
+        x = jax.nn.silu(hk.GroupNorm(math.gcd(8, x.shape[-1]), name="norm_output")(x))
         return hk.Conv2D(1, 3, name="output")(x)[..., 0]
 
     def build(data):

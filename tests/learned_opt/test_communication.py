@@ -44,6 +44,9 @@ def test_int8():
         np.full(3, -1e30, np.float32),
     ):
         np.testing.assert_allclose(sent_and_received(communication.int8(), edge)[1], edge, rtol=1e-6)
+    half = (1e-5 * X).astype(np.float16)  # a scale of 2e-7 would be none in float16
+    error = np.abs(sent_and_received(communication.int8(), half)[1].astype(float) - half.astype(float))
+    assert error.max() <= np.abs(half).max() / 254 + 2.0**-25  # and half of float16's least step
 
 
 def test_top_k():

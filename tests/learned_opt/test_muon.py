@@ -21,7 +21,7 @@ def test_hidden_matrices_are_what_lies_between_layers():
     numbers = hidden_matrices(PARAMS)
     found = {(part, name): n for part, leaves in numbers.items() for name, n in leaves.items() if n is not None}
     assert found.keys() == {("conv", "w"), ("layer", "w")}
-    assert (found["conv", "w"].reduction_axis, found["conv", "w"].output_axis) == ((0, 1, 2), 3)
+    assert (found["conv", "w"].reduction_axis, found["conv", "w"].output_axis) == ((0, 1, 2), (3,))
 
 
 @pytest.mark.parametrize(
@@ -34,6 +34,9 @@ def test_hidden_matrices_are_what_lies_between_layers():
         ("word_embedding/w", False),
         ("lm_head/w", False),
         ("decoder/output/w", False),
+        ("output", False),
+        ("encoder/attention/output/dense/kernel", True),  # BERT's blocks have outputs
+        ("params/MultiHeadDotProductAttention_0/query/bias", False),  # [heads, size]
         ("throughput/w", True),
     ],
 )
@@ -42,6 +45,13 @@ def test_names_say_what_lies_between_layers(path, hidden):
     for key in reversed(path.split("/")):
         tree = {key: tree}
     assert (jax.tree.leaves(hidden_matrices(tree), is_leaf=lambda x: x is None)[0] is not None) == hidden
+
+
+def test_heads_of_flax_s_attention_are_outputs_of_queries_and_inputs_of_the_last_matrix():
+    attention = {"query": {"kernel": jnp.ones((64, 4, 16))}, "out": {"kernel": jnp.ones((4, 16, 64))}}
+    numbers = hidden_matrices(attention)
+    assert numbers["query"]["kernel"] == ((0,), (1, 2))
+    assert numbers["out"]["kernel"] == ((0, 1), (2,))
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,8 @@ def test_what_is_a_bfloat16_stays_and_infinities_do():
     x = jnp.asarray([0.0, -0.0, 1.0, -1.5, 2.0**-100, jnp.inf, -jnp.inf], jnp.float32)
     np.testing.assert_array_equal(precision.stochastic(x, jnp.uint32(3)).astype(jnp.float32), x)
     assert bool(jnp.isnan(precision.stochastic(jnp.full(3, jnp.nan), jnp.uint32(3))).all())
+    full = jax.lax.bitcast_convert_type(jnp.asarray([0x7FFFFFFF, 0xFFFFFFFF], jnp.uint32), jnp.float32)  # GPUs' NaN
+    assert bool(jnp.isnan(precision.stochastic(full, jnp.uint32(3))).all())
 
 
 def test_derivatives_are_those_of_no_rounding():

@@ -1,6 +1,7 @@
 """The optimizers to beat on workloads, each with its source, its one setting for all and its search space."""
 
 import contextlib
+import functools
 from typing import Any
 
 import jax
@@ -158,7 +159,8 @@ def normuon_direction(s: Settings) -> optax.GradientTransformation:
         rows = jax.tree.map(lambda u, v: u / (jnp.sqrt(v / corrected) + 1e-8), updates, seen)
         return jax.tree.map(lambda u: _MUON_RMS * unit_rms(u, 1e-16, tuple(range(u.ndim))), rows), (seen, count + 1)
 
-    muon = optax.contrib.scale_by_muon(beta=b1, weight_dimension_numbers=lambda params: jax.tree.map(as_matrix, params))
+    matrices = functools.partial(jax.tree_util.tree_map_with_path, as_matrix)
+    muon = optax.contrib.scale_by_muon(beta=b1, weight_dimension_numbers=matrices)
     return hidden_alone(optax.chain(muon, optax.GradientTransformation(init_fn, update_fn)), s)
 
 

@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from learned_opt import features as ft
@@ -172,34 +171,3 @@ def test_newton_schulz_steps_of_long_matrices_may_be_multiplied_up(shape):
 def test_too_small_a_network_is_refused():
     with pytest.raises(ValueError, match="hidden_size >= 2"):
         celo2(hidden_size=1)
-
-
-def test_adam_moves_vectors_and_embeddings_and_the_network_the_rest():
-    rule, everywhere = celo2(orthogonalize=True, adam_on=["vectors", "embeddings"]), celo2(orthogonalize=True)
-    theta = rule.init(jax.random.key(0))
-    rng = np.random.default_rng(0)
-    shapes = {"embed": {"embeddings": (5, 2)}, "w": (4, 3), "b": (3,), "scale": (), "none": (0, 2)}
-    params = jax.tree.map(
-        lambda s: jnp.asarray(rng.normal(size=s), jnp.float32), shapes, is_leaf=lambda s: type(s) is tuple
-    )
-    params["absent"] = None
-    transforms = [rule.build(theta), everywhere.build(theta), optax.adam(1.0)]
-    states = [t.init(params) for t in transforms]
-    for step in range(3):
-        gradients = jax.tree.map(lambda p, step=step: jnp.cos(3 * p + step), params)
-        moved = [t.update(gradients, s, params) for t, s in zip(transforms, states, strict=True)]
-        (mixed, learned, adam), states = zip(*moved, strict=True)
-    np.testing.assert_allclose(mixed["w"], learned["w"], rtol=1e-6)
-    for of in (lambda u: u["b"], lambda u: u["scale"], lambda u: u["embed"]["embeddings"]):
-        np.testing.assert_allclose(of(mixed), of(adam), rtol=1e-5)
-    assert mixed["absent"] is None
-    assert mixed["none"].shape == (0, 2)
-
-    unclean = jax.tree.map(lambda p: jnp.full_like(p, jnp.nan), params)
-    updates, _ = transforms[0].update(unclean, transforms[0].init(params), params)
-    assert all(np.all(np.isfinite(u)) for u in jax.tree.leaves(updates))
-
-
-def test_adam_on_an_unknown_kind_is_refused():
-    with pytest.raises(ValueError, match="knows embeddings, vectors, not matrices"):
-        celo2(adam_on=["matrices"])

@@ -226,6 +226,14 @@ def test_corrected_response_is_biased_in_fourth_order():
     assert error(corrected, 0.5) < 0.25 * error(plain, 0.5)
 
 
+def test_bias_weights_count_the_hyperparameters_that_respond():
+    """One of three: E[c z^2] = 1 and E[c z^4] = 0, by Gauss's quadrature."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(8)
+    noise = jnp.asarray(np.stack([nodes, 0 * nodes, 0 * nodes], axis=1))
+    c = weights / weights.sum() * st.bias_weights(noise, 1)
+    np.testing.assert_allclose([c @ nodes**2, c @ nodes**4], [1, 0], atol=1e-5)
+
+
 def test_one_gated_row_cannot_hold_many_hyperparameters():
     """Ridge with a weight a feature: dw*/dl has full rank, one output unit's response rank one."""
     levels = np.linspace(-1.0, 1.0, D)

@@ -329,3 +329,23 @@ def test_a_flax_network_is_tuned_as_the_same_haiku_network():
     ours = (named(ours[0]), named(ours[1]), *ours[2:])
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("valid_steps", [1, 2, 4])
+def test_validation_steps_of_a_cycle_go_on_along_one_response(valid_steps):
+    """Weights that follow l exactly, from 0 to the best validation's 1: each step halves what is left."""
+    still = {"weights": optax.sgd(0.0), "response": optax.sgd(0.0), "hyper": optax.sgd(0.5)}
+    made = st.tuner(
+        {"l2": st.log(1.0, per_example=False, scale=1e-3)},
+        lambda w, hparams, key, batch: jnp.mean(PREDICT(w, batch)) * hparams["l2"],
+        lambda w, batch: jnp.mean(0.5 * (PREDICT(w, batch) - 1) ** 2),
+        *(lambda d, k: d,) * 2,
+        **still,
+        valid_steps=valid_steps,
+        tune_scale=False,
+        trust=None,
+    )
+    state = made.init(jnp.zeros(1), st.dense_response(jnp.zeros(1), 1))
+    state = state._replace(response=jax.tree.map(jnp.ones_like, state.response))
+    state, _ = made.cycle(state, KEY, jnp.ones((2, 1)))
+    np.testing.assert_allclose(state.hyper.mean, 1 - 0.5**valid_steps, atol=1e-5)

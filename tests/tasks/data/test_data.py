@@ -475,3 +475,20 @@ def test_tables_of_tensorflow_datasets_are_standardised_from_what_they_were(spli
         assert together.dtype == np.float32
         np.testing.assert_allclose(together[:, column] if field == "features" else together, expected, rtol=1e-6)
     assert not splits["train"]["features"][:, 1].any()  # a constant column
+
+
+@pytest.mark.parametrize(
+    ("field", "of_train", "of_test", "message"),
+    [
+        ("image", {"image": np.full((2, 2), 0.5)}, {}, "images of float64; images of uint8"),
+        ("label", {"label": 1}, {"label": -1}, "labels below 0, or beyond"),
+        ("label", {"label": 1}, {"label": 2}, "labels below 0, or beyond"),
+    ],
+)
+def test_what_tensorflow_datasets_hold_otherwise_is_refused(field, of_train, of_test, message):
+    from tasks.data import tfds_io
+
+    row = {"image": np.zeros((2, 2), np.uint8), "label": 0}
+    found = {"train": [row | of_train] * 3, "test": [row | of_train | of_test] * 3}
+    with pytest.raises(data.DataError, match=message):
+        tfds_io._stack(field, found)

@@ -234,6 +234,11 @@ def test_tables_and_suites():
     assert (family.inputs, family.classes) == (13, 3)
     problem = family.few_shot(family.data, family.sample(jax.random.key(0)), jax.random.key(1), 2)
     assert problem.support.shape == (6, 13)
+    quiet = representation.table("breast_cancer", noise=0.0)
+    problem = quiet.few_shot(quiet.data, quiet.sample(jax.random.key(0)), jax.random.key(1), 200)
+    known = {row.tobytes() for row in np.asarray(problem.support)}
+    assert len(known) > 100
+    assert not known & {row.tobytes() for row in np.asarray(problem.query)}  # judged on rows of their own
     with pytest.raises(representation.DataError, match="no table"):
         representation.table("diabetes")
     with pytest.raises(ValueError, match="unknown suite 'x'"):
