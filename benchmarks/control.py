@@ -1,12 +1,13 @@
 """What the numbers of the rule `control` are worth, each by itself, on four small networks that it was chosen on.
 
 A character transformer and an LSTM (16 x 64 characters, 300 steps), a ResNet and a ViT (32 images, 400 steps), one
-seed. Writes reports/control/losses.csv, the validation losses at the end of every setting, and the geometric mean of
-their ratios to those of `flagship-1` at its default rate. Finished runs are kept with the benchmark's; the same command
-goes on.
+seed. Writes the validation losses at the end of every setting, and the geometric mean of their ratios to those of the
+first. Finished runs are kept with the benchmark's; the same command goes on.
 
     learned-opt data fetch moby_dick && learned-opt data fetch kjv && learned-opt data fetch cifar10
-    python benchmarks/control.py
+    python benchmarks/control.py             # reports/control/losses.csv
+    python benchmarks/control.py --steps 1600 --networks gpt-2x64 lstm-1x128 --settings 'as it is' 'no brake' nadamw
+                                             # in longer runs weights have time to grow: reports/control/losses_1600.csv
 """
 
 import argparse
@@ -18,6 +19,7 @@ import numpy as np
 import tables
 
 import learned_opt
+from meta_train.bench.workloads.baselines import baselines
 from meta_train.bench.workloads.optimizers import Optimizer, learned, pretrained
 from meta_train.bench.workloads.training import program, run
 from meta_train.commands import shared
@@ -37,36 +39,42 @@ SETTINGS = {
     "no decay": {"decay": 0.0},
     "decay .4": {"decay": 0.4},
     "warm-up .1": {"warmup": 0.1},
+    "longest 2": {"longest": 2.0},
+    "longest 16": {"longest": 16.0},
+    "no brake": {"longest": 1e9},
 }
 
 
-def optimizers(trained: list[Path]) -> list[Optimizer]:
-    """`flagship-1`, the settings, and control layers that were trained."""
-    direction = learned_opt.load_rule("flagship-1").theta
-    found = [pretrained("flagship-1")[0]]
-    for name, setting in SETTINGS.items():
-        rule = learned_opt.RULES["control"](**setting)
-        found.append(learned(name, rule, rule.init(jax.random.key(0)) | {"direction": direction}, None))
-    return found + [pretrained(str(folder))[0]._replace(name=f"trained, {folder.name}") for folder in trained]
+def optimizer(name: str) -> Optimizer:
+    """A peer at its one setting for all workloads, a setting of the layer, or the folder of one that was trained."""
+    if name in SETTINGS:
+        rule = learned_opt.RULES["control"](**SETTINGS[name])
+        theta = rule.init(jax.random.key(0)) | {"direction": learned_opt.load_rule("flagship-1").theta}
+        return learned(name, rule, theta, None)
+    known = {baseline.name: baseline for baseline in baselines()}
+    return known[name] if name in known else pretrained(name)[0]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trained", type=Path, nargs="*", default=[])
-    parser.add_argument("--out", type=Path, default=Path("reports/control/losses.csv"))
+    parser.add_argument("--settings", nargs="+", default=["flagship-1", *SETTINGS])
+    parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
+    parser.add_argument("--steps", type=int)
     arguments = parser.parse_args()
+    out = Path("reports/control") / (f"losses_{arguments.steps}.csv" if arguments.steps else "losses.csv")
     rows: list[dict] = []
-    for optimizer in optimizers(arguments.trained):
+    for name in arguments.settings:
         losses = {}
-        for name, (make, steps) in NETWORKS.items():
-            workload = Workload(make, steps, None, name=name, network=name, dataset=name)
-            made = program(workload, optimizer)
-            losses[name] = run(made, workload, optimizer.setting, 0, shared.cache("bench")).final
-        ratios = [losses[name] / float((rows or [losses])[0][name]) for name in NETWORKS]
-        row = {"setting": optimizer.name} | {name: f"{loss:.4f}" for name, loss in losses.items()}
+        for network in arguments.networks:
+            make, steps = NETWORKS[network]
+            workload = Workload(make, arguments.steps or steps, None, name=network, network=network, dataset=network)
+            chosen = optimizer(name)
+            losses[network] = run(program(workload, chosen), workload, chosen.setting, 0, shared.cache("bench")).final
+        ratios = [losses[network] / float((rows or [losses])[0][network]) for network in losses]
+        row = {"setting": Path(name).name} | {network: f"{loss:.4f}" for network, loss in losses.items()}
         rows.append(row | {"ratio": f"{np.exp(np.mean(np.log(ratios))):.4f}"})
         print(rows[-1], flush=True)
-        tables.write(arguments.out, rows)
+        tables.write(out, rows)
 
 
 if __name__ == "__main__":

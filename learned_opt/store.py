@@ -131,7 +131,7 @@ def load(
             sets its own step :math:`\eta_t` is 1, so that this is the share lost at every update; ``flagship`` has a
             decay of its own.
         mask: which parameters decay, as for ``optax.adamw``: a pytree of bools, a prefix of the parameters', or a
-            function of them that gives one. All by default.
+            function of them that gives one. All by default; it does not touch a decay that the rule has of its own.
         num_steps: the planned number of updates, at least 1, for a rule that wants it; may be traced.
         batch_axes: ``(path, shape) -> n``: the first ``n`` axes of that parameter index separate tensors, such as the
             layers of a scanned network (``lambda path, shape: int(path.startswith("layers/"))``). By default 0:
@@ -158,6 +158,8 @@ def load(
     parts = [saved.rule.build(saved.theta, num_steps=num_steps, batch_axes=batch_axes)]
     if not (isinstance(weight_decay, int | float) and weight_decay == 0.0):
         parts.append(decay_weights(weight_decay, mask))
+    elif mask is not None:
+        raise ValueError("mask says what weight_decay is for: give both; a rule's own decay has no mask")
     if learning_rate is not None:
         check_rate("learning_rate", learning_rate)
         if saved.rule.learning_rate is None and isinstance(learning_rate, int | float) and 0 < learning_rate <= 0.01:
@@ -287,7 +289,10 @@ def read_record(name_or_path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         StoreError: as for :func:`load`.
     """
-    folder = Path(_resolve(name_or_path))
+    return _record(_resolve(name_or_path))
+
+
+def _record(folder: Path) -> dict[str, Any]:
     contents = _read_bytes(folder / _RULE)
     try:
         record = json.loads(contents)
@@ -326,10 +331,13 @@ def _resolve(name_or_path: str | os.PathLike[str]) -> Path:
     if str(name_or_path) in names:
         return pretrained_dir() / str(name_or_path)
     try:
-        if path.is_dir():
-            return path
+        found, a_run = path.is_dir(), (path / "rule" / _RULE).exists() and not (path / _RULE).exists()
     except (OSError, ValueError):  # a name too long, or with a NUL
-        pass
+        found = a_run = False
+    if a_run:
+        raise StoreError(f"{path} is a run of `learned-opt train`; its rule is {path / 'rule'}")
+    if found:
+        return path
     known = ", ".join(names) or "none"
     raise StoreError(f"no pretrained rule or folder named {str(name_or_path)!r}; pretrained rules: {known}")
 
@@ -347,7 +355,7 @@ def read(name_or_path: str | os.PathLike[str]) -> SavedRule:
         StoreError: as for :func:`load`.
     """
     folder = _resolve(name_or_path)
-    record = read_record(folder)
+    record = _record(folder)
     weights = _read_bytes(folder / _WEIGHTS)
     if hashlib.sha256(weights).hexdigest() != record["sha256"]:
         raise StoreError(f"{folder / _WEIGHTS} is damaged: its sha256 is not that of {_RULE}; export the rule again")

@@ -227,7 +227,7 @@ def check_params(params: Tree) -> None:
         if not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(
                 f"learned rules update real floating-point parameters, but params{jax.tree_util.keystr(path)} is "
-                f"{dtype}: leave it out with optax.masked or optax.multi_transform"
+                f"{dtype}: leave it out with optax.multi_transform, beside optax.set_to_zero()"
             )
 
 

@@ -15,7 +15,7 @@ from ..tensors import Direction, common_dtype, each, in_order, rule_transform
 from . import celo2_soap, nadam
 from .recurrent import linear, linear_init
 
-PAPER = "steps relative to weights: Bernstein et al. 2020, arXiv:2002.03432; cautious decay: arXiv:2510.12402"
+PAPER = "relative steps: Bernstein et al. 2020, arXiv:2002.03432; cautious decay: arXiv:2510.12402"
 
 DIRECTIONS: dict[str, Callable[..., Direction]] = {"celo2_soap": celo2_soap.direction, "nadam": nadam.direction}
 
@@ -54,6 +54,7 @@ def control(
     ratio: float = 0.04,
     decay: float = 0.2,
     warmup: float = 0.05,
+    longest: float = 8.0,
     hidden_size: int = 8,
 ) -> LearnedOptimizer:
     r"""A direction whose steps and decay a small network sets for each tensor, in units that carry over to any size.
@@ -61,13 +62,15 @@ def control(
     A tensor with weights :math:`x` and direction :math:`u` moves by
 
     .. math:: \kappa_1\, \rho\, s\,
-        \bigl(\max(\mathrm{rms}(x), n^{-1/2})\, u - \kappa_2\, \delta\, [u x < 0]\, x\bigr)
+        \bigl(\max(\mathrm{rms}(x), n^{-1/2})\, u' - \kappa_2\, \delta\, [u' x < 0]\, x\bigr)
 
     with :math:`\rho` the share of its size that it moves by in one update (``ratio``), :math:`n` its fan-in, the root
     of which sets a floor to the size, and :math:`\delta` the cautious ``decay``, which only pulls where the step pulls
-    too. A vector's size counts as .05, whatever it holds, and it has no decay. :math:`s` rises in proportion to the
-    updates over :math:`w`, the share ``warmup`` of the :math:`T`, and then falls to 0,
-    :math:`((T - t) / (T - w))^{1.2}`; where ``num_steps`` is not told it rises over 20 updates and stays.
+    too. :math:`u'` is :math:`u` without a share of what lengthens the weights (:func:`braked`): with steps relative to
+    the weights these would grow exponentially. A vector's size counts as .05, whatever it holds; it has neither decay
+    nor brake. :math:`s` rises in proportion to the updates over :math:`w`, the share ``warmup`` of the :math:`T`, and
+    then falls to 0, :math:`((T - t) / (T - w))^{1.2}`; where ``num_steps`` is not told it rises over 20 updates and
+    stays.
 
     The factors :math:`\kappa = 4^{\tanh(\cdot)}` are a network's with one hidden layer, whose last layer starts at
     zero: fresh meta-parameters are the hand-set values, and no training takes a tensor further than four times from
@@ -82,6 +85,7 @@ def control(
         ratio: :math:`\rho`.
         decay: :math:`\delta`.
         warmup: a share of the run.
+        longest: times its floor is a matrix that no step lengthens, above 1; see :func:`braked`.
         hidden_size: units of the network.
 
     Returns:
@@ -100,8 +104,8 @@ def control(
     """
     if direction not in DIRECTIONS:
         raise ValueError(f"unknown direction {direction!r}; directions: {', '.join(DIRECTIONS)}")
-    if not (ratio > 0 and decay >= 0 and 0 <= warmup < 1 and hidden_size >= 1):
-        raise ValueError("control needs a positive ratio, decay >= 0, warmup in [0, 1) and hidden_size >= 1")
+    if not (ratio > 0 and decay >= 0 and 0 <= warmup < 1 and longest > 1 and hidden_size >= 1):
+        raise ValueError("control needs ratio > 0, decay >= 0, warmup in [0, 1), longest > 1 and hidden_size >= 1")
     try:
         inner = DIRECTIONS[direction](**(direction_kwargs or {}))
     except TypeError as error:
@@ -121,6 +125,7 @@ def control(
         u, accumulators = inner.step(theta, count, g, p, tensor.direction)
         pairs = [(u, p), (u, -g), (u, tensor.average), (-g, tensor.average)]
         seen = emas(tensor.seen, jnp.stack([cosine(x, y) for x, y in pairs]), _DECAYS)
+        u = braked(u, p, longest) if p.ndim >= 2 else u
         move, pull = factors.astype(p.dtype) * jnp.array([1, decay if p.ndim >= 2 else 0], p.dtype)
         update = move * rate.astype(p.dtype) * (size_of(p) * u - pull * jnp.where(u * p < 0, p, 0))
         return update, Controlled(accumulators, ema(tensor.average, update, _MEMORY), seen)
@@ -149,9 +154,39 @@ def control(
 
 def size_of(p: jax.Array) -> jax.Array:
     """What a tensor's steps are relative to."""
-    if p.ndim < 2:
-        return jnp.asarray(_VECTOR, p.dtype)
-    return jnp.maximum(jnp.sqrt(jnp.mean(p * p) + _TINY), inputs_before_last("", p.shape) ** -0.5)
+    return jnp.maximum(rms(p), floor_of(p)) if p.ndim >= 2 else jnp.asarray(_VECTOR, p.dtype)
+
+
+def floor_of(p: jax.Array) -> float:
+    """The least size of a matrix: the root mean square of weights that keep the size of their inputs."""
+    return inputs_before_last("", p.shape) ** -0.5
+
+
+def rms(p: jax.Array) -> jax.Array:
+    """The root mean square of a tensor."""
+    return jnp.sqrt(jnp.mean(p * p) + _TINY)
+
+
+def braked(u: jax.Array, p: jax.Array, longest: float) -> jax.Array:
+    r"""A matrix's direction less a share of its part along the weights, where that lengthens them.
+
+    .. math:: u' = u - b \max(\langle u, x\rangle, 0)\, x / \langle x, x\rangle
+
+    with :math:`b` from 0, where the weights' size is at its floor or below, to 1 at ``longest`` times the floor.
+
+    Args:
+        u: the direction, ``[*shape]``.
+        p: the weights, likewise.
+        longest: see above.
+
+    Returns:
+        ``[*shape]``.
+
+    Reference: weights of fixed norm, "Hyperball", 2026, arXiv:2606.16899.
+    """
+    size = rms(p)
+    share = jnp.clip((size / floor_of(p) - 1) / (longest - 1), 0, 1)
+    return u - share * jnp.maximum(jnp.mean(u * p), 0) / size**2 * p
 
 
 def schedule(count: jax.Array, total: jax.Array, warmup: float, dtype) -> jax.Array:

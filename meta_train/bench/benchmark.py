@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from rich.console import Console
 
@@ -43,7 +44,12 @@ def choose_tasks(suite: str | None, own: Sequence[Entry] = ()) -> list[Entry]:
 
 
 def choose_contenders(
-    names: Sequence[str] | None, rules: Sequence[str], optimizers: Sequence[str] = ()
+    names: Sequence[str] | None,
+    rules: Sequence[str],
+    optimizers: Sequence[str] = (),
+    *,
+    num_steps: int = 10,
+    own: Sequence[Entry] = (),
 ) -> list[Contender]:
     """Baselines, saved rules and the user's own optimizers.
 
@@ -51,6 +57,8 @@ def choose_contenders(
         names: of the baselines; ``None`` for all. Adam is always one: all is relative to it.
         rules: names or folders of saved rules.
         optimizers: ``FILE.py:FUNCTION``, see :func:`meta_train.bench.user_code.optimizer`.
+        num_steps: how many steps are planned.
+        own: the user's tasks, on the first of which the user's optimizers are tried.
 
     Raises:
         ConfigError: no such baseline, or a mistake in a user's file.
@@ -62,7 +70,8 @@ def choose_contenders(
             raise ConfigError(f"unknown baseline {name!r}; baselines: {', '.join(known)}")
     chosen = [contender for name, contender in known.items() if names is None or name in (*names, REFERENCE)]
     chosen += [pretrained(rule) for rule in rules]
-    chosen += [user_code.optimizer(spec) for spec in optimizers]
+    params = user_code.parameters(own[0]) if own else None
+    chosen += [user_code.optimizer(spec, num_steps, params) for spec in optimizers]
     return user_code.distinct(chosen, "optimizer")
 
 
@@ -93,6 +102,7 @@ def run(
         ``out``, ``about``, ``summary`` and ``figures``, JSON values.
 
     Raises:
+        ConfigError: tuned Adam, to which all is relative, diverged on a task.
         ClaimError: another process holds ``out``.
     """
     with claim.claim(out):
@@ -103,6 +113,8 @@ def _run(label, entries, contenders, plan, out: Path, console: Console | None, c
     bar = functools.partial(progress, console or Console(stderr=True), f"bench {label}")
     with bar(len(entries) * len(contenders)) as show:
         results = run_suite(entries, contenders, plan, show=show)
+    if lost := [r.task for r in results if r.contender == REFERENCE and not np.isfinite(r.final).any()]:
+        raise ConfigError(f"{REFERENCE}, the reference, diverged with every rate on {', '.join(lost)}")
     about = {
         "suite": label,
         "steps": plan.steps,
@@ -120,7 +132,8 @@ def _run(label, entries, contenders, plan, out: Path, console: Console | None, c
     write_atomically(out / "report.html", page.render(results, figures, overview, about))
     if console is not None:
         shown = Console()
-        shown.print(terminal.tables(figures, overview, f"{label}: {plan.steps} steps, {plan.seeds} seeds"))
+        seeds = f"{plan.seeds} seeds" if plan.seeds > 1 else "one seed"
+        shown.print(terminal.tables(figures, overview, f"{label}: {plan.steps} steps, {seeds}"))
         shown.print(
             f"written:   {out}/report.html, results.csv, results.json, curves.png", highlight=False, soft_wrap=True
         )

@@ -228,7 +228,7 @@ def _results(
             state_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)),
             num_params=sum(leaf.size for leaf in jax.tree.leaves(params)),
             timing=timing,
-            has_data=bool(jax.tree.leaves(family.data)),
+            has_data=entry.family == "own" or bool(jax.tree.leaves(family.data)),
         )
         for row, (label, losses) in enumerate(zip(labels, arrays["losses"].astype(np.float64), strict=True))
     ]

@@ -1,6 +1,7 @@
 """A user's own task or optimizer for the benchmark, or network to tune, from one function in a file of theirs."""
 
 import inspect
+import math
 import runpy
 import traceback
 from collections.abc import Callable
@@ -41,6 +42,9 @@ def task(spec: str) -> Entry | Workload:
     made = _call(spec, make)
     workload = made if isinstance(made, Workload) else None
     if workload is not None:
+        target = workload.target
+        if target is not None and not (isinstance(target, int | float) and math.isfinite(target)):
+            raise UserCodeError(f"{spec}: a workload's target is a finite number or None, not {target!r}")
         for field in ("steps", "every"):
             if not isinstance(getattr(workload, field), int) or getattr(workload, field) < 1:
                 raise UserCodeError(
@@ -53,26 +57,47 @@ def task(spec: str) -> Entry | Workload:
         kinds = "a tasks.Task, tasks.TaskFamily or tasks.Workload"
         raise UserCodeError(f"{spec} returned {type(made).__name__}, not {kinds}")
 
-    def losses(data: Any, key: jax.Array) -> list[jax.Array]:
+    def losses(data: Any, key: jax.Array) -> list[Any]:
         built = made.task(data, made.sample(key))
         params = built.init(key)
-        return [built.loss(params, key, built.batch(key, split))[0] for split in ("train", "valid")]
+        return [built.loss(params, key, built.batch(key, split)) for split in ("train", "valid")]
 
-    for loss in _call(spec, jax.eval_shape, losses, made.data, jax.random.PRNGKey(0)):
+    def slope(data: Any, key: jax.Array) -> Any:
+        built = made.task(data, made.sample(key))
+        return jax.grad(lambda params: built.loss(params, key, built.batch(key, "train"))[0])(built.init(key))
+
+    for found in _call(spec, jax.eval_shape, losses, made.data, jax.random.PRNGKey(0)):
+        if not isinstance(found, tuple) or len(found) != 2:
+            raise UserCodeError(f"{spec}: the loss function returns the loss and a dict, as in `return loss, {{}}`")
+        loss = found[0]
         if loss.shape or not jnp.issubdtype(loss.dtype, jnp.floating):
             raise UserCodeError(f"{spec}: the loss is {loss.dtype}{list(loss.shape)}, not a float scalar")
+    _call(spec, jax.eval_shape, slope, made.data, jax.random.PRNGKey(0))
     if workload is not None:
         return workload._replace(make=lambda: made, name=name, dataset=spec)
     return Entry(name, "own", spec, lambda: made)
 
 
-def optimizer(spec: str) -> Contender:
+def parameters(task: Entry | Workload) -> Any:
+    """The shapes and dtypes of a task's parameters."""
+    made = task.make()
+    family = only(made) if isinstance(made, Task) else made
+
+    def init(data: Any, key: jax.Array) -> Any:
+        return family.task(data, family.sample(key)).init(key)
+
+    return jax.eval_shape(init, family.data, jax.random.PRNGKey(0))
+
+
+def optimizer(spec: str, num_steps: int = 10, params: Any = None) -> Contender:
     """The benchmark's contender for a user's optimizer.
 
     Args:
         spec: ``FILE.py:FUNCTION``; the function returns an Optax transform. Where it has a parameter ``learning_rate``,
             that is tuned over seven half-decades, about its default value if it has one, which is then reported
             beside the tuned one. Where it has a parameter ``num_steps``, it is given the planned number of updates.
+        num_steps: that number, as the function will see it.
+        params: of a task that it is for, arrays or their shapes; it is tried on them.
 
     Returns:
         A contender called after the file (and the function, unless that is ``make``).
@@ -93,19 +118,26 @@ def optimizer(spec: str) -> Contender:
         return function(**{key: value for key, value in given.items() if key in parameters})
 
     def update(rate: jax.Array, grads: Any) -> Any:
-        made = make(rate, 10)
+        made = make(rate, num_steps)
         if not hasattr(made, "init") or not hasattr(made, "update"):
             raise TypeError(f"returned {type(made).__name__}, not an Optax transform")
         transform = optax.with_extra_args_support(made)
-        updates, _ = transform.update(grads, transform.init(grads), grads, value=jnp.ones(()))
+        state = transform.init(grads)
+        updates, new = transform.update(grads, state, grads, value=jnp.ones(()))
+        shapes = [jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), tree) for tree in (state, new)]
+        if shapes[0] != shapes[1]:
+            raise TypeError("an update changes the structure, shapes or dtypes of the state: it cannot be compiled")
         return optax.apply_updates(grads, updates)
 
-    _call(spec, jax.eval_shape, update, jnp.ones(()), {"w": jnp.ones((3, 2)), "b": jnp.ones(2)})
+    tried = {"w": jnp.ones((3, 2)), "b": jnp.ones(2)} if params is None else params
+    _call(spec, jax.eval_shape, update, jnp.ones(()), tried)
     if "learning_rate" not in parameters:
         return Contender(name, make, (), about=f"{spec}, one setting everywhere")
     default = parameters["learning_rate"].default
-    if not isinstance(default, int | float) or not default > 0:
+    if not isinstance(default, int | float):
         return Contender(name, make, GRID, about=spec)
+    if not 0 < default < math.inf:
+        raise UserCodeError(f"{spec}: the default learning_rate is a positive number, not {default!r}")
     return Contender(name, make, around(default), default=float(default), about=spec)
 
 

@@ -45,8 +45,9 @@ def run(arguments: argparse.Namespace) -> int:
     plan = Plan(steps, seeds, 1 if quick else 2, timed=True, folder=shared.cache("bench", arguments.runs))
     out = arguments.out or Path("runs") / f"bench-{time.strftime('%Y%m%d-%H%M%S')}"
 
-    entries = benchmark.choose_tasks(suite, [task for task in tasks if isinstance(task, Entry)])
-    contenders = benchmark.choose_contenders(names, rules, arguments.optimizer)
+    mine = [task for task in tasks if isinstance(task, Entry)]
+    entries = benchmark.choose_tasks(suite, mine)
+    contenders = benchmark.choose_contenders(names, rules, arguments.optimizer, num_steps=steps, own=mine)
     shown = None if arguments.json else Console(stderr=True)
     label = suite or "own tasks"
     result = benchmark.run(label, entries, contenders, plan, out, shown, command=arguments.typed, rules=rules)
@@ -61,6 +62,8 @@ def _on_workloads(arguments: argparse.Namespace, own: Sequence[Workload], tasks:
     if arguments.quick or arguments.steps is not None:
         flag = "quick" if arguments.quick else "steps"
         raise UsageError(f"--{flag} is for small tasks: a workload has its own budget")
+    if arguments.finished and arguments.runs is not None and not arguments.runs.is_dir():
+        raise UsageError(f"there is no folder {arguments.runs} of finished runs")
     seeds = 1 if arguments.seeds is None else arguments.seeds
     trials = search.TRIALS if arguments.trials is None else arguments.trials
     for name, value in (("seeds", seeds), ("trials", trials)):
@@ -71,7 +74,7 @@ def _on_workloads(arguments: argparse.Namespace, own: Sequence[Workload], tasks:
     out = arguments.out or Path("runs") / f"bench-{time.strftime('%Y%m%d-%H%M%S')}"
     chosen = command.choose_workloads(arguments.suite, own)
     names = arguments.baselines.split(",") if arguments.baselines else None
-    optimizers = command.choose_optimizers(names, rules, arguments.optimizer)
+    optimizers = command.choose_optimizers(names, rules, arguments.optimizer, chosen)
     plan = command.Plan(
         ruleset,
         seeds,

@@ -43,5 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         shared.print_json({"folder": str(folder), "rule": record["rule"]})
     else:
-        print(f"wrote {folder}; use it: {shared.use(record['rule'], folder)}")
+        # a bare name would be that of a pretrained rule first
+        named = folder.absolute() if str(folder) in learned_opt.available() + store.available_unsupervised() else folder
+        print(f"wrote {folder}; use it: {shared.use(record['rule'], named)}")
     return 0

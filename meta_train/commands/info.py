@@ -20,6 +20,8 @@ def run(arguments: argparse.Namespace) -> int:
         record = store.read_record(arguments.name)
         store.read(arguments.name)  # the weights too are sound
         facts = {"name": arguments.name} | rule_facts(record["rule"], **record["kwargs"])
+        if record.get("learning_rate") is not None:
+            facts.pop("default_learning_rate", None)  # the rule's, where the folder has none
         for field in ("learning_rate", "kwargs", "seed", "config", "libraries", "sha256", "held_out"):
             if record.get(field) not in (None, {}):
                 facts[field] = record[field]

@@ -40,11 +40,6 @@ def run(arguments: argparse.Namespace) -> int:
         _join(arguments)
     console = Console(stderr=True)
     leader = jax.process_index() == 0
-    if leader:
-        console.print(
-            f"meta-training {config.rule} by {config.estimator} on {jax.device_count()} device(s) → {workdir}",
-            soft_wrap=True,
-        )
     outcome = loop.run(config, workdir, resume=arguments.resume, console=console)
     result: dict[str, Any] = {"workdir": str(workdir), "meta_steps": outcome.step, "finished": outcome.finished}
     if not outcome.finished:

@@ -36,4 +36,4 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         Console().print(tune.table(result))
         print(f"written:   {out}/result.json, schedule.json, curves.png, report.html")
-    return 0
+    return 0 if result["cycles_done"] == config.cycles else 130

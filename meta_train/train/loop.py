@@ -228,6 +228,9 @@ def run(config: Config, workdir: Path, *, resume: bool = False, console: Console
             mistake = error
         _share(mistake)
         setup = set_up(config, make_mesh())
+        if leader:  # a mistake in the settings has come out by now
+            what = f"meta-training {config.rule} by {config.estimator} on {jax.device_count()} device(s)"
+            console.print(f"{what} → {workdir}", soft_wrap=True)
 
         def checkpoints():
             made = checkpoint.manager(workdir, config.keep_checkpoints)

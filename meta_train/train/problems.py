@@ -14,6 +14,7 @@ import optax
 from learned_opt import self_tuning as st
 from tasks.base import Data
 from tasks.data import VOCABULARY, load
+from tasks.data.sources import DataError
 from tasks.families.batches import draw, take
 from tasks.families.vision import patches3x3, shrink
 
@@ -118,13 +119,18 @@ def _split(arrays: dict[str, np.ndarray], share: float = 0.2) -> tuple[dict, dic
     return {k: v[~held] for k, v in arrays.items()}, {k: v[held] for k, v in arrays.items()}
 
 
-def _images(dataset: str, times: int = 1) -> Data:
-    """Images, made so many times smaller."""
+def _images(dataset: str, times: int = 1, colours: int = 1, multiple: int = 4) -> Data:
+    """Images, made so many times smaller; of so many colours, and sides that are such a multiple then."""
 
     def smaller(images):
         return shrink(images, images.shape[1] // times)
 
-    splits = {split: rows | {"image": smaller(rows["image"])} for split, rows in load(dataset).items()}
+    loaded = load(dataset)
+    shape = loaded["train"]["image"].shape[1:] if "image" in loaded["train"] else ()
+    if (*shape, 1)[2:3] != (colours,) or shape[0] // times % multiple:
+        kind = "colour" if colours == 3 else "grey"
+        raise DataError(f"the network wants {kind} images of sides a multiple of {multiple}; {dataset!r} has none")
+    splits = {split: rows | {"image": smaller(rows["image"])} for split, rows in loaded.items()}
     train, valid = _split({name: splits["train"][name] for name in ("image", "label")})
     data = {"train": train, "valid": valid, "test": {name: splits["valid"][name] for name in ("image", "label")}}
     return {
@@ -276,7 +282,7 @@ def cifar_cnn(dataset: str = "cifar10", *, width: int = 16, batch_size: int = 64
         x = st.regularisers.input_scaling(k[6], x, hparams["input_scaling"])
         return st.regularisers.input_noise(k[7], x, hparams["input_noise"])
 
-    return _classifier(network, augment, lambda params, hparams: 0.0, specs, _images(dataset, shrink), batch_size)
+    return _classifier(network, augment, lambda params, hparams: 0.0, specs, _images(dataset, shrink, 3, 8), batch_size)
 
 
 def char_lstm(
@@ -415,6 +421,8 @@ def _language_model(
 ) -> Problem:
     """A model of characters; ``network(codes, hparams or None)`` gives logits and states, [B, T, ...]."""
     splits = load(dataset)
+    if "text" not in splits["train"]:
+        raise DataError(f"the network reads text; {dataset!r} has none")
     text, test = (np.asarray(splits[name]["text"]).reshape(-1) for name in ("train", "valid"))
     cut = len(text) * 9 // 10
     parts = {"train": text[:cut], "valid": text[cut:], "test": test}

@@ -17,6 +17,7 @@ from rich.table import Table
 import learned_opt
 from learned_opt import self_tuning as st
 from learned_opt.files import write_atomically
+from learned_opt.loaded import check_rate
 
 from .. import claim
 from . import tune_page
@@ -41,7 +42,7 @@ class TuneConfig:
         hyper_learning_rate: of the hyperparameters (Adam).
         method: ``"delta_stn"`` or ``"stn"``.
         cycles: cycles of five training steps and a validation step.
-        warmup: cycles before the first validation step.
+        warmup: cycles before the first validation step, at most a quarter of all.
         seed: of everything random, 0 to 2^32 - 1.
         report_every: cycles between two lines of progress.
         constants: whether to train twice more, at the first and at the last values held constant.
@@ -66,7 +67,7 @@ def run(config: TuneConfig, out: Path, console: Console, problem: Problem | None
     Args:
         config: the run.
         out: folder of the results, made if missing, and claimed while the run lives.
-        console: where progress is shown.
+        console: where progress is shown. Ctrl-C there ends the run early, with the results so far.
         problem: one that is not among the presets.
 
     Returns:
@@ -74,7 +75,7 @@ def run(config: TuneConfig, out: Path, console: Console, problem: Problem | None
         sets, and the hyperparameters at the best and at the end.
 
     Raises:
-        ValueError: an unknown problem or a setting out of range.
+        ValueError: an unknown problem, a setting out of range, or every training step was skipped.
         ClaimError: another process holds ``out``.
         DataError: the data set is missing.
     """
@@ -84,6 +85,8 @@ def run(config: TuneConfig, out: Path, console: Console, problem: Problem | None
     for name in ("cycles", "report_every"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
+    if config.learning_rate is not None:
+        check_rate("learning_rate", config.learning_rate)
     with claim.claim(out):
         if problem is None:
             problem = PROBLEMS[config.problem](**({"dataset": config.dataset} if config.dataset else {}))
@@ -99,24 +102,32 @@ def _run(config: TuneConfig, problem: Problem, out: Path, console: Console) -> d
         hyper=optax.adam(config.hyper_learning_rate),
         method=config.method,
         train_steps=_TRAIN_STEPS,
-        warmup=config.warmup,
+        warmup=min(config.warmup, config.cycles // 4),
     )
     k_init, k_run = jax.random.split(jax.random.key(config.seed))
     state, parts = jax.jit(lambda key: tuner.init(*problem.init(key)))(k_init), []
     data = jax.device_put({split: problem.data[split] for split in ("train", "valid")})
     with progress(console, f"tune {config.problem}", config.cycles) as show:
-        while (done := int(state.cycle)) < config.cycles:
-            state, info = tuner.run(state, k_run, data, min(config.report_every, config.cycles - done))
-            parts.append(jax.device_get(info))
-            show(int(state.cycle), f"validation loss {np.mean(info.valid_loss):.4f}  {_values(problem, state.hyper)}")
-
+        try:
+            while (done := int(state.cycle)) < config.cycles:
+                state, info = tuner.run(state, k_run, data, min(config.report_every, config.cycles - done))
+                parts.append(jax.device_get(info))
+                loss = np.mean(info.valid_loss)
+                show(int(state.cycle), f"validation loss {loss:.4f}  {_values(problem, state.hyper)}")
+        except KeyboardInterrupt:  # what was found so far is worth keeping
+            if not parts:
+                raise
     schedule = st.from_run(problem.specs, parts, train_steps=_TRAIN_STEPS)
+    skipped = int(sum(part.skipped.sum() for part in parts))
+    if skipped >= len(schedule.steps) * _TRAIN_STEPS:
+        raise ValueError(f"{config.problem}: in every training step the loss or a gradient was not finite")
     result = {
         "config": dataclasses.asdict(config),
+        "cycles_done": len(schedule.steps),
         "best": _judged(problem, standing(config.method, state.best), state.best.hyper),
         "last": _judged(problem, standing(config.method, state), state.hyper),
         "constants": _constants(config, problem, weights, schedule, data) if config.constants else {},
-        "skipped_updates": int(sum(part.skipped.sum() for part in parts)),
+        "skipped_updates": skipped,
         "rolled_back": int(sum(part.rolled_back.sum() for part in parts)),
         "jax": jax.__version__,
     }
@@ -145,14 +156,22 @@ def _constants(
             lambda data, key: problem.batch(data["train"], key),
             weights,
         )
-        state, _ = replay.run(replay.init(problem.init(k_init)[0]), k_run, data, num_steps=config.cycles * _TRAIN_STEPS)
+        num_steps = len(schedule.steps) * _TRAIN_STEPS
+        state, _ = replay.run(replay.init(problem.init(k_init)[0]), k_run, data, num_steps=num_steps)
         found[name] = {split: evaluate(problem, state.params, problem.data[split]) for split in ("valid", "test")}
     return found
 
 
 def table(result: dict[str, Any]) -> Table:
     """What a run found, for the terminal."""
-    shown = Table(title=f"{result['config']['problem']}: best weights by validation loss, and the last")
+    done, planned = result["cycles_done"], result["config"]["cycles"]
+    notes = [f"stopped after {done} of {planned} cycles"] if done < planned else []
+    if skipped := result["skipped_updates"]:
+        notes.append(f"{skipped} updates that were not finite were skipped")
+    if rolled_back := result["rolled_back"]:
+        notes.append(f"the run went back to its best weights {rolled_back} times")
+    title = f"{result['config']['problem']}: best weights by validation loss, and the last"
+    shown = Table(title=title, caption="; ".join(notes) or None)
     for column in ("", "best", "last", *(f"{name} values, constant" for name in result["constants"])):
         shown.add_column(column, justify="right" if column else "left")
     for split in ("valid", "test"):

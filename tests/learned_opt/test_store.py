@@ -98,6 +98,18 @@ def test_record_and_card(tmp_path, theta):
     assert [path.name for path in tmp_path.iterdir()] == ["r"]  # nothing left beside it
 
 
+def test_a_folder_called_like_a_pretrained_rule_is_read_by_its_path_and_a_run_names_its_rule(
+    tmp_path, theta, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    learned_opt.save("flagship", "celo2", theta, kwargs=KWARGS)
+    assert learned_opt.load_rule("flagship").name == "control"
+    assert learned_opt.load_rule(tmp_path / "flagship").name == "celo2"
+    learned_opt.save("run/rule", "celo2", theta, kwargs=KWARGS)
+    with pytest.raises(StoreError, match="run is a run of `learned-opt train`; its rule is run/rule"):
+        learned_opt.load("run")
+
+
 def test_saving_again_replaces_and_saving_over_something_else_does_not(copy, theta, tmp_path):
     learned_opt.save(copy, "celo2", jax.tree.map(lambda x: x + 1, theta), kwargs=KWARGS)
     np.testing.assert_array_equal(learned_opt.load_rule(copy)[1]["b0"], theta["b0"] + 1)
@@ -366,6 +378,7 @@ def test_decay_keeps_the_dtype_of_the_updates(saved):
         ({"learning_rate": -1e-3}, "learning_rate must be finite and at least 0, not -0.001"),
         ({"learning_rate": jnp.inf}, "learning_rate must be finite"),
         ({"weight_decay": np.float32("nan")}, "weight_decay must be finite"),
+        ({"mask": {"w": True}}, "mask says what weight_decay is for: give both"),
         ({"num_steps": "100"}, "num_steps must be an integer of at least 1, not '100'"),
         ({"num_steps": -5}, "num_steps must be at least 1, not -5"),
         ({"num_steps": 0}, "num_steps must be at least 1, not 0"),

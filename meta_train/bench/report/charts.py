@@ -208,7 +208,7 @@ def overview_png(results: Sequence[Result], drawn: Mapping[str, Style]) -> bytes
         for panel in panels[len(tasks) :]:
             panel.axis("off")
         handles = [_line(panels[-1], name, drawn[name], [], []) for name in names]
-        figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 5), frameon=False)
+        figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 2 * columns, 5), frameon=False)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=100)
     return buffer.getvalue()

@@ -81,7 +81,7 @@ def _losses(name: str, figures: Sequence[Row]) -> tuple[str, str, list[tuple[Row
     mine = [row for row in figures if row["contender"] == name]
     behind = [row for row in mine if lost(row)]
     diverged = sum(row["diverged"] for row in mine)
-    told = f"lost {len(behind)} of {len(mine)} tasks" if behind else "lost no task"
+    told = f"lost {len(behind)} of {len(mine)} task{'s' if len(mine) > 1 else ''}" if behind else "lost no task"
     told += f"; {diverged} of its runs diverged." if diverged else "; no run diverged."
     return name, told, [(row, _why(row, figures)) for row in behind]
 

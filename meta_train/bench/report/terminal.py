@@ -10,7 +10,7 @@ from rich.table import Table
 from .. import glossary, measures
 from ..contenders import REFERENCE
 
-_BY_TASK = "By task: loss and, below it, steps. Where learned rules do worst comes first."
+_BY_TASK = "By task: loss and, below it, steps. The worst for learned rules come first."
 
 
 def tables(figures: Sequence[dict[str, Any]], overview: Sequence[dict[str, Any]], title: str) -> Group:

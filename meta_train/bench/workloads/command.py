@@ -40,13 +40,16 @@ def choose_workloads(suite: str | None, own: Sequence[Workload] = ()) -> list[Wo
     return user_code.distinct([*chosen, *own], "workload")
 
 
-def choose_optimizers(names: Sequence[str] | None, rules: Sequence[str], own: Sequence[str] = ()) -> list[Optimizer]:
+def choose_optimizers(
+    names: Sequence[str] | None, rules: Sequence[str], own: Sequence[str] = (), on: Sequence[Workload] = ()
+) -> list[Optimizer]:
     """Baselines and saved rules with their controls.
 
     Args:
         names: of the baselines; ``None`` for the four main ones, ``("all",)`` for all. The reference is always one.
         rules: names or folders of saved rules.
         own: ``FILE.py:FUNCTION``, see :func:`meta_train.bench.user_code.optimizer`; without our schedule.
+        on: the workloads, on the first of which the user's optimizers are tried.
 
     Raises:
         ConfigError: no such baseline, a mistake in a user's file, or two optimizers of one name.
@@ -60,7 +63,9 @@ def choose_optimizers(names: Sequence[str] | None, rules: Sequence[str], own: Se
     chosen = [optimizer for name, optimizer in known.items() if name in wanted]
     for rule in rules:
         chosen += pretrained(rule)
-    chosen += [_own(user_code.optimizer(spec)) for spec in own]
+    if own:
+        planned = (on[0].steps, user_code.parameters(on[0])) if on else ()
+        chosen += [_own(user_code.optimizer(spec, *planned)) for spec in own]
     return user_code.distinct(chosen, "optimizer")
 
 

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from learned_opt.rules import nadam
-from learned_opt.rules.control import control, schedule
+from learned_opt.rules.control import braked, control, schedule
 
 PARAMS = {"w": jnp.linspace(-1.0, 2.0, 12).reshape(4, 3), "b": jnp.array([0.5, -2.0, 0.0])}
 GRADIENTS = jax.tree.map(lambda p: jnp.cos(3 * p), PARAMS)
@@ -49,6 +49,30 @@ def test_small_weights_move_by_the_floor():
     params = jax.tree.map(lambda p: 1e-3 * p, PARAMS)
     (updates,) = updates_of(control(direction="nadam", decay=0.0), THETA, GRADIENTS, params, steps=1)
     np.testing.assert_allclose(np.abs(updates["w"]), 0.04 / 20 * 0.5 * (1 + 0.9 / 1.9), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("times", "share"), [(0.5, 0.0), (1.0, 0.0), (4.5, 0.5), (8.0, 1.0), (20.0, 1.0)])
+def test_the_brake_takes_off_what_lengthens_a_matrix(times, share):
+    """Times the floor, which is a half here: by the closed form, and nothing of what shortens it."""
+    p = PARAMS["w"] * times * 0.5 / jnp.sqrt(jnp.mean(PARAMS["w"] ** 2))
+    outward = p + 0.3 * GRADIENTS["w"]
+    along = jnp.sum(outward * p) / jnp.sum(p * p)
+    np.testing.assert_allclose(braked(outward, p, 8.0), outward - share * along * p, atol=1e-5 * times)
+    np.testing.assert_array_equal(braked(-outward, p, 8.0), -outward)
+
+
+def test_weights_do_not_grow_without_bound_where_the_loss_wants_them_to():
+    """A gradient that always points inward: unbraked, the matrix doubles every eighteen steps."""
+    tx = RULE.build(THETA, num_steps=4000)
+
+    def step(carry, _):
+        params, state = carry
+        updates, state = tx.update(-params, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    start = 0.5 * jnp.ones((4, 3))
+    (params, _), _ = jax.jit(lambda c: jax.lax.scan(step, c, None, 1000))((start, tx.init(start)))
+    assert 4 < float(jnp.sqrt(jnp.mean(params**2)) / 0.5) < 16
 
 
 @pytest.mark.parametrize("direction", ["nadam", "celo2_soap"])
@@ -110,7 +134,14 @@ def test_a_convex_problem_is_solved():
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"direction": "sgd"}, {"ratio": 0.0}, {"decay": -1.0}, {"warmup": 1.0}, {"direction_kwargs": {"x": 1}}],
+    [
+        {"direction": "sgd"},
+        {"ratio": 0.0},
+        {"decay": -1.0},
+        {"warmup": 1.0},
+        {"longest": 1.0},
+        {"direction_kwargs": {"x": 1}},
+    ],
 )
 def test_a_mistake_gets_one_line(arguments):
     with pytest.raises(ValueError, match=r"^[^\n]+$"):

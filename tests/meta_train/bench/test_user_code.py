@@ -115,10 +115,18 @@ TASK, OPTIMIZER = "--task", "--optimizer"
          "the loss is float32[2], not a float scalar"),
         (TASK, "def make(): return Task(lambda k: {'x': jnp.ones(2)}, lambda k, s: {}, lambda p, k, b: (p['y'], {}))",
          "KeyError: 'y'"),
+        (TASK, "def make(): return Task(lambda k: {'x': jnp.ones(2)}, lambda k, s: {}, lambda p, k, b: p['x'].sum())",
+         "the loss function returns the loss and a dict, as in `return loss, {}`"),
+        (TASK, "def make(): return Task(lambda k: jnp.ones(2, int), lambda *_: {}, lambda p, k, b: (1.0 * p.sum(), {}))",
+         "TypeError: grad requires real- or complex-valued inputs"),
         (OPTIMIZER, None, "there is no file mine.py"),
         (OPTIMIZER, "def make(momentum): return optax.sgd(0.1)", "its parameter 'momentum' is none of learning_rate"),
         (OPTIMIZER, "def make(learning_rate): return optax.sgd", "returned function, not an Optax transform"),
         (OPTIMIZER, "def make(learning_rate): return optax.sgd(float(learning_rate))", "3: ConcretizationTypeError"),
+        (OPTIMIZER, "def make(learning_rate=-1.0): return optax.sgd(learning_rate)", "is a positive number, not -1.0"),
+        (OPTIMIZER, "def make(num_steps):\n    assert num_steps != 5\n    return optax.sgd(0.1)", "line 4: Ass"),
+        (OPTIMIZER, "def make(): return optax.GradientTransformation(lambda p: 0, lambda g, s, p=None: (g, s + 0.5))",
+         "an update changes the structure, shapes or dtypes of the state"),
         (OPTIMIZER, "def make(): return optax.masked(optax.sgd(0.1), {'nonesuch': True})", "mine.py:make"),
     ],
 )  # fmt: skip
@@ -131,6 +139,20 @@ def test_mistakes(option, text, message, capsys):
     assert len(told.splitlines()) == 1
     assert told.startswith("learned-opt: ")
     assert not Path("out").exists()
+
+
+def test_an_optimizer_is_tried_on_the_task_that_it_is_for():
+    spec = write("def make(): return optax.multi_transform({'a': optax.sgd(0.1)}, {'x': 'a'})\n")
+    with pytest.raises(user_code.UserCodeError):
+        user_code.optimizer(spec)
+    assert user_code.optimizer(spec, params={"x": jax.ShapeDtypeStruct((2,), jnp.float32)}).name == "mine"
+
+
+@pytest.mark.parametrize("target", ["'low'", "float('nan')"])
+def test_a_workload_s_target_is_a_number(target):
+    spec = write(f"from tasks import Workload\ndef make(): return Workload(None, 2, target={target})\n")
+    with pytest.raises(user_code.UserCodeError, match="target is a finite number or None"):
+        user_code.task(spec)
 
 
 @pytest.mark.parametrize(

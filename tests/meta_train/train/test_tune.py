@@ -5,16 +5,18 @@ from pathlib import Path
 
 import haiku as hk
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from rich.console import Console
 from support import ROOT
 from support.problems import ridge
 
 from learned_opt import self_tuning as st
 from meta_train import cli
 from meta_train.bench import user_code
-from meta_train.train import problems
+from meta_train.train import problems, tune
 
 
 @pytest.fixture
@@ -42,7 +44,7 @@ def test_tune_judges_the_weights_that_respond_in_the_original_form(small, tmp_pa
     result = json.loads((tmp_path / "result.json").read_text())["best"]["valid"]["loss"]
     problem = ridge()
     tuner = problems.make_tuner(
-        problem, weights=optax.adam(1e-3), hyper=optax.adam(1e-2), method="stn", train_steps=5, warmup=40
+        problem, weights=optax.adam(1e-3), hyper=optax.adam(1e-2), method="stn", train_steps=5, warmup=7
     )
     k_init, k_run = jax.random.split(jax.random.key(0))
     _, info = tuner.run(tuner.init(*problem.init(k_init)), k_run, problem.data, 30)
@@ -123,6 +125,22 @@ MISTAKES = {
 }
 
 
+def test_a_loss_that_is_never_finite_is_a_mistake_and_a_stopped_run_keeps_what_it_found(small, tmp_path, monkeypatch):
+    console, out, problem = Console(quiet=True), tmp_path / "out", ridge()
+    nowhere = problem._replace(train_loss=lambda *arguments: jnp.nan * problem.train_loss(*arguments))
+    config = tune.TuneConfig("ridge", cycles=4, report_every=1)
+    with pytest.raises(ValueError, match="in every training step the loss or a gradient was not finite"):
+        tune.run(config, out, console, nowhere)
+    assert not out.exists()
+
+    def stopped(problem, hyper):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tune, "_values", stopped)
+    result = tune.run(config, out, console)
+    assert (result["cycles_done"], len(st.schedule_from_json((out / "schedule.json").read_text()).steps)) == (1, 1)
+
+
 @pytest.mark.parametrize("text", MISTAKES)
 def test_mistakes_in_a_file_are_one_line(text, tmp_path, capsys):
     out = tmp_path / "out"
@@ -144,6 +162,10 @@ def test_mistakes_in_a_file_are_one_line(text, tmp_path, capsys):
         (["tune", "cifar-cnn"], "learned-opt data fetch cifar10"),
         (["tune", "char-lstm", "--cycles", "0"], "cycles must be at least 1"),
         (["tune", "char-lstm", "--optimizer", "nonsense"], "nonsense"),
+        (["tune", "char-lstm", "--learning-rate", "-1"], "learning_rate must be finite and at least 0, not -1"),
+        (["tune", "char-lstm", "--dataset", "digits"], "the network reads text; 'digits' has none"),
+        (["tune", "fashion-cnn", "--dataset", "wine"], "wants grey images of sides a multiple of 4; 'wine' has none"),
+        (["tune", "cifar-cnn", "--dataset", "fashion_mnist_small"], "wants colour images of sides a multiple of 8"),
     ],
 )
 def test_mistakes_are_one_line(arguments, told, capsys, tmp_path, monkeypatch):
