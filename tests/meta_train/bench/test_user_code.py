@@ -117,7 +117,7 @@ TASK, OPTIMIZER = "--task", "--optimizer"
          "KeyError: 'y'"),
         (TASK, "def make(): return Task(lambda k: {'x': jnp.ones(2)}, lambda k, s: {}, lambda p, k, b: p['x'].sum())",
          "the loss function returns the loss and a dict, as in `return loss, {}`"),
-        (TASK, "def make(): return Task(lambda k: jnp.ones(2, int), lambda *_: {}, lambda p, k, b: (1.0 * p.sum(), {}))",
+        (TASK, "def make(): return Task(lambda k: jnp.ones(2, int), lambda *_: {}, lambda p, *_: (1.0 * p.sum(), {}))",
          "TypeError: grad requires real- or complex-valued inputs"),
         (OPTIMIZER, None, "there is no file mine.py"),
         (OPTIMIZER, "def make(momentum): return optax.sgd(0.1)", "its parameter 'momentum' is none of learning_rate"),
