@@ -42,6 +42,15 @@ REPORTS = {
         ("python benchmarks/update.py --out reports/accelerator/h100.json  # on a machine with the GPU",),
     ),
     "compile": Report("how long optimizers compile, by depth", ("python benchmarks/compile.py",)),
+    "control": Report(
+        "what the brake of `flagship` is worth in longer runs, on two small networks that it was chosen on",
+        (
+            "learned-opt data fetch moby_dick",
+            "learned-opt data fetch kjv",
+            "python benchmarks/control.py --steps 1600 --networks gpt-2x64 lstm-1x128"
+            " --settings 'as it is' 'no brake' nadamw",
+        ),
+    ),
     "direction": Report(
         "what cheaper forms of `flagship-1`'s direction cost in loss",
         ("learned-opt data fetch moby_dick", "python benchmarks/direction.py"),
