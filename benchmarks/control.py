@@ -6,7 +6,7 @@ first. Finished runs are kept with the benchmark's; the same command goes on.
 
     learned-opt data fetch moby_dick && learned-opt data fetch kjv && learned-opt data fetch cifar10
     python benchmarks/control.py             # reports/control/losses.csv
-    python benchmarks/control.py --steps 1600 --networks gpt-2x64 lstm-1x128 --settings 'as it is' 'no brake' nadamw
+    python benchmarks/control.py --steps 1600 --networks gpt-2x64 lstm-1x128 --settings 'as it is' 'no brake'
                                              # in longer runs weights have time to grow: reports/control/losses_1600.csv
 """
 

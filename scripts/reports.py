@@ -47,8 +47,7 @@ REPORTS = {
         (
             "learned-opt data fetch moby_dick",
             "learned-opt data fetch kjv",
-            "python benchmarks/control.py --steps 1600 --networks gpt-2x64 lstm-1x128"
-            " --settings 'as it is' 'no brake' nadamw",
+            "python benchmarks/control.py --steps 1600 --networks gpt-2x64 lstm-1x128 --settings 'as it is' 'no brake'",
         ),
     ),
     "direction": Report(
