@@ -199,7 +199,7 @@ def test_empty_trees_none_and_masked_nodes_pass_through(rule):
     some = {"a": jnp.ones(5), "b": jnp.zeros((0, 4))}
     updates, _ = tx.update(some, tx.init(some), some, **kwargs)
     assert updates["b"].shape == (0, 4)
-    masked = optax.multi_transform(tx, {"a": True, "b": False})
+    masked = optax.masked(tx, {"a": True, "b": False})
     updates, _ = masked.update(some, masked.init(some), some, **kwargs)
     np.testing.assert_array_equal(updates["b"], some["b"])
     del state
