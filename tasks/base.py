@@ -39,9 +39,9 @@ class TaskFamily(NamedTuple):
     task: Callable[[Data, Cfg], Task]
 
 
-def only(task: Task) -> TaskFamily:
-    """The family of one task, which holds its own data."""
-    return TaskFamily(data=(), sample=lambda key: {}, task=lambda data, cfg: task)
+def only(made: "Task | TaskFamily") -> TaskFamily:
+    """The family of one task, which holds its own data; a family stays as it is."""
+    return made if isinstance(made, TaskFamily) else TaskFamily((), lambda key: {}, lambda data, cfg: made)
 
 
 class Workload(NamedTuple):

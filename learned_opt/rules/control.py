@@ -210,7 +210,7 @@ def facts(p: jax.Array, seen: jax.Array) -> jax.Array:
         seen: of :class:`Controlled`.
     """
     fan_in, fan_out = inputs_before_last("", p.shape), max(p.shape[-1:], default=1)
-    above = jnp.log(size_of(p) * fan_in**0.5) if p.ndim >= 2 else 0.0
+    above = jnp.log(size_of(p) / floor_of(p)) if p.ndim >= 2 else 0.0
     of_shape = jnp.stack([jnp.tanh(above), math.log10(fan_in) / 4, math.log10(fan_out) / 4, float(p.ndim >= 2)])
     return jnp.concatenate([seen.reshape(-1), of_shape.astype(seen.dtype)])
 

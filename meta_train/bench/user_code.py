@@ -51,20 +51,18 @@ def task(spec: str) -> Entry | Workload:
                     f"{spec}: a workload's {field} is a whole number from 1, not {getattr(workload, field)!r}"
                 )
         made = _call(spec, workload.make)
-    if isinstance(made, Task):
-        made = only(made)
-    if not isinstance(made, TaskFamily):
+    if not isinstance(made, Task | TaskFamily):
         kinds = "a tasks.Task, tasks.TaskFamily or tasks.Workload"
         raise UserCodeError(f"{spec} returned {type(made).__name__}, not {kinds}")
+    made = only(made)
 
     def losses(data: Any, key: jax.Array) -> list[Any]:
-        built = made.task(data, made.sample(key))
-        params = built.init(key)
+        built, params = _begun(made, data, key)
         return [built.loss(params, key, built.batch(key, split)) for split in ("train", "valid")]
 
     def slope(data: Any, key: jax.Array) -> Any:
-        built = made.task(data, made.sample(key))
-        return jax.grad(lambda params: built.loss(params, key, built.batch(key, "train"))[0])(built.init(key))
+        built, params = _begun(made, data, key)
+        return jax.grad(lambda params: built.loss(params, key, built.batch(key, "train"))[0])(params)
 
     for found in _call(spec, jax.eval_shape, losses, made.data, jax.random.PRNGKey(0)):
         if not isinstance(found, tuple) or len(found) != 2:
@@ -80,13 +78,14 @@ def task(spec: str) -> Entry | Workload:
 
 def parameters(task: Entry | Workload) -> Any:
     """The shapes and dtypes of a task's parameters."""
-    made = task.make()
-    family = only(made) if isinstance(made, Task) else made
+    family = only(task.make())
+    return jax.eval_shape(lambda data, key: _begun(family, data, key)[1], family.data, jax.random.PRNGKey(0))
 
-    def init(data: Any, key: jax.Array) -> Any:
-        return family.task(data, family.sample(key)).init(key)
 
-    return jax.eval_shape(init, family.data, jax.random.PRNGKey(0))
+def _begun(family: TaskFamily, data: Any, key: jax.Array) -> tuple[Task, Any]:
+    """A task of a family, and its parameters."""
+    built = family.task(data, family.sample(key))
+    return built, built.init(key)
 
 
 def optimizer(spec: str, num_steps: int = 10, params: Any = None) -> Contender:

@@ -164,14 +164,8 @@ def _constants(
 
 def table(result: dict[str, Any]) -> Table:
     """What a run found, for the terminal."""
-    done, planned = result["cycles_done"], result["config"]["cycles"]
-    notes = [f"stopped after {done} of {planned} cycles"] if done < planned else []
-    if skipped := result["skipped_updates"]:
-        notes.append(f"{skipped} updates that were not finite were skipped")
-    if rolled_back := result["rolled_back"]:
-        notes.append(f"the run went back to its best weights {rolled_back} times")
     title = f"{result['config']['problem']}: best weights by validation loss, and the last"
-    shown = Table(title=title, caption="; ".join(notes) or None)
+    shown = Table(title=title, caption=tune_page.remarks(result) or None)
     for column in ("", "best", "last", *(f"{name} values, constant" for name in result["constants"])):
         shown.add_column(column, justify="right" if column else "left")
     for split in ("valid", "test"):

@@ -45,5 +45,17 @@ def render(result: dict[str, Any], curves: str) -> str:
             for split in ("valid", "test")
             for metric in result["best"][split]
         ],
+        remarks=remarks(result),
         result=result,
     )
+
+
+def remarks(result: dict[str, Any]) -> str:
+    """What did not go as planned, in one line; empty where all did."""
+    done, planned = result["cycles_done"], result["config"]["cycles"]
+    found = [f"stopped after {done} of {planned} cycles"] if done < planned else []
+    if skipped := result["skipped_updates"]:
+        found.append(f"{skipped} updates that were not finite were skipped")
+    if back := result["rolled_back"]:
+        found.append(f"{back} times back at the best weights")
+    return "; ".join(found)

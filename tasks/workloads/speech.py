@@ -32,6 +32,7 @@ def unet(
 
     Raises:
         DataError: the data set is missing or has no frames.
+        ValueError: ``frames`` or the bands cannot be halved so often.
 
     Reference: Ronneberger et al., "U-Net", 2015; Ho et al., "Denoising diffusion probabilistic models", 2020.
     """
@@ -39,11 +40,9 @@ def unet(
     if "frames" not in splits["train"]:
         raise DataError(f"the data set {dataset!r} has no frames")
     known = splits["train"]["frames"]
-    if frames % 2 ** (len(channels) - 1) or known.shape[1] % 2 ** (len(channels) - 1):
-        raise ValueError(
-            f"{frames} frames of {known.shape[1]} bands and {len(channels)} resolutions: both must be multiples of "
-            f"{2 ** (len(channels) - 1)}"
-        )
+    bands, multiple = known.shape[1], 2 ** (len(channels) - 1)
+    if frames % multiple or bands % multiple:
+        raise ValueError(f"{frames} frames of {bands} bands: at {len(channels)} resolutions multiples of {multiple}")
     data = {split: {"frames": jnp.asarray(arrays["frames"])} for split, arrays in splits.items()}
     data["scale"] = {"shift": jnp.float32(known.mean()), "factor": jnp.float32(1 / max(known.std(), 1e-6))}
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from tasks.base import Task, TaskFamily, Workload, only
+from tasks.base import TaskFamily, Workload, only
 from tasks.workloads import valid_keys
 
 from .. import cache
@@ -248,8 +248,7 @@ def run(
 @functools.lru_cache(maxsize=2)
 def family_of(workload: Workload) -> TaskFamily:
     """A workload's family, made once for the optimizers that meet on it."""
-    made = workload.make()
-    return only(made) if isinstance(made, Task) else made
+    return only(workload.make())
 
 
 def _curves(arrays: Mapping[str, np.ndarray], made: Program) -> Curves:
