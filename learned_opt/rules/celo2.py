@@ -116,6 +116,7 @@ def celo2(*, hidden_size: int = 8, orthogonalize: bool = False, published: bool 
     Example:
         Vectors to Adam and matrices to the rule, as Muon's users have it:
 
+        >>> import optax
         >>> rule = celo2(orthogonalize=True)
         >>> adam = optax.chain(optax.scale_by_adam(), optax.scale(-1.0))
         >>> parts = {"adam": adam, "celo2": rule.build(rule.init(jax.random.key(0)))}
