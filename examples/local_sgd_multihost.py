@@ -36,12 +36,15 @@ from learned_opt.local_sgd import (
     load_anchor,
     local_sgd,
     map_workers,
+    newest_anchor,
     save_anchor,
     spread_workers,
     worker_axes,
 )
 
 ANCHOR = "anchor.safetensors"
+SETTINGS = ("sync_every", "batch_size", "seed")  # of a run: one with others is another run
+USAGE = 2  # exit code of a user's mistake
 
 
 def event(name, **fields):
@@ -107,12 +110,16 @@ def train(args):
         params, data, loss_fn = digits(args.seed)
         opt = make_optimizer(args.sync_every)
         state = jax.jit(opt.init)(params)
-        path = Path(args.workdir) / ANCHOR
+        path, settings = Path(args.workdir) / ANCHOR, {name: getattr(args, name) for name in SETTINGS}
         if path.exists():
-            state, _ = load_anchor(path, state)
-            params = state.anchor
-            if first:
-                event("restored", round=int(state.round), workers=workers)
+            state, saved = load_anchor(path, state)
+            if saved != settings:
+                print(f"{args.workdir} holds a run with {saved}: name another --workdir", file=sys.stderr)
+                sys.exit(USAGE)
+        state = newest_anchor(state)  # a host may have found no file, or an older one
+        params = state.anchor
+        if first and int(state.round):
+            event("restored", round=int(state.round), workers=workers)
 
         axes = worker_axes(state)
         one_round = make_round(opt, loss_fn, args.batch_size, args.seed)
@@ -125,7 +132,7 @@ def train(args):
             params, state = jax.block_until_ready(run(params, state, *data))
             watchdog.beat()
             if first:
-                save_anchor(path, state)
+                save_anchor(path, state, settings)
                 event("round", round=int(state.round), value=float(state.statistics.value))
             time.sleep(args.pause)
         if first:
@@ -199,6 +206,9 @@ def launch(args):
         if failed is None:
             return 0
         index, code = failed
+        if code == USAGE:
+            print("".join(peers[index].tail[-1:]).strip(), file=sys.stderr)
+            return USAGE
         said = [line for line in peers[index].tail if "watchdog" in line or "Error" in line]
         event("failed", process=index, code=code, attempt=attempt, why="".join(said[-1:]).strip()[:300])
         if args.shrink and processes > 1:

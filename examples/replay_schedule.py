@@ -27,7 +27,7 @@ def schedule(values):
 
 
 schedules = {name: schedule(values) for name, values in content["values"].items()}
-steps = content["steps"][-1] + content["steps"][1]
+steps = content["steps"][-1] + content["steps"][min(1, len(content["steps"]) - 1)]
 
 images, labels = load_digits(return_X_y=True)
 x, y = (images / 16).astype("float32"), labels.astype("int32")

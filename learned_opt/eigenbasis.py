@@ -187,10 +187,7 @@ def _divided(function: Callable, *stacks: jax.Array) -> Any:
     Without a mesh every device that holds the stacks decomposes all of them: XLA divides products, but no
     decompositions.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = tuple(
-        name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == jax.sharding.AxisType.Auto
-    )
+    mesh, axes = jax.sharding.get_abstract_mesh(), _axes_that_divide()
     if not axes:
         return function(*stacks)
     count = stacks[0].shape[0]
@@ -198,6 +195,23 @@ def _divided(function: Callable, *stacks: jax.Array) -> Any:
     over_devices = functools.partial(jax.lax.with_sharding_constraint, shardings=PartitionSpec(axes))
     padded = [jnp.pad(x, [(0, more)] + [(0, 0)] * (x.ndim - 1)) for x in stacks]
     return jax.tree.map(lambda x: over_devices(x)[:count], function(*map(over_devices, padded)))
+
+
+def _axes_that_divide() -> tuple[str, ...]:
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return tuple(name for name, kind in kinds if kind == jax.sharding.AxisType.Auto)
+
+
+def _one_by_one(decompose: Callable, matrices: jax.Array) -> Any:
+    """``decompose`` of a stack ``[k, n, n]``; on CPUs of one matrix after another, unless a mesh divides the stack.
+
+    A stack takes jaxlib before 0.11.2 several tasks of XLA's thread pool, for which another task of that pool waits: as
+    many decompositions at once as the pool has threads, of one program or on several devices, and all wait for ever.
+    """
+    if _axes_that_divide():
+        return decompose(matrices)
+    return jax.lax.platform_dependent(matrices, cpu=functools.partial(jax.lax.map, decompose), default=decompose)
 
 
 @jax.custom_batching.custom_vmap
@@ -215,12 +229,12 @@ def _correct(first, due, statistic, basis):
         # The power method pulls the first columns towards the largest eigenvalues: they must be there already, or
         # directions of little curvature would inherit the steps of those of much.
         order = jnp.argsort(-jnp.sum(basis * turned, axis=-2), axis=-1).astype(jnp.int32)
-        found, r = jnp.linalg.qr(jnp.take_along_axis(turned, order[:, None], axis=-1))
+        found, r = _one_by_one(jnp.linalg.qr, jnp.take_along_axis(turned, order[:, None], axis=-1))
         found = found * _sign(jnp.diagonal(r, axis1=-2, axis2=-1))[:, None]  # the same way round as before
         return jnp.where(due[:, None, None], found, basis), jnp.where(due[:, None], order, same)
 
     def decompose(corrected, order):
-        found = jnp.linalg.eigh(statistic)[1][..., ::-1]
+        found = _one_by_one(jnp.linalg.eigh, statistic)[1][..., ::-1]
         largest = jnp.argmax(jnp.abs(found), axis=-2, keepdims=True)
         found = found * _sign(jnp.take_along_axis(found, largest, axis=-2))  # LAPACK's sign hangs on rounding
         now = due & first

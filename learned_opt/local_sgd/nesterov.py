@@ -56,6 +56,7 @@ def add_nesterov(
 
 
 def _no_longer(x: jax.Array, than: jax.Array) -> jax.Array:
-    """``x``, cut to the length of another step."""
-    ours, theirs = (jnp.sqrt(jnp.sum(jnp.square(jnp.abs(step))) + _TINY) for step in (x, than))
-    return x * jnp.minimum(1, theirs / ours)
+    """``x``, cut to the length of another step; in float16 squares of small steps would be 0."""
+    wide = [jnp.abs(step).astype(jnp.promote_types(jnp.abs(step).dtype, jnp.float32)) for step in (x, than)]
+    ours, theirs = (jnp.sqrt(jnp.sum(jnp.square(step)) + _TINY) for step in wide)
+    return x * jnp.minimum(1, theirs / ours).astype(x.dtype)

@@ -174,7 +174,8 @@ def local_sgd(
     Args:
         inner: a worker's own transform; it gets every extra argument of ``update`` as it is.
         outer: the transform of the mean delta. If it takes extra arguments it gets those of ``update`` at the
-            synchronising step, arrays of floats (such as ``value=``) averaged over the workers, the rest as they are.
+            synchronising step, arrays of floats (such as ``value=``) averaged over the workers that take it, the rest
+            as they are.
         sync_every: steps a round, H >= 1: an int (or int32 scalar), or a schedule of (round, step, statistics), see
             :mod:`learned_opt.schedules`. It is read when a round starts and must be equal on all workers.
         axis_name: the mapped axis of the workers, or a tuple of axes: a mesh axis and that of a ``vmap`` inside it make
@@ -186,8 +187,9 @@ def local_sgd(
         compression: of the delta: ``None``, ``"bf16"``, ``"int8"`` or a ``communication.Compression``.
         error_feedback: whether what compression drops is added to the worker's next delta, or a factor in [0, 1].
         fragments: 1: all parameters at every synchronisation. n > 1: the leaves are dealt into n fragments of similar
-            size, and synchronisation r moves fragment r mod n alone, so that a parameter's own delay is n H. Or a
-            pytree of ints 0..n-1, one for each leaf of the parameters.
+            size, and synchronisation r moves fragment r mod n alone, so that a parameter's own delay is n H and its
+            ``outer`` steps once in n rounds, which is what ``outer``'s schedules count. Or a pytree of ints 0..n-1, one
+            for each leaf of the parameters.
         statistic: ``anchor -> pytree`` of arrays, evaluated after every synchronisation, for schedules to read at
             ``statistics.custom``.
         drop_nonfinite: give weight 0 to a worker whose delta or mean loss is not finite, in place of passing its NaN on
@@ -451,10 +453,17 @@ def local_sgd(
             back = jax.tree.map(lambda a, p: a - p.astype(a.dtype), landing, pick(params, labels, part))
             return branch(merge(local, back), state)
 
+        def for_outer(mean_of: WorkerMean, total: jax.Array) -> Any:
+            if samples is None:
+                return mean_of.mean(extra, total)
+            weight = jnp.where(done > 0, 1 if mean_of.weight is None else mean_of.weight, 0)
+            awake = mean_of._replace(weight=weight)  # those of a worker that skips the step may be anything
+            return awake.mean(extra, awake.scalars(jnp.zeros(0, total.dtype))[0])
+
         def synchronise(part: int) -> tuple[Any, LocalSGDState]:
             message = message_of(part)
             flight, left, mean_of = send(message)
-            outer_extra = mean_of.mean(extra, flight.total) if outer_wants_args else {}
+            outer_extra = for_outer(mean_of, flight.total) if outer_wants_args else {}
             return land(part, sent(remember(state, left)), flight, message.weight is not None, outer_extra, mean_of)
 
         def depart(part: int) -> tuple[Any, LocalSGDState]:

@@ -219,5 +219,5 @@ def cutmix(
         return (at >= low) & (at < low + jnp.round(side * size))
 
     box = covered(k_axes[0], images.shape[1])[:, :, None] & covered(k_axes[1], images.shape[2])[:, None, :]
-    kept = 1 - jnp.mean(box, axis=(1, 2), dtype=labels.dtype)[:, None]
+    kept = per_example(1 - jnp.mean(box, axis=(1, 2), dtype=images.dtype), labels)
     return jnp.where(box[..., None], images[partner], images), kept * labels + (1 - kept) * labels[partner]

@@ -50,6 +50,8 @@ def dense_lift(function: Callable[..., Any], *, batch_axis: int = 0) -> Callable
     """
 
     def along(own: jax.Array, tangents: jax.Array) -> jax.Array:  # own [B, H], tangents [H, ...]
+        if tangents.dtype == jax.dtypes.float0:  # of integers
+            return tangents
         moved = jnp.moveaxis(tangents, batch_axis + 1, 0)  # [B, H, ...]
         return jnp.moveaxis(jax.vmap(lambda d, t: jnp.tensordot(d, t, 1))(own, moved), 0, batch_axis)
 

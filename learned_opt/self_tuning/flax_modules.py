@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.dtypes import canonicalize_dtype
 
 from .modules import Call, Combine, Lifted, Parameter, Scaled, with_examples
 
@@ -56,7 +57,9 @@ def _norm(call: Call, module: Any, cls: type, args: tuple, kwargs: dict, lifted:
     """Handle a normalisation: scale and bias respond. A twin without them runs in the module's own place."""
     del call
     bare = {name: False for name in ("use_scale", "use_bias") if hasattr(module, name)}
-    normalised = _twin(module, lifted.own, **bare)(cls, args, kwargs)
+    held = [module.scope.get_variable("params", name) for name in ("scale", "bias")]  # None where it has none
+    dtype = canonicalize_dtype(*args[:1], *held, dtype=module.dtype)  # to theirs the twin by itself would not promote
+    normalised = _twin(module, lifted.own, **bare, dtype=dtype)(cls, args, kwargs)
     shape = [1] * normalised.ndim
     for axis in _feature_axes(module):
         shape[axis] = normalised.shape[axis]

@@ -183,20 +183,21 @@ def unconstrained(spec: Hyperparameter) -> float:
     r"""The :math:`\ell` of a spec's start value; a discrete start stands in the middle of its step."""
     value = spec.start
     if spec.discrete:
-        value = math.floor(value) + 0.5 if spec.high is None or math.floor(value) + 0.5 < spec.high else value
+        step = math.floor(value)
+        value = (step + min(step + 1, math.inf if spec.high is None else max(spec.high, step))) / 2
     with np.errstate(divide="ignore", invalid="ignore"):
         return KINDS[spec.kind].inverse(np.float64(value), spec.low, spec.high)  # type: ignore[arg-type]
 
 
 def _named(specs: Specs) -> list[tuple[str, Hyperparameter]]:
-    found = jax.tree_util.tree_leaves_with_path(specs)
-    for path, leaf in found:
+    found = by_name(specs)
+    for name, leaf in found.items():
         if not isinstance(leaf, Hyperparameter):
             raise ValueError(
-                f"hyperparameter {jax.tree_util.keystr(path)} is a {type(leaf).__name__}: make it with interval(), "
-                "positive(), logit(), log() or real()"
+                f"hyperparameter {name} is a {type(leaf).__name__}: make it with interval(), positive(), logit(), "
+                "log() or real()"
             )
-    return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in found]
+    return list(found.items())
 
 
 def names(specs: Specs) -> tuple[str, ...]:
@@ -213,6 +214,12 @@ def names(specs: Specs) -> tuple[str, ...]:
         ('dropout/0', 'l2')
     """
     return tuple(name for name, spec in _named(specs) if spec.tuned)
+
+
+def by_name(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree like the specs, by the names that :func:`names` has for them."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def tuned(specs: Specs) -> tuple[Hyperparameter, ...]:
@@ -406,9 +413,9 @@ def from_json(text: str) -> Specs:
         if not isinstance(node, dict) or len(node) != 1:
             raise ValueError(f"from_json: not the specs of hyperparameters: {node!r}")
         ((kind, content),) = node.items()
-        if kind == "dict":
+        if kind == "dict" and isinstance(content, dict):
             return {key: decode(child) for key, child in content.items()}
-        if kind == "list":
+        if kind == "list" and isinstance(content, list):
             return [decode(child) for child in content]
         try:
             return Hyperparameter(**content)

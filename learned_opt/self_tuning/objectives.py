@@ -41,7 +41,8 @@ class Objectives(NamedTuple):
         noise: ``(key, batch) -> z``, rows only if a hyperparameter is tuned per example; 0 for those that are not tuned
             by the response.
         elementary: ``(params, net_state, mean, key, batch) -> (loss, net_state)``.
-        response: ``(response, params, net_state, mean, sigma, noise, key, batch) -> loss``.
+        response: ``(response, params, net_state, mean, sigma, noise, key, batch) -> (loss, training loss)``; the two
+            differ where the bias of a finite sigma is corrected.
         joint: ``((params, response), net_state, mean, sigma, noise, key, batch) -> (loss, net_state)``.
         validation: ``(hyper, params, response, net_state, anchor, factor, noise, batch) -> loss``; ``anchor`` is where
             ``params`` stand, ``factor`` multiplies sigma.
@@ -50,7 +51,7 @@ class Objectives(NamedTuple):
 
     noise: Callable[..., jax.Array]
     elementary: Callable[..., tuple[jax.Array, NetState]]
-    response: Callable[..., jax.Array]
+    response: Callable[..., tuple[jax.Array, jax.Array]]
     joint: Callable[..., tuple[jax.Array, NetState]]
     validation: Callable[..., jax.Array]
     judged: Callable[..., jax.Array]
@@ -146,6 +147,7 @@ def make_objectives(
         step = spread(sigma, z)
         best = BestResponse(params, response, step, linear=True)
         loss, _ = train(best, net_state, shifted(mean, step), key, batch)
+        plain = jnp.mean(loss)
         if correct_bias:
             weights = bias_weights(z, sum(spec.by == "response" for spec in tuned(specs)))
             if weights.ndim and not jnp.ndim(loss):
@@ -153,7 +155,7 @@ def make_objectives(
                     "correct_bias: with per-example hyperparameters train_loss must return one loss an example"
                 )
             loss = weights * loss
-        return jnp.mean(loss)
+        return jnp.mean(loss), plain
 
     def joint(both, net_state, mean, sigma, z, key, batch):
         point = shifted(mean, spread(sigma, z))

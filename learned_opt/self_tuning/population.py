@@ -135,7 +135,7 @@ def population(
     if not explore >= 0 or not 0 <= resample <= 1:
         raise ValueError(f"explore must be at least 0 and resample lie in [0, 1], got {explore} and {resample}")
     objectives = make_objectives(specs, train_loss, valid_loss, batch_size=batch_size)
-    worst = max(1, round(replaced * members))
+    worst = min(max(1, round(replaced * members)), members // 2)
 
     def training(mean: jax.Array) -> optax.GradientTransformationExtraArgs:
         return optax.with_extra_args_support(weights(values(specs, mean)) if callable(weights) else weights)

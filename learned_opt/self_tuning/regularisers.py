@@ -4,7 +4,7 @@ A rate, strength or amount is a float scalar, or floats [B] for the B examples o
 :func:`~learned_opt.self_tuning.values` gives.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,8 +25,10 @@ def per_example(value: Any, x: jax.Array) -> jax.Array:
         Floats of x's rank and dtype: [1, ...] or [B, 1, ...].
 
     Raises:
-        ValueError: if the value has rows that are not x's.
+        ValueError: if the value has rows that are not x's, or x holds integers, which would make the value one.
     """
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"an array of {x.dtype} cannot be regularised by a real number: make it float, labels too")
     value = jnp.asarray(value, x.dtype)
     if value.ndim and value.shape != x.shape[:1]:
         raise ValueError(
@@ -54,9 +56,14 @@ def dropout(key: jax.Array, x: jax.Array, rate: Any, shared_axes: Collection[int
         recurrent neural networks", 2016.
     """
     shape = tuple(1 if axis in shared_axes else size for axis, size in enumerate(x.shape))
-    rate = per_example(rate, x)
-    keep = jnp.broadcast_to(jax.random.uniform(key, shape, x.dtype) >= rate, x.shape)
-    return jnp.where(keep, x / jnp.maximum(1 - rate, 1e-3), 0)
+    keep = jnp.broadcast_to(~_chance(key, shape, rate, x), x.shape)
+    return jnp.where(keep, x / jnp.maximum(1 - per_example(rate, x), 1e-3), 0)
+
+
+def _chance(key: jax.Array, shape: Sequence[int], rate: Any, x: jax.Array) -> jax.Array:
+    """True with probability ``rate``, drawn in float32 at least: bfloat16 knows only multiples of 1/128."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return jax.random.uniform(key, shape, wide.dtype) < per_example(rate, wide)
 
 
 def variational_dropout(key: jax.Array, x: jax.Array, rate: Any, time_axis: int = 1) -> jax.Array:
@@ -116,7 +123,7 @@ def weight_drop(
         if name not in weights:
             raise KeyError(f"weight_drop: no parameter {module}/{name} among {sorted(own)}")
         weight = weights[name]
-        keep = jax.random.uniform(jax.random.fold_in(key, i), weight.shape, rate.dtype) >= rate
+        keep = ~_chance(jax.random.fold_in(key, i), weight.shape, rate, weight)
         mask = (keep / jnp.maximum(1 - rate, 1e-3)).astype(weight.dtype)
         new = _with_module(new, module, {**weights, name: weight * mask})
         responding = _of_module(response, module)
@@ -239,7 +246,7 @@ def label_noise(key: jax.Array, labels: jax.Array, rate: Any) -> jax.Array:
     """
     k_which, k_class = jax.random.split(key)
     count, classes = labels.shape
-    replaced = jax.random.uniform(k_which, (count, 1), labels.dtype) < per_example(rate, labels)
+    replaced = _chance(k_which, (count, 1), rate, labels)
     drawn = jax.nn.one_hot(jax.random.randint(k_class, (count,), 0, classes), classes, dtype=labels.dtype)
     return jnp.where(replaced, drawn, labels)
 

@@ -143,7 +143,8 @@ def _flax(network: Any) -> Framework:
 
     def call(params: Any, frozen: Any, rngs: Any, args: tuple, kwargs: dict) -> tuple[Any, Any]:
         rest, own = frozen
-        out = network.apply({"params": params, **rest}, *args, rngs=rngs, **dataclasses.asdict(own), **kwargs)
+        own_kwargs = {field.name: getattr(own, field.name) for field in dataclasses.fields(own)}
+        out = network.apply({"params": params, **rest}, *args, rngs=rngs, **own_kwargs, **kwargs)
         return out if own.mutable is not False else (out, None)
 
     def join(out: Any, state: Any, frozen: Any) -> Any:

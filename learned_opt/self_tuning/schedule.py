@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from .hyperparameters import Specs, from_json, names, to_json, values
+from .hyperparameters import Specs, by_name, from_json, names, to_json, values
 from .objectives import Batch, NetState, leading_size, make_objectives
 from .response import Params
 from .tuner import CycleInfo, copied
@@ -36,9 +36,7 @@ class Schedule(NamedTuple):
     def values(self) -> dict[str, np.ndarray]:
         """The tuned hyperparameters' values by name, floats [T]."""
         found = jax.vmap(lambda point: values(self.specs, point))(jnp.asarray(self.mean))
-        flat = jax.tree_util.tree_leaves_with_path(found)
-        by_name = {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(x) for path, x in flat}
-        return {name: by_name[name] for name in names(self.specs)}
+        return {name: np.asarray(by_name(found)[name]) for name in names(self.specs)}
 
 
 def from_run(specs: Specs, info: CycleInfo | Iterable[CycleInfo], train_steps: int) -> Schedule:
@@ -109,7 +107,8 @@ def schedule_from_json(text: str) -> Schedule:
         ValueError: if the text is no such JSON.
     """
     content = json.loads(text)
-    if not isinstance(content, dict) or content.get("format") != FORMAT or "mean" not in content:
+    fields = {"specs", "steps", "dtype", "mean", "sigma"}
+    if not isinstance(content, dict) or content.get("format") != FORMAT or not fields <= set(content):
         raise ValueError(f"schedule_from_json: this is no text of schedule_to_json, format {FORMAT}")
     specs = from_json(json.dumps(content["specs"]))
     mean, sigma = (np.asarray(content[name], content["dtype"]) for name in ("mean", "sigma"))
@@ -157,8 +156,7 @@ def optax_schedules(schedule: Schedule) -> dict[str, optax.Schedule]:
     """
 
     def value(name: str, step: jax.Array) -> jax.Array:
-        found = jax.tree_util.tree_leaves_with_path(values(schedule.specs, interpolate(schedule, step)[0]))
-        return next(x for path, x in found if jax.tree_util.keystr(path, simple=True, separator="/") == name)
+        return by_name(values(schedule.specs, interpolate(schedule, step)[0]))[name]
 
     return {name: functools.partial(value, name) for name in names(schedule.specs)}
 

@@ -26,6 +26,9 @@ class Best(NamedTuple):
         response: their response.
         net_state: the network's state.
         hyper: the hyperparameters at which ``params`` stand.
+        weights_opt: optimizer state of ``params``: a run that goes back to them goes on with it.
+        response_opt: optimizer state of ``response``.
+        hyper_opt: optimizer state of ``hyper``.
     """
 
     loss: jax.Array
@@ -33,6 +36,9 @@ class Best(NamedTuple):
     response: Response
     net_state: NetState
     hyper: Hyper
+    weights_opt: optax.OptState
+    response_opt: optax.OptState
+    hyper_opt: optax.OptState
 
 
 class TunerState(NamedTuple):
@@ -275,15 +281,16 @@ def tuner(
     def init(params: Params, response: Response, net_state: NetState = ()) -> TunerState:
         point = Hyper(*start(specs))
         infinite = jnp.full((), jnp.inf, point.mean.dtype)
+        states = training(point.mean).init(params), responding(point.mean).init(response), tuning.init(point)
         state = TunerState(
             params=params,
             response=response,
             net_state=net_state,
             hyper=point,
-            weights_opt=training(point.mean).init(params),
-            response_opt=responding(point.mean).init(response),
-            hyper_opt=tuning.init(point),
-            best=Best(infinite, params, response, net_state, point),
+            weights_opt=states[0],
+            response_opt=states[1],
+            hyper_opt=states[2],
+            best=Best(infinite, params, response, net_state, point, *states),
             reference=jnp.full((), jnp.nan, point.mean.dtype),
             damping=jnp.ones((), point.mean.dtype),
             trace=[],
@@ -326,7 +333,7 @@ def tuner(
             else:
                 (params, weights_opt), (loss, net_state, grads) = elementary(moving, mean)
             if responds:
-                perturbed, response_grads = jax.value_and_grad(objectives.response)(
+                (_, perturbed), response_grads = jax.value_and_grad(objectives.response, has_aux=True)(
                     *(state.response, state.params, state.net_state, mean, sigma),
                     *(objectives.noise(k_noise, part), k_loss, part),
                 )
@@ -392,13 +399,7 @@ def tuner(
 
     def guarded(state: TunerState, best: Best, reference: jax.Array, bad: jax.Array) -> TunerState:
         back = TunerState(
-            params=best.params,
-            response=best.response,
-            net_state=best.net_state,
-            hyper=best.hyper,
-            weights_opt=training(best.hyper.mean).init(best.params),
-            response_opt=responding(best.hyper.mean).init(best.response),
-            hyper_opt=tuning.init(best.hyper),
+            *best[1:],
             best=best,
             reference=reference,
             damping=0.5 * state.damping,
@@ -419,7 +420,8 @@ def tuner(
         judged = state.params if centred else BestResponse(state.params, state.response, begin.hyper.mean)
         valid = objectives.judged(judged, state.net_state, batch).astype(state.reference.dtype)
         better = valid < state.best.loss
-        current = Best(valid, state.params, state.response, state.net_state, begin.hyper)
+        optimizers = state.weights_opt, state.response_opt, state.hyper_opt
+        current = Best(valid, state.params, state.response, state.net_state, begin.hyper, *optimizers)
         best = _where(better, current, state.best)
         reference = jnp.where(jnp.isfinite(state.reference), state.reference, valid)
 

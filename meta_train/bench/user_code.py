@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from learned_opt.self_tuning.objectives import leading_size
 from tasks.base import Task, TaskFamily, Workload, only
 from tasks.suites import Entry
 
@@ -164,7 +165,12 @@ def network(spec: str) -> tuple[str, Problem]:
     def begin(data: Any, key: jax.Array) -> Any:
         tuner = make_tuner(made, weights=made.weights or optax.adam(1e-3))
         state, info = tuner.cycle(tuner.init(*made.init(key)), key, data)
-        return made.metrics(state.params, made.batch(data["test"], key))["loss"], info
+        batch = made.batch(data["test"], key)
+        metrics = made.metrics(state.params, batch)
+        for metric, values in metrics.items():
+            if jnp.shape(values) != (leading_size(batch),):
+                raise ValueError(f"metric {metric!r} of shape {jnp.shape(values)}: it wants one number a row, no mean")
+        return metrics["loss"], info
 
     _call(spec, jax.eval_shape, begin, made.data, jax.random.key(0))
     return name, made

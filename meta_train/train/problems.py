@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from learned_opt import self_tuning as st
+from learned_opt.self_tuning.objectives import leading_size
 from tasks.base import Data
 from tasks.data import VOCABULARY, load
 from tasks.data.sources import DataError
@@ -100,13 +101,18 @@ def evaluate(problem: Problem, params: Any, rows: Data) -> dict[str, float]:
 
     Returns:
         ``{metric: mean}``.
+
+    Raises:
+        ValueError: a metric is no number a row.
     """
-    count = len(jax.tree.leaves(rows)[0])
+    count = leading_size(rows)
     metrics = jax.jit(problem.metrics)
     sums: dict[str, float] = {}
     for start in range(0, count, _EVALUATED):
         batch = jax.tree.map(lambda x, start=start: x[start : start + _EVALUATED], rows)
         for name, values in metrics(params, batch).items():
+            if values.shape != (leading_size(batch),):
+                raise ValueError(f"the metric {name!r} has shape {values.shape}: it wants one number a row, no mean")
             sums[name] = sums.get(name, 0.0) + float(jnp.sum(values))
     return {name: total / count for name, total in sums.items()}
 

@@ -1,5 +1,6 @@
 """``learned-opt tune``: a self-tuning run, its table, curves and schedule."""
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -67,7 +68,7 @@ def run(config: TuneConfig, out: Path, console: Console, problem: Problem | None
     Args:
         config: the run.
         out: folder of the results, made if missing, and claimed while the run lives.
-        console: where progress is shown. Ctrl-C there ends the run early, with the results so far.
+        console: where progress is shown. Ctrl-C there ends the run early, with the results so far and no constants.
         problem: one that is not among the presets.
 
     Returns:
@@ -105,7 +106,7 @@ def _run(config: TuneConfig, problem: Problem, out: Path, console: Console) -> d
         warmup=min(config.warmup, config.cycles // 4),
     )
     k_init, k_run = jax.random.split(jax.random.key(config.seed))
-    state, parts = jax.jit(lambda key: tuner.init(*problem.init(key)))(k_init), []
+    state, parts, interrupted = jax.jit(lambda key: tuner.init(*problem.init(key)))(k_init), [], False
     data = jax.device_put({split: problem.data[split] for split in ("train", "valid")})
     with progress(console, f"tune {config.problem}", config.cycles) as show:
         try:
@@ -117,6 +118,7 @@ def _run(config: TuneConfig, problem: Problem, out: Path, console: Console) -> d
         except KeyboardInterrupt:  # what was found so far is worth keeping
             if not parts:
                 raise
+            interrupted = True
     schedule = st.from_run(problem.specs, parts, train_steps=_TRAIN_STEPS)
     skipped = int(sum(part.skipped.sum() for part in parts))
     if skipped >= len(schedule.steps) * _TRAIN_STEPS:
@@ -126,20 +128,28 @@ def _run(config: TuneConfig, problem: Problem, out: Path, console: Console) -> d
         "cycles_done": len(schedule.steps),
         "best": _judged(problem, standing(config.method, state.best), state.best.hyper),
         "last": _judged(problem, standing(config.method, state), state.hyper),
-        "constants": _constants(config, problem, weights, schedule, data) if config.constants else {},
+        "constants": {},
         "skipped_updates": skipped,
         "rolled_back": int(sum(part.rolled_back.sum() for part in parts)),
         "jax": jax.__version__,
     }
-    write_atomically(out / "schedule.json", st.schedule_to_json(schedule))
-    write_atomically(out / "result.json", json.dumps(result, indent=1) + "\n")
     losses = {
         label: _smoothed(np.concatenate([getattr(part, field) for part in parts]))
         for label, field in (("training", "train_loss"), ("validation", "valid_loss"))
     }
     matplotlib.use("Agg")
+
+    def write() -> None:
+        write_atomically(out / "result.json", json.dumps(result, indent=1) + "\n")
+        write_atomically(out / "report.html", tune_page.render(result, _drawn(losses, schedule, "svg").decode()))
+
+    write_atomically(out / "schedule.json", st.schedule_to_json(schedule))
     write_atomically(out / "curves.png", _drawn(losses, schedule, "png"))
-    write_atomically(out / "report.html", tune_page.render(result, _drawn(losses, schedule, "svg").decode()))
+    write()
+    if config.constants and not interrupted:
+        with contextlib.suppress(KeyboardInterrupt):  # the run itself is written
+            result["constants"] = _constants(config, problem, weights, schedule, data)
+            write()
     return result
 
 
@@ -200,11 +210,8 @@ def _adam(config: TuneConfig) -> optax.GradientTransformation:
 
 
 def _by_name(problem: Problem, hyper: st.Hyper) -> dict[str, float]:
-    found = st.values(problem.specs, hyper.mean)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): float(x)
-        for path, x in jax.tree_util.tree_leaves_with_path(found)
-    }
+    found = st.hyperparameters.by_name(st.values(problem.specs, hyper.mean))
+    return {name: float(value) for name, value in found.items()}
 
 
 def _values(problem: Problem, hyper: st.Hyper) -> str:

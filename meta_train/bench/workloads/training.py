@@ -64,7 +64,7 @@ class Program(NamedTuple):
     """An optimizer's compiled step on a workload.
 
     Attributes:
-        key: the hash of the program, its constants and the data.
+        key: the hash of the start, the step and the look at the validation loss, of their constants and the data.
         init: ``seed -> carry``, parameters and optimizer state.
         step: ``(carry, settings, seed, step's number) -> (carry, loss)``; the carry given is used up.
         valid: ``carry -> validation loss``.
@@ -126,7 +126,8 @@ def program(workload: Workload, optimizer: Optimizer, device: jax.Device | None 
         key = jax.random.key(0)
         shapes = jax.eval_shape(init, settings, data, key)
         lowered = jax.jit(step, donate_argnums=0).lower(shapes, settings, data, key, jnp.int32(0))
-        text = lowered.as_text()
+        starting, looking = jax.jit(init).lower(settings, data, key), jax.jit(valid).lower(shapes, data, key)
+        texts = [cache.text_hash(traced.as_text()) for traced in (starting, lowered, looking)]
     traced = time.perf_counter() - began
     keys = list(valid_keys())
 
@@ -135,8 +136,7 @@ def program(workload: Workload, optimizer: Optimizer, device: jax.Device | None 
         began = time.perf_counter()
         with jax.default_device(device):
             stepping = lowered.compile()
-            start = jax.jit(init).lower(settings, data, key).compile()
-            look = jax.jit(valid).lower(shapes, data, key).compile()
+            start, look = starting.compile(), looking.compile()
         return stepping, start, look, traced + time.perf_counter() - began
 
     def cast(values):
@@ -150,7 +150,7 @@ def program(workload: Workload, optimizer: Optimizer, device: jax.Device | None 
         return compiled()[0](carry, cast(values), data, _key(seed, device), np.int32(number))
 
     return Program(
-        key=cache.key(text=cache.text_hash(text), data=_contents(workload), workload=_facts(workload)),
+        key=cache.key(texts=texts, data=_contents(workload), workload=_facts(workload)),
         init=lambda values, seed: compiled()[1](cast(values), data, _key(seed, device)),
         step=run_step,
         valid=mean_valid,

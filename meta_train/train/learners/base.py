@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from learned_opt.base import Theta
+from learned_opt.base import LearnedOptimizer, Theta
 from tasks.families.networks import log_uniform
 
 LearnerState = Any
 ENDLESS = jnp.iinfo(jnp.int32).max
+_COIN = 2**31 - 2  # a counter of the generator that no episode's draws reach
 _FLOOR = 0.01  # share of the initial loss below which less is hardly better
 # Name -> meta-loss of a training loss that is given as a share of the initial one.
 MEASURES: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -50,15 +51,23 @@ def meta_loss_of(
     return measure(jnp.where(jnp.isfinite(loss), jnp.minimum(loss / initial_loss, max_loss), max_loss))
 
 
+def unit_of(loss: jax.Array) -> jax.Array:
+    """What an episode's losses are divided by: its size at the start, 1 where that is not finite."""
+    return jnp.where(jnp.isfinite(loss), jnp.maximum(jnp.abs(loss), 1e-6), 1.0)
+
+
 def drawn_length(key: jax.Array, bounds: tuple[int, int], multiple_of: int) -> jax.Array:
     """An episode's length, log-uniform in ``bounds`` and rounded to whole windows of ``multiple_of``, at least one."""
     windows = jnp.maximum(jnp.round(log_uniform(key, *bounds) / multiple_of), 1)
     return (multiple_of * windows).astype(jnp.int32)
 
 
-def told(length: jax.Array, initial_loss: jax.Array, share: float) -> jax.Array:
-    """The episode's length, or 0 where the rule is not told: a coin for each episode, the same at all its steps."""
-    if share >= 1:
-        return length
-    bits = jax.lax.bitcast_convert_type(initial_loss.astype(jnp.float32), jnp.uint32)
-    return jnp.where(jax.random.bernoulli(jax.random.fold_in(jax.random.key(0), bits), share), length, 0)
+def told(key: jax.Array, length: jax.Array, share: float) -> jax.Array:
+    """The episode's length, or 0 where the rule is not to know it: a coin, thrown at its start with the key of that."""
+    return jnp.where(jax.random.bernoulli(jax.random.fold_in(key, _COIN), share), length, 0)
+
+
+def default_rates(rule: LearnedOptimizer) -> tuple[float, float]:
+    """The range of the step size where none is given: the rule's own; 1 for one that has none."""
+    rate = 1.0 if rule.learning_rate is None else rule.learning_rate
+    return rate, rate

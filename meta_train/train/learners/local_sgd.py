@@ -13,7 +13,7 @@ from learned_opt.base import LearnedOptimizer, Theta
 from tasks.base import Cfg, Params, TaskFamily
 from tasks.families.networks import log_uniform
 
-from .base import MEASURES, Learner, drawn_length, meta_loss_of, told
+from .base import MEASURES, Learner, default_rates, drawn_length, meta_loss_of, told, unit_of
 
 # What workers may step by, at a rate of 1. Muon's matrices and kernels move as far as Adam's (an RMS of 0.2);
 # `flagship` sets its own steps, and a rate multiplies them.
@@ -42,6 +42,7 @@ class LocalSGDLearnerState(NamedTuple):
     learning_rate: jax.Array  # float, the outer step size
     taken: jax.Array  # int32, rounds taken
     num_rounds: jax.Array  # int32, rounds of this episode
+    told: jax.Array  # int32, what the rule knows of that: it, or 0
     initial_loss: jax.Array  # float, what the losses are divided by
 
 
@@ -90,9 +91,7 @@ def local_sgd_learner(
     Reference:
         Joseph et al., "Meta-learning optimizers for communication-efficient learning" (LOpt-A), 2024.
     """
-    if learning_rates is None:
-        default = 1.0 if outer.learning_rate is None else outer.learning_rate
-        learning_rates = (default, default)
+    learning_rates = learning_rates or default_rates(outer)
     locals_ = [LOCAL_OPTIMIZERS[name]() for name in local_optimizers]
     lows, highs = (jnp.asarray(ends, jnp.float32) for ends in zip(*local_optimizers.values(), strict=True))
 
@@ -131,7 +130,8 @@ def local_sgd_learner(
             learning_rate=log_uniform(k_rate, *learning_rates),
             taken=jnp.zeros((), jnp.int32),
             num_rounds=num_rounds,
-            initial_loss=jnp.where(jnp.isfinite(loss), jnp.maximum(jnp.abs(loss), 1e-6), 1.0),
+            told=told(key, num_rounds, told_length),
+            initial_loss=unit_of(loss),
         )
 
     def step(theta: Theta, state: LocalSGDLearnerState, key: jax.Array) -> tuple[LocalSGDLearnerState, jax.Array]:
@@ -160,7 +160,7 @@ def local_sgd_learner(
             state.anchor,
             ends,
         )
-        transform = outer.build(theta, num_steps=told(state.num_rounds, state.initial_loss, told_length))
+        transform = outer.build(theta, num_steps=state.told)
         updates, outer_state = transform.update(delta, state.outer, state.anchor, value=loss)
         anchor = jax.tree.map(lambda p, u: p + (state.learning_rate * u).astype(p.dtype), state.anchor, updates)
         meta_loss = meta_loss_of(loss, state.initial_loss, max_loss, measure)

@@ -13,7 +13,7 @@ from tasks.base import Data
 from tasks.families.networks import log_uniform
 
 from ..problems import Problem, make_tuner
-from .base import MEASURES, Learner, drawn_length, meta_loss_of
+from .base import MEASURES, Learner, default_rates, drawn_length, meta_loss_of, unit_of
 
 
 class SelfTuningState(NamedTuple):
@@ -63,7 +63,7 @@ def self_tuning_learner(
     Reference:
         MacKay et al., "Self-Tuning Networks", 2019.
     """
-    rates = learning_rates or (rule.learning_rate or 1.0,) * 2
+    rates = learning_rates or default_rates(rule)
     options = {"response": optax.adam(1e-3), "train_steps": 5, "guard": None, "trust": None} | options
 
     def tuner(theta: Theta, cycles: jax.Array, rate: jax.Array) -> st.Tuner:
@@ -76,7 +76,7 @@ def self_tuning_learner(
         params, response = problem.init(k_init)
         loss = jnp.mean(problem.valid_loss(params, problem.batch(data["valid"], k_batch)))
         start = tuner(theta, drawn, rate).init(params, response)
-        return SelfTuningState(start, drawn, rate, jnp.maximum(jnp.abs(loss), 1e-6))
+        return SelfTuningState(start, drawn, rate, unit_of(loss))
 
     def step(theta: Theta, state: SelfTuningState, key: jax.Array) -> tuple[SelfTuningState, jax.Array]:
         new, info = tuner(theta, state.cycles, state.learning_rate).cycle(state.tuner, key, data)

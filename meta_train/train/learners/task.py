@@ -12,7 +12,7 @@ from learned_opt.rules.scheduler import SCHEDULES
 from tasks.base import Cfg, Params, TaskFamily
 from tasks.families.networks import log_uniform
 
-from .base import MEASURES, Learner, drawn_length, meta_loss_of, told
+from .base import MEASURES, Learner, default_rates, drawn_length, meta_loss_of, told, unit_of
 
 _BEYOND = 2**31 - 1  # a counter of the generator that no batch's draws reach
 
@@ -25,6 +25,7 @@ class TaskState(NamedTuple):
     cfg: Cfg
     taken: jax.Array  # int32, steps taken
     num_steps: jax.Array  # int32, steps of this episode
+    told: jax.Array  # int32, what the rule knows of that: it, or 0
     learning_rate: jax.Array  # float, the step size of this episode
     initial_loss: jax.Array  # float, what the losses are divided by
 
@@ -74,9 +75,7 @@ def task_learner(
         >>> state = learner.init(theta, jax.random.key(1))
         >>> state, loss = learner.step(theta, state, jax.random.key(2))
     """
-    if learning_rates is None:
-        default = 1.0 if rule.learning_rate is None else rule.learning_rate
-        learning_rates = (default, default)
+    learning_rates = learning_rates or default_rates(rule)
 
     def init(theta: Theta, key: jax.Array) -> TaskState:
         k_cfg, k_params, k_length, k_rate, k_batch, k_loss = jax.random.split(key, 6)
@@ -91,8 +90,9 @@ def task_learner(
             cfg=cfg,
             taken=jnp.zeros((), jnp.int32),
             num_steps=num_steps,
+            told=told(key, num_steps, told_length),
             learning_rate=log_uniform(k_rate, *learning_rates),
-            initial_loss=jnp.where(jnp.isfinite(loss), jnp.maximum(jnp.abs(loss), 1e-6), 1.0),
+            initial_loss=unit_of(loss),
         )
 
     def step(theta: Theta, state: TaskState, key: jax.Array) -> tuple[TaskState, jax.Array]:
@@ -101,7 +101,7 @@ def task_learner(
         batch = task.batch(key, "train")
         loss, grads = jax.value_and_grad(lambda p: task.loss(p, k_loss, batch)[0])(state.params)
         grads = jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), g, 0), grads)
-        transform = rule.build(theta, num_steps=told(state.num_steps, state.initial_loss, told_length))
+        transform = rule.build(theta, num_steps=state.told)
         updates, opt_state = transform.update(grads, state.opt_state, state.params, value=loss)
         rate = state.learning_rate * schedule(state.taken / state.num_steps)
         params = jax.tree.map(lambda p, u: p + (rate * u).astype(p.dtype), state.params, updates)

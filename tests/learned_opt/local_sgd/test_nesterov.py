@@ -55,3 +55,11 @@ def test_with_the_learned_step_inside_local_sgd():
     assert all(np.isfinite(p).all() for p in jax.tree.leaves(params))
     assert int(state.round) == 2
     assert optax.tree.norm(params) < optax.tree.norm(PARAMS)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-4])
+def test_small_deltas_in_half_precision_are_steps(size):
+    tx, params = add_nesterov(optax.sgd(1.0)), jnp.ones(3, jnp.float16)
+    updates, _ = tx.update(jnp.full(3, size, jnp.float16), tx.init(params), params)
+    assert updates.dtype == jnp.float16
+    assert np.all(np.isfinite(updates))

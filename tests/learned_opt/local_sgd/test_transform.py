@@ -403,6 +403,28 @@ def test_a_slow_worker_weighs_by_the_samples_it_has_done():
     np.testing.assert_allclose(state.statistics.value, last.sum() / samples[4:].sum(), rtol=1e-5)
 
 
+def test_what_a_worker_tells_at_a_step_that_it_skips_is_not_heard():
+    """Its weight in the round stands; an outer step by the loss of that step is by the others'."""
+    opt = local_sgd(optax.sgd(0.1), optax.polyak_sgd(), sync_every=2)
+    state = opt.init(jnp.zeros(D))
+    axes = worker_axes(state)
+
+    def one(w, state, g, count, value):
+        updates, state = opt.update(g, state, w, samples=count, value=value)
+        return optax.apply_updates(w, updates), state
+
+    step = map_workers(one, in_axes=(0, axes, 0, 0, 0), out_axes=(0, axes))
+    ends = []
+    for other in (jnp.nan, 7.0):
+        w, s = spread_workers(jnp.zeros(D), 2), spread_workers(state, 2, axes)
+        w, s = step(w, s, jnp.ones((2, D)), jnp.array([4.0, 4.0]), jnp.array([1.0, 3.0]))
+        w, s = step(w, s, jnp.ones((2, D)), jnp.array([4.0, 0.0]), jnp.array([0.5, other]))
+        ends.append(s.anchor)
+    assert np.all(np.isfinite(ends[0]))
+    np.testing.assert_array_equal(ends[0], ends[1])
+    assert np.any(ends[0] != 0)
+
+
 @pytest.mark.parametrize("code", [None, "int8"])
 def test_a_worker_that_turns_nan_is_dropped_and_rescued(code):
     """Worker 1 meets NaN at the second of the first round's two steps; from then on it is as if it had begun there."""

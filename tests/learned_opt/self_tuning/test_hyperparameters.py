@@ -65,6 +65,8 @@ def test_discrete_values_are_whole_and_start_amid_their_step():
     found = st.values(specs, jnp.linspace(-20.0, 10.0, 500)[:, None])["count"]
     assert set(np.asarray(found).tolist()) == {0.0, 1.0, 2.0, 3.0, 4.0}
     assert np.isfinite(unconstrained(st.interval(4.7, 0.0, 5.0, discrete=True)))
+    short = {"count": st.interval(3.0, 0.0, 3.3, discrete=True)}
+    assert float(st.values(short, st.start(short)[0])["count"]) == 3.0
 
 
 def test_json_round_trip():

@@ -101,7 +101,7 @@ def fit_response(made, sigma, w):
 
     def loss(slope):
         return expected(
-            lambda z: made.response(slope[None], w, (), jnp.array([L0]), jnp.array([sigma]), z, KEY, TRAIN), False
+            lambda z: made.response(slope[None], w, (), jnp.array([L0]), jnp.array([sigma]), z, KEY, TRAIN)[0], False
         )
 
     return minimiser(loss, D)
@@ -169,7 +169,7 @@ def test_oracle_2_two_linear_layers():
     @jax.jit
     def gradients():
         loss = lambda r: expected(  # noqa: E731
-            lambda z: made.response(r, params, (), jnp.array([L0]), jnp.array([sigma]), z, KEY, TRAIN), False
+            lambda z: made.response(r, params, (), jnp.array([L0]), jnp.array([sigma]), z, KEY, TRAIN)[0], False
         )
         elementary = lambda p: made.elementary(p, (), jnp.array([L0]), KEY, TRAIN)[0]  # noqa: E731
         wrong = jax.tree.map(lambda x: 1.1 * x, response)
@@ -194,7 +194,7 @@ def test_oracle_3_delta_stn(sigma):
     @jax.jit
     def gradient(response):
         loss = lambda r: expected(  # noqa: E731
-            lambda z: lifted.response(r, row(w0), (), jnp.array([L0]), jnp.array([sigma]), z, KEY, TRAIN), True
+            lambda z: lifted.response(r, row(w0), (), jnp.array([L0]), jnp.array([sigma]), z, KEY, TRAIN)[0], True
         )
         return jax.grad(loss)(response)
 
@@ -255,7 +255,7 @@ def test_one_gated_row_cannot_hold_many_hyperparameters():
         flat, unravel = jax.flatten_util.ravel_pytree(response)
 
         def loss(flat):
-            one = lambda z: made.response(unravel(flat), params, (), mean, sigma, z, KEY, TRAIN)  # noqa: E731
+            one = lambda z: made.response(unravel(flat), params, (), mean, sigma, z, KEY, TRAIN)[0]  # noqa: E731
             return jnp.mean(jax.vmap(one)(points)) / sigma[0] ** 2
 
         found = unravel(jnp.asarray(fit(loss, flat)))

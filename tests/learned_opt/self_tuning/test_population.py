@@ -104,3 +104,9 @@ def test_mistakes_are_named():
     ):
         with pytest.raises(ValueError, match=told):
             made(**options)
+
+
+def test_no_member_of_the_best_share_is_replaced():
+    population = made(members=3, replaced=0.5)
+    _, info = population.run(population.init(KEY, lambda key: jnp.zeros(D)), KEY, DATA, 5)
+    assert np.all(np.sum(np.asarray(info.parent) != np.arange(3), axis=1) <= 1)

@@ -243,3 +243,22 @@ def test_mixing_mixes_labels_as_much_as_images(function):
         own = np.diagonal(np.asarray(run(KEY, images, jnp.eye(count), strengths)[1]))
         assert np.mean((own[:25] < 0.01) | (own[:25] > 0.99)) > 0.9  # Beta(a, a) goes to the ends for small a
         assert np.all(np.abs(own[25:] - 0.5) < 0.25)
+
+
+def test_small_rates_hold_in_low_precision():
+    """bfloat16 knows multiples of 1/128 only: a uniform draw in it drops 1 in 128 at the least."""
+    dropped = jnp.mean(reg.dropout(jax.random.key(0), jnp.ones((1000, 1000), jnp.bfloat16), 0.002) == 0)
+    assert abs(float(dropped) - 0.002) < 4 * np.sqrt(0.002 / 1e6)
+
+
+@pytest.mark.parametrize(
+    "of",
+    [
+        lambda key, x, y: reg.label_smoothing(y, 0.2),
+        lambda key, x, y: aug.mixup(key, x, y, 0.4),
+        lambda key, x, y: aug.cutmix(key, x, y, 0.4),
+    ],
+)
+def test_whole_numbers_are_refused_where_shares_are_made(of):
+    with pytest.raises(ValueError, match="int32 cannot be regularised"):
+        of(jax.random.key(0), jnp.ones((4, 6, 6, 1)), jnp.eye(4, dtype=jnp.int32))

@@ -49,6 +49,10 @@ def test_mistakes_are_named():
     broken = st.schedule_to_json(schedule()).replace("[0, 10, 30]", "[0, 10, 10]")
     with pytest.raises(ValueError, match="must increase"):
         st.schedule_from_json(broken)
+    with pytest.raises(ValueError, match="no text of schedule_to_json"):
+        st.schedule_from_json(st.schedule_to_json(schedule()).replace('"specs"', '"spec"'))
+    with pytest.raises(ValueError, match="not a hyperparameter"):
+        st.from_json(st.to_json({"a": st.real(1.0)}).replace('"dict"', '"list"'))
 
 
 def test_plot_draws_a_line_a_schedule():

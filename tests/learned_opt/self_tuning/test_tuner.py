@@ -1,5 +1,6 @@
 """The tuner: ridge to its optimum, resume, guard, best pairs, options, and gradients through it."""
 
+import flax
 import flax.linen as nn
 import haiku as hk
 import jax
@@ -349,3 +350,50 @@ def test_validation_steps_of_a_cycle_go_on_along_one_response(valid_steps):
     state = state._replace(response=jax.tree.map(jnp.ones_like, state.response))
     state, _ = made.cycle(state, KEY, jnp.ones((2, 1)))
     np.testing.assert_allclose(state.hyper.mean, 1 - 0.5**valid_steps, atol=1e-5)
+
+
+def test_a_run_that_goes_back_goes_on_with_its_optimizers():
+    """A schedule of the rate would otherwise begin again."""
+    made = ridge(weights=optax.chain(optax.sgd(6.0), optax.scale_by_schedule(lambda count: 1.0)), guard=3.0)
+    state, info = made.run(start(made), KEY, data(), 30)
+    assert info.rolled_back.any()
+    best, taken = (np.inf, 0), 0  # the least loss and the steps that led to it; the steps that led here
+    for loss, back in zip(info.valid_loss, info.rolled_back, strict=True):
+        taken += 5
+        best = min(best, (float(loss), taken), key=lambda pair: pair[0] if np.isfinite(pair[0]) else np.inf)
+        taken = best[1] if back else taken
+    assert [int(count) for count in jax.tree.leaves(state.weights_opt)] == [taken]
+
+
+def test_the_response_s_loss_is_reported_without_the_weights_of_its_bias():
+    infos = [
+        made.run(start(made), KEY, data(), 1)[1]
+        for made in (ridge(correct_bias=corrected, scale_range=(1e-4, 1.0)) for corrected in (False, True))
+    ]
+    np.testing.assert_allclose(infos[1].response_loss, infos[0].response_loss, rtol=1e-2)
+
+
+def test_an_output_of_whole_numbers_has_no_response():
+    both = st.dense_lift(lambda w, x: (x @ w, jnp.argmax(x, -1)))
+    w = jnp.ones(3)
+    phi = jax.tree.map(lambda x: x + 1.0, st.dense_response(w, 2))
+    outputs, places = both(st.BestResponse(w, phi, jnp.ones((4, 2)), linear=True), jnp.eye(4, 3))
+    np.testing.assert_array_equal(places, jnp.argmax(jnp.eye(4, 3), -1))
+    assert outputs.shape == (4,)
+
+
+def test_flax_networks_keep_their_types_and_take_every_filter():
+    class Mixed(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.LayerNorm()(nn.Dense(4, dtype=jnp.bfloat16)(x))
+
+    x, module = jnp.ones((2, 3)), Mixed()
+    net, params = st.lift(module), module.init(KEY, x)["params"]
+    still = st.BestResponse(params, net.init_response(KEY, 1, x), jnp.zeros((2, 1)), linear=True)
+    plain, lifted = (net.apply({"params": p}, x) for p in (params, still))
+    assert plain.dtype == lifted.dtype == jnp.float32
+    np.testing.assert_allclose(lifted, plain, atol=1e-6)
+    out, state = net.apply({"params": still}, x, mutable=flax.core.DenyList("params"))
+    np.testing.assert_allclose(out, plain, atol=1e-6)
+    assert not state

@@ -122,6 +122,8 @@ MISTAKES = {
     "def make(): raise KeyError('no')": "line 1: KeyError",
     "from support.problems import ridge\ndef make(): return ridge()._replace(data={'train': 0})": "have no 'valid'",
     "from support.problems import ridge\ndef make(): return ridge()._replace(valid_loss=lambda w, b: 1 // w)": "line 2",
+    "from support.problems import ridge\n"
+    "def make(): return ridge()._replace(metrics=lambda w, b: {'loss': b['t'].mean()})": "one number a row",
 }
 
 
@@ -139,6 +141,24 @@ def test_a_loss_that_is_never_finite_is_a_mistake_and_a_stopped_run_keeps_what_i
     monkeypatch.setattr(tune, "_values", stopped)
     result = tune.run(config, out, console)
     assert (result["cycles_done"], len(st.schedule_from_json((out / "schedule.json").read_text()).steps)) == (1, 1)
+
+
+def test_constants_that_are_interrupted_leave_the_run(small, tmp_path, monkeypatch):
+    def stopped(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tune, "_constants", stopped)
+    config = tune.TuneConfig("ridge", cycles=2, report_every=1, constants=True)
+    result = tune.run(config, tmp_path, Console(quiet=True))
+    assert result["constants"] == {}
+    assert json.loads((tmp_path / "result.json").read_text()) == json.loads(json.dumps(result))
+
+
+def test_a_metric_that_is_a_mean_is_refused():
+    problem = ridge()
+    mean = problem._replace(metrics=lambda w, batch: {"loss": jnp.mean(problem.valid_loss(w, batch))})
+    with pytest.raises(ValueError, match="'loss' has shape"):
+        problems.evaluate(mean, jnp.zeros(4), problem.data["valid"])
 
 
 @pytest.mark.parametrize("text", MISTAKES)

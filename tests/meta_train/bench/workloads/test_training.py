@@ -70,6 +70,34 @@ def test_other_settings_seeds_and_programs_are_other_runs(tmp_path):
     assert len(list(tmp_path.iterdir())) == 4
 
 
+def test_other_starts_and_other_looks_are_other_runs(tmp_path):
+    """Neither is a part of the training step."""
+    family = quadratic(dim=8, noise=0.1)
+
+    def changed(**other):
+        def task(data, cfg):
+            made = family.task(data, cfg)
+            return made._replace(**{name: change(getattr(made, name)) for name, change in other.items()})
+
+        return training.program(WORKLOAD._replace(make=lambda: family._replace(task=task)), NADAMW).key
+
+    def farther(init):
+        return lambda key: jax.tree.map(lambda p: 5 * p, init(key))
+
+    def worse(loss):
+        return lambda params, key, batch: jax.tree.map(lambda x: 10 * x, loss(params, key, batch))
+
+    def doubled(batch):
+        def drawn(key, split):
+            return jax.tree.map(lambda x: x * (2 if split == "valid" else 1), batch(key, split))
+
+        return drawn
+
+    keys = {changed(), changed(init=farther), changed(loss=worse), changed(batch=doubled)}
+    assert changed() in keys
+    assert len(keys) == 4
+
+
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
     made = training.program(WORKLOAD, NADAMW)
     curves = training.run(made, WORKLOAD, {**NADAMW.setting, "learning_rate": 1e30}, 0, tmp_path)
