@@ -32,7 +32,7 @@ AXES = {
     "width": (16, 32, 64, 128, 256),
     "layers": (1, 2, 4, 8),
     "batch_size": (4, 16, 64),
-    "steps": (100, 300, 1000),
+    "steps": (100, 300, 1000, 3000),
 }
 RULE, PEER = "flagship", "nadamw"
 FACTORS = (0.5, 1.0, 2.0)

@@ -129,10 +129,12 @@ def _parser() -> argparse.ArgumentParser:
         "rules", nargs="*", metavar="RULE", help="pretrained names or folders; by default all pretrained optimizers"
     )
     bench.add_argument("--suite", metavar="NAME", help="workloads_small, or see `list suites` (held_out)")
-    bench.add_argument("--steps", type=int, metavar="N", help="optimization steps (1000)")
-    bench.add_argument("--seeds", type=int, metavar="N", help="reporting seeds (5)")
+    bench.add_argument("--steps", type=int, metavar="N", help="optimization steps of small tasks (1000)")
+    bench.add_argument("--seeds", type=int, metavar="N", help="reporting seeds (5; on workloads 1)")
     bench.add_argument("--quick", action="store_true", help="suite quick, 300 steps, 3 seeds, the four main baselines")
-    bench.add_argument("--baselines", metavar="NAME,...", help="only these, beside the reference")
+    bench.add_argument(
+        "--baselines", metavar="NAME,...", help="only these, beside the reference; on workloads also all"
+    )
     bench.add_argument("--ruleset", metavar="NAME", help="on workloads: nothing-set or tuned (nothing-set)")
     bench.add_argument("--trials", type=int, metavar="N", help="on workloads, tuned: trials of each optimizer (12)")
     bench.add_argument(

@@ -1,7 +1,7 @@
 """The committed reports: what each holds, the commands that make it again, and the index in ``reports/README.md``.
 
 python scripts/reports.py                  # lists the reports and their commands
-python scripts/reports.py --remake NAME    # runs the commands of one; many take hours
+python scripts/reports.py --remake NAME    # removes the results of one and runs its commands; many take hours
 python scripts/reports.py --index          # writes reports/README.md, with the date and commit of each result
 """
 
@@ -80,7 +80,7 @@ REPORTS = {
     "local_sgd": Report(
         "local SGD: delays, growing batches, outer steps, one worker, the cost of communication, faults",
         (
-            *(f"learned-opt data fetch {name}" for name in ("fashion_mnist", "moby_dick", "kjv", "cifar10")),
+            *(f"learned-opt data fetch {name}" for name in ("fashion_mnist", "moby_dick", "kjv", "cifar10", "sqlite")),
             *(
                 f"python benchmarks/local_sgd_{study}.py"
                 for study in (
@@ -152,6 +152,10 @@ REPORTS = {
     "workloads": Report(
         "networks as people train them: validation losses, the rates that were tried, sizes, step times",
         (
+            *(
+                f"learned-opt data fetch {name}"
+                for name in ("moby_dick", "kjv", "cifar10", "sqlite", "cmudict", "qm9", "speech", "mail")
+            ),
             "python scripts/choose_rates.py nadamw muon soap",
             *(
                 f"learned-opt bench flagship flagship-1 --suite workloads_{name} --baselines muon,soap"
@@ -159,7 +163,7 @@ REPORTS = {
                 for name in ("small", "test")
             ),
             "learned-opt bench flagship --suite workloads_test --ruleset tuned --baselines nadamw"
-            " --out reports/workloads/tuned",
+            " --runs reports/workloads/runs --out reports/workloads/tuned",
             "python scripts/workload_sizes.py",
             "python benchmarks/step_times.py",
             "python benchmarks/clock.py",
@@ -183,7 +187,7 @@ def index() -> str:
         "",
         "The committed results that claims in this repository cite, and the commands that make such results again "
         "(some are of earlier code or of an earlier protocol, as their pages say); "
-        "`python scripts/reports.py --remake NAME` runs them.",
+        "`python scripts/reports.py --remake NAME` removes a report's results and runs them.",
         "This page: `python scripts/reports.py --index`.",
         "",
         "Before commit e00fe36 `flagship-1` was called `flagship`, `flagship-1-auto` `flagship-auto`, and `flagship` "
@@ -208,6 +212,10 @@ def main() -> None:
         INDEX.write_text(index())
         print(f"wrote {INDEX}")
     elif options.remake:
+        folder = ROOT / "reports" / options.remake
+        for path in sorted([*folder.rglob("*.csv"), *folder.rglob("*.json")]):
+            if not path.name.startswith("before_"):  # of code that is no more; Git has the others
+                path.unlink()  # or a study would skip what it finds there
         for command in REPORTS[options.remake].commands:
             print(f"$ {command}", flush=True)
             subprocess.run(["bash", "-c", command], cwd=ROOT, check=True)

@@ -12,6 +12,7 @@ import learned_opt
 from learned_opt.base import LearnedOptimizer, Theta
 from learned_opt.muon import as_matrix
 
+from ..errors import UserError
 from . import cache
 
 
@@ -129,13 +130,27 @@ def learned(name: str, rule: LearnedOptimizer, theta: Theta, learning_rate: floa
     return Contender(name, make, GRID, default=learning_rate, about="learned, cosine schedule")
 
 
+def saved_optimizer(name_or_path: str) -> learned_opt.SavedRule:
+    """A saved rule that optimizes by itself.
+
+    Raises:
+        StoreError: as ``learned_opt.load``.
+        UserError: it is the outer step of local SGD.
+    """
+    saved = learned_opt.load_rule(name_or_path)
+    if saved.name == "outer":
+        raise UserError(f"{name_or_path} is an outer step of local SGD, which takes what workers did, and no optimizer")
+    return saved
+
+
 def pretrained(name_or_path: str) -> Contender:
     """The contender of a saved rule.
 
     Raises:
         StoreError: as ``learned_opt.load``.
+        UserError: it is no optimizer by itself.
     """
-    saved = learned_opt.load_rule(name_or_path)
+    saved = saved_optimizer(name_or_path)
     return learned(str(name_or_path).rstrip("/").rsplit("/", 1)[-1], saved.rule, saved.theta, saved.learning_rate)
 
 

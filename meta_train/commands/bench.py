@@ -70,6 +70,8 @@ def _on_workloads(arguments: argparse.Namespace, own: Sequence[Workload], tasks:
         if value < 1:
             raise UsageError(f"--{name} must be at least 1")
     ruleset = command.check_ruleset(arguments.ruleset or RULESETS[0])
+    if arguments.trials is not None and ruleset != "tuned":
+        raise UsageError("--trials is for --ruleset tuned: under nothing-set every optimizer has one setting")
     rules = arguments.rules or ([] if arguments.optimizer else _optimizers())
     out = arguments.out or Path("runs") / f"bench-{time.strftime('%Y%m%d-%H%M%S')}"
     chosen = command.choose_workloads(arguments.suite, own)

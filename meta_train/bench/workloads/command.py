@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from rich.console import Console
@@ -53,6 +54,7 @@ def choose_optimizers(
 
     Raises:
         ConfigError: no such baseline, a mistake in a user's file, or two optimizers of one name.
+        UserError: a baseline of a package that is not installed, or a rule that is no optimizer by itself.
         StoreError: as ``learned_opt.load``.
     """
     known = {optimizer.name: optimizer for optimizer in baselines()}
@@ -61,6 +63,8 @@ def choose_optimizers(
         if name not in known:
             raise ConfigError(f"unknown baseline {name!r} on workloads; baselines: {', '.join(known)}, or all")
     chosen = [optimizer for name, optimizer in known.items() if name in wanted]
+    for optimizer in chosen:  # what it needs may be missing: better now than after the rows before it
+        jax.eval_shape(lambda tree, o=optimizer: o.make(o.setting, 10).init(tree), {"w": jnp.ones((3, 2))})
     for rule in rules:
         chosen += pretrained(rule)
     if own:
@@ -93,7 +97,7 @@ def run(
         ``out``, ``about``, ``summary`` and ``figures``, JSON values.
 
     Raises:
-        ConfigError: nothing is finished, and nothing was to be run; or the reference diverged.
+        ConfigError: nothing is finished, and nothing was to be run; or the reference diverged on all workloads.
         ClaimError: another process holds ``out``.
     """
     with claim.claim(out):
@@ -104,16 +108,22 @@ def _run(label, chosen, optimizers, plan: Plan, out: Path, console: Console | No
     results = run_suite(chosen, optimizers, plan, _shown(console or Console(stderr=True)))
     if not results:
         raise ConfigError(f"nothing is finished yet of {label}: run it without --finished")
-    if lost := [r.workload.name for r in results if r.optimizer.name == REFERENCE and not np.isfinite(r.final).all()]:
-        why = "with every setting that it tried" if plan.ruleset == "tuned" else "try --ruleset tuned"
-        raise ConfigError(f"{REFERENCE}, the reference, diverged on {', '.join(lost)}: {why}")
-    missing = len(chosen) * len(optimizers) - len(results)
+    lost = [r.workload.name for r in results if r.optimizer.name == REFERENCE and not np.isfinite(r.final).all()]
+    results = [result for result in results if result.workload.name not in lost]
+    why = "with every setting that it tried" if plan.ruleset == "tuned" else "try --ruleset tuned"
+    without = f"{REFERENCE}, the reference, diverged on {', '.join(lost)}: {why}"
+    if not results:
+        raise ConfigError(without)
+    missing = (len(chosen) - len(lost)) * len(optimizers) - len(results)
+    left_out = [f"{missing} of {len(chosen) * len(optimizers)} rows are not run yet"] * bool(missing) + [
+        without
+    ] * bool(lost)
     about = {
         "suite": label,
         "ruleset": plan.ruleset,
         "seeds": plan.seeds,
         "trials": plan.trials if plan.ruleset == "tuned" else 0,
-        "incomplete": f"{missing} of {len(chosen) * len(optimizers)} rows are not run yet" if missing else None,
+        "incomplete": "; ".join(left_out) or None,
         "frozen": manifest.frozen()["sha256"][:12] if label == manifest.SUITE else None,
         "machine": machine_of(),
         "versions": f"Python {platform.python_version()}, JAX {jax.__version__}, Optax {optax.__version__}",

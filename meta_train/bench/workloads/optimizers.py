@@ -21,6 +21,8 @@ from learned_opt.rules.celo2_soap import celo2_soap
 from learned_opt.rules.scheduler import stepped
 from learned_opt.store import SavedRule
 
+from .. import contenders
+
 Settings = Mapping[str, Any]
 SOAP_RATE = 1.2e-2  # of the ruleset "nothing set"
 REFERENCE = "nadamw"  # whose validation losses are the targets
@@ -103,8 +105,9 @@ def pretrained(name_or_path: str) -> list[Optimizer]:
 
     Raises:
         StoreError: as ``learned_opt.load``.
+        UserError: it is no optimizer by itself.
     """
-    saved = learned_opt.load_rule(name_or_path)
+    saved = contenders.saved_optimizer(name_or_path)
     name = str(name_or_path).rstrip("/").rsplit("/", 1)[-1]
     source = f"{saved.name}, {name_or_path}"
     found = [learned(name, saved.rule, saved.theta, saved.learning_rate, source=source)]

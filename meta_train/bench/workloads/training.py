@@ -16,6 +16,7 @@ import optax
 from tasks.base import TaskFamily, Workload, only
 from tasks.workloads import valid_keys
 
+from ...errors import UserError
 from .. import cache
 from .optimizers import Optimizer
 
@@ -189,6 +190,7 @@ def run(
 
     Raises:
         NotFinishedError: with ``only_finished``, where there is nothing to read.
+        UserError: a validation loss that is not above 0.
     """
     key = cache.key(
         version=_VERSION,
@@ -227,6 +229,11 @@ def run(
         seconds += time.perf_counter() - started
         begin = end
         valid[index] = made.valid(carry)
+        if valid[index] <= 0:
+            raise UserError(
+                f"{workload.name}: a validation loss of {valid[index]:.4g}: they are compared by their ratios, so they "
+                "must be above 0; add a constant, or take the exponential of a likelihood a symbol"
+            )
         if show:
             show(end, valid[index])
         if not np.isfinite(train[:end]).all() or not np.isfinite(valid[index]):

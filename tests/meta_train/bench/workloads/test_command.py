@@ -42,7 +42,11 @@ def none():
     return Workload(make, steps=0)
 
 def lost():
-    task = Task(lambda key: 0.01 * jnp.ones(3), lambda key, split: (), lambda w, key, x: (jnp.mean(5 + jnp.log(w)), {}))
+    task = Task(lambda key: 0.01 * jnp.ones(3), lambda key, split: (), lambda w, key, x: (jnp.mean(jnp.sqrt(w)), {}))
+    return Workload(lambda: task, steps=20)
+
+def below():
+    task = Task(lambda key: jnp.ones(3), lambda key, split: (), lambda w, key, x: (jnp.mean(w**2) - 100, {}))
     return Workload(lambda: task, steps=20)
 """
 
@@ -108,6 +112,9 @@ def test_a_users_workload_from_nothing_and_again_from_what_is_kept(tmp_path, own
         (("--suite", "workloads_small", "--steps", "5"), "--steps"),
         (("--suite", "workloads_small", "--seeds", "0"), "--seeds must be at least 1"),
         (("--suite", "workloads_small", "--trials", "0"), "--trials must be at least 1"),
+        (("--suite", "workloads_small", "--trials", "3"), "--trials is for --ruleset tuned"),
+        (("outer", "--suite", "workloads_small"), "outer is an outer step of local SGD"),
+        (("outer", "--quick"), "outer is an outer step of local SGD"),
         (("--suite", "quick", "--ruleset", "tuned"), "--ruleset"),
         (("--suite", "workloads_small", "--baselines", "muon"), "data fetch moby_dick"),
         (("--suite", "workloads_small", "--baselines", "muon", "--runs", __file__), "name another folder"),
@@ -136,6 +143,26 @@ def test_a_users_workload_is_checked(own):
 def test_a_workload_on_which_the_reference_diverges_is_one_line(own, mistake):
     line = mistake("--task", f"{own}:lost", "--baselines", "nadamw").strip().splitlines()[-1]
     assert "nadamw, the reference, diverged on own" in line
+
+
+def test_the_other_workloads_are_reported_where_the_reference_diverges_on_one(own, mistake, tmp_path, capsys):
+    mistake("--task", f"{own}:lost", "--baselines", "nadamw")  # for its environment
+    own_and_lost = ["--task", f"{own}:make", "--task", f"{own}:lost"]
+    assert cli.main(["bench", "adafac-mlp", *own_and_lost, "--baselines", "nadamw", "--out", "out", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert {row["workload"] for row in document["figures"]} == {"own"}
+    assert "nadamw, the reference, diverged on own:lost" in document["about"]["incomplete"]
+
+
+def test_losses_that_have_no_ratio_are_one_line(own, mistake):
+    line = mistake("--task", f"{own}:below", "--baselines", "nadamw").strip().splitlines()[-1]
+    assert "must be above 0" in line
+
+
+def test_a_baseline_of_a_missing_package_is_refused_before_anything_runs(own, mistake, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rollfast.optim.psgd", None)
+    said = mistake("adafac-mlp", "--task", f"{own}:make", "--baselines", "kron")
+    assert said.strip().splitlines() == ["learned-opt: the baseline kron needs rollfast: pip install rollfast"]
 
 
 def test_a_users_optimizer_takes_part(tmp_path):
