@@ -46,11 +46,11 @@ def write_folder_atomically(path: str | os.PathLike[str], files: Mapping[str, by
         new.mkdir()
         for name, contents in files.items():
             _write_synced(new / name, contents)
-        if path.exists():
-            path.rename(old)
         try:
+            if path.exists():
+                path.rename(old)
             new.rename(path)
-        except OSError:
+        except BaseException:  # Ctrl-C too
             if old.exists():
                 old.rename(path)
             raise

@@ -15,9 +15,10 @@ Mask = Any  # a pytree of bools, a prefix of the parameters', or a function of t
 
 
 def late(build: Build) -> Build:
-    """A rule's ``build`` that leaves theta on the host, as NumPy arrays, until the transform is used.
+    """A rule's ``build`` that leaves theta on the host, as NumPy arrays, and is called when the transform is used.
 
-    So building starts no backend: ``jax.distributed.initialize`` and the number of CPU devices may still follow.
+    So building starts no backend: ``jax.distributed.initialize`` and the number of CPU devices may still follow. And
+    theta belongs to no mesh: a JAX array would be of the one that was set where it was made.
 
     Args:
         build: ``(theta, num_steps=None, ...) -> transform``.
@@ -34,7 +35,7 @@ def late(build: Build) -> Build:
         @functools.cache
         def transform():
             with jax.ensure_compile_time_eval():  # arrays, though the first use be inside of a function that is traced
-                return build(jax.tree.map(jnp.asarray, theta), num_steps=num_steps, **more)
+                return build(theta, num_steps=num_steps, **more)
 
         def init_fn(params):
             return transform().init(params)

@@ -123,7 +123,9 @@ def bfloat16_params(*, rounding: Rounding = stochastic, seed: int = 0) -> optax.
     """Let bfloat16 parameters move by steps too small for them; to be chained last.
 
     Changes the updates of bfloat16 parameters such that ``optax.apply_updates`` arrives at ``rounding(p + u)``, where
-    it would else round to the nearest. Other parameters' updates pass through. ``update`` needs ``params``.
+    it would else round to the nearest. Other parameters' updates pass through. ``update`` needs ``params``. The changed
+    updates are float32: ``equinox.apply_updates`` would make the parameters float32 too, and a wrapper that skips
+    updates, as ``optax.apply_if_finite``, belongs inside, around what comes before.
 
     Args:
         rounding: as for :func:`bfloat16_state`, as the next one.

@@ -32,6 +32,7 @@ from .tensors import BatchAxes
 
 FORMAT_VERSION = 1
 _WEIGHTS, _RULE, _CARD = "weights.safetensors", "rule.json", "README.md"
+_FILES = {_WEIGHTS, _RULE, _CARD}
 _MAX_BYTES = 1 << 30  # a larger file is not one of ours: refuse it before reading it into memory
 _RECORDED = ("seed", "config", "libraries", "held_out")  # fields of a card that rule.json keeps
 
@@ -319,7 +320,8 @@ def _record(folder: Path) -> dict[str, Any]:
 
 
 def _is_rate(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
+    number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    return number and bool(0 < value < float("inf"))
 
 
 def _resolve(name_or_path: str | os.PathLike[str]) -> Path:
@@ -410,7 +412,9 @@ def _check_shapes(template: Mapping[str, Any], found: Mapping[str, tuple], what:
         if tuple(found[name][0]) != shape:
             raise StoreError(f"{what} does not fit the rule: {name!r} has shape {found[name][0]}, not {shape}")
         if not np.issubdtype(np.dtype(found[name][1]), np.floating):
-            raise StoreError(f"{what} does not fit the rule: {name!r} is {found[name][1]}, not floating point")
+            raise StoreError(
+                f"{what} does not fit the rule: {name!r} is {found[name][1]}, not float16, float32 or float64"
+            )
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -424,8 +428,12 @@ def _read_bytes(path: Path) -> bytes:
 
 def _write_folder(path: Path, files: Mapping[str, bytes]) -> None:
     """Writes the folder beside its place, then renames it there."""
-    if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not (path / _RULE).is_file())):
-        raise StoreError(f"cannot save {path}: it holds something that is no saved rule; name another folder")
+    if path.exists():  # it is replaced as a whole
+        others = sorted({p.name for p in path.iterdir()} - _FILES) if path.is_dir() else [path.name]
+        if others:
+            raise StoreError(
+                f"cannot save {path}: {others[0]!r} is there, which is no part of a rule; name another folder"
+            )
     try:
         write_folder_atomically(path, files)
     except OSError as error:

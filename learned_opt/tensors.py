@@ -24,6 +24,7 @@ Tree = Any
 BatchAxes = Callable[[str, tuple[int, ...]], int]
 
 _LIMIT = 1e15  # of a gradient's size: its square is still a float32
+_LEAST = 1e-18  # below which it counts as 0: squares would be, and the unit of a tensor of such 1
 _NEVER = 255  # of `idle`: no gradient yet
 _FADE = 0.9  # an update's factor for each step without a gradient, Adam's for its first moment
 
@@ -284,7 +285,9 @@ def _gather(given, at, columns, struct, moving, lead) -> tuple[list[Group], list
         dtype, state = compute_dtype(p.dtype), struct.unflatten(state)
         numbers = np.concatenate([rows[i] for i in where])
         tensors, idle = state
-        groups.append(Group(clean(g, _LIMIT, dtype), p.astype(dtype), tensors, idle, numbers))
+        g = clean(g, _LIMIT, dtype)
+        g = jnp.where(jnp.abs(g) < _LEAST, jnp.zeros((), dtype), g)
+        groups.append(Group(g, p.astype(dtype), tensors, idle, numbers))
     return groups, list(by_kind.values())
 
 

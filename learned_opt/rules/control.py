@@ -131,12 +131,11 @@ def control(
         return update, Controlled(accumulators, ema(tensor.average, update, _MEMORY), seen)
 
     def build(theta, num_steps=None, batch_axes=None):
-        total = jnp.asarray(0 if num_steps is None else num_steps)
-
         def update(groups, count, shared, value):
             del value
             if not groups:
                 return [], shared
+            total = jnp.asarray(0 if num_steps is None else num_steps)  # here: of the mesh that the update is under
             dtype = common_dtype([group.param for group in groups])
             rows = [jax.vmap(facts)(group.param, group.tensors.seen).astype(dtype) for group in groups]
             factors = control_factors(theta["control"], in_order(rows, groups), run_facts(count, total, dtype))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from ..features import compute_dtype, ema
 from ..tensors import Direction
 
+_ROOT = 1e-30  # added where a root of 0 would have no derivative
 PAPER = "Dozat 2016, Incorporating Nesterov momentum into Adam"
 
 
@@ -26,7 +27,8 @@ class NadamMoments(NamedTuple):
 def direction(*, b1: float = 0.9, b2: float = 0.99, eps: float = 1e-8) -> Direction:
     r"""Adam's direction with Nesterov momentum; it holds no meta-parameters.
 
-    .. math:: u = -\frac{\beta_1 \hat m + (1 - \beta_1)\, g / (1 - \beta_1^t)}{\sqrt{\hat v} + \epsilon}
+    .. math:: u = -\frac{\beta_1 \hat m + (1 - \beta_1)\, g / (1 - \beta_1^t)}{\sqrt{\hat v} + \epsilon},
+        \qquad \hat m = \frac{m}{1 - \beta_1^{t+1}}, \quad \hat v = \frac{v}{1 - \beta_2^t}
 
     Args:
         b1: :math:`\beta_1`.
@@ -43,6 +45,6 @@ def direction(*, b1: float = 0.9, b2: float = 0.99, eps: float = 1e-8) -> Direct
         t = (count + 1).astype(g.dtype)
         m, v = ema(moments.m, g, b1), ema(moments.v, g * g, b2)
         ahead = b1 * m / (1 - b1 ** (t + 1)) + (1 - b1) * g / (1 - b1**t)
-        return -ahead / (jnp.sqrt(v / (1 - b2**t)) + eps), NadamMoments(m, v)
+        return -ahead / (jnp.sqrt(v / (1 - b2**t) + _ROOT) + eps), NadamMoments(m, v)
 
     return Direction(lambda key: {}, start, step, lambda count, moments: moments)

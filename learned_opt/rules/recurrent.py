@@ -199,8 +199,9 @@ def loss_update(state: LossBuffer, loss: jax.Array, horizon: Any) -> tuple[jax.A
     """Take in a loss; say how its running means stand between their own minima and the slower means.
 
     Ten means with decays ``d_i = exp(-1 / h_i)``, the ``h_i`` from 10 to ``horizon`` evenly on a log scale. A loss
-    above twice the largest mean is cut to that. Feature ``i`` is ``(m_i - min_i) / (m_{i+1} - min_i) - 1`` in
-    ``[-1, 1]``, of the bias-corrected means: below 0 while the loss falls. Zero for the first two updates.
+    above twice the largest mean is cut to that, unless all means are 0. Feature ``i`` is
+    ``(m_i - min_i) / (m_{i+1} - min_i) - 1`` in ``[-1, 1]``, of the bias-corrected means: below 0 while the loss falls.
+    Zero for the first two updates.
 
     Losses that are not finite count as that cut; before the first finite one they are passed over.
 
@@ -218,7 +219,8 @@ def loss_update(state: LossBuffer, loss: jax.Array, horizon: Any) -> tuple[jax.A
     loss = jnp.reshape(loss, ()).astype(dtype)
     loss = jnp.where(jnp.isnan(loss), jnp.inf, loss)
     # as published, the correction is one update ahead of the means here
-    cut = 2 * jnp.abs(jnp.where(state.seen == 0, loss, jnp.max(means / corrections)))
+    largest = jnp.max(means / corrections)
+    cut = 2 * jnp.abs(jnp.where((state.seen == 0) | jnp.all(means == 0), loss, largest))
     loss = jnp.minimum(cut, loss)
     usable = jnp.isfinite(loss)
     means = decays * means + (1 - decays) * jnp.where(usable, loss, 0)

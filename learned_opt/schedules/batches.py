@@ -101,7 +101,8 @@ def noise_scale_batch(
         raise ValueError(f"noise_scale_batch: maximum {maximum} is below minimum {minimum}")
 
     def schedule(step: Scalar, statistics: Statistics) -> Scalar:
-        size = jnp.ceil(scale * jnp.asarray(noise_scale(statistics)))
+        found = noise_scale(statistics)
+        size = jnp.ceil(scale * jnp.asarray(jnp.nan if isinstance(found, tuple) else found))  # () is no statistic yet
         size = jnp.where(jnp.isnan(size), minimum, size)
         return jnp.clip(size, minimum, maximum).astype(jnp.int32)
 

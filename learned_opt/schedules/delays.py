@@ -251,7 +251,8 @@ def distance_aware(
         noise: sigma^2, the trace of the covariance of one worker's gradient.
         scale: c; 2 to 8 in those runs.
         distance: statistics -> |w - w*|^2 or an estimate of it; by default what ``local_sgd(statistic=...)`` returned.
-            It must come from replicated numbers: workers that disagree wait for one another for ever.
+            It must come from replicated numbers: workers that disagree wait for one another for ever. While it is
+            unknown, not a number, the delay is 1.
         maximum: largest N, in place of ceil(1 / (eta mu)).
 
     Returns:
@@ -268,7 +269,9 @@ def distance_aware(
         eta = _rate(learning_rate, step)
         near = eta * noise / (mu * workers)
         most = jnp.ceil(1 / (eta * mu) - 1e-6) if maximum is None else maximum
-        return floor(scale * jnp.maximum(distance(statistics), near) / (eta**2 * noise), most)
+        far = distance(statistics)
+        far = jnp.nan if isinstance(far, tuple) else far  # () is no statistic yet
+        return floor(scale * jnp.maximum(far, near) / (eta**2 * noise), most)
 
     return schedule
 
@@ -326,8 +329,12 @@ def adacomm(initial: int, *, maximum: int | None = None) -> SyncSchedule:
 
 
 def floor(x: Scalar, maximum: Scalar = 2**20) -> Scalar:
-    """Round down to an int32 in [1, maximum], a millionth forgiven: 0.1 * 30 is 3 to a reader, if not to float32."""
-    return jnp.clip(jnp.floor(jnp.asarray(x) * (1 + 1e-6)), 1, maximum).astype(jnp.int32)
+    """Round down to an int32 in [1, maximum], a millionth forgiven: 0.1 * 30 is 3 to a reader, if not to float32.
+
+    What is not a number counts as 1.
+    """
+    x = jnp.nan_to_num(jnp.asarray(x), nan=1, posinf=jnp.inf, neginf=-jnp.inf)
+    return jnp.clip(jnp.floor(x * (1 + 1e-6)), 1, maximum).astype(jnp.int32)
 
 
 def _float(x: Scalar) -> jax.Array:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from support import ROOT
@@ -36,6 +37,22 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
     assert (tmp_path / "file").read_bytes() == b"old"
     assert {path.name: path.read_bytes() for path in (tmp_path / "folder").iterdir()} == {"a": b"old"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_an_interrupt_between_the_two_renames_leaves_the_earlier_folder(tmp_path, monkeypatch):
+    write_folder_atomically(tmp_path / "folder", {"a": b"old"})
+    rename = Path.rename
+
+    def interrupted(self, target):
+        if self.name == "new":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_folder_atomically(tmp_path / "folder", {"a": b"new"})
+    assert (tmp_path / "folder" / "a").read_bytes() == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
 def test_a_folder_replaces_another_whole(tmp_path):

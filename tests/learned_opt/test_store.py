@@ -115,9 +115,11 @@ def test_saving_again_replaces_and_saving_over_something_else_does_not(copy, the
     np.testing.assert_array_equal(learned_opt.load_rule(copy)[1]["b0"], theta["b0"] + 1)
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "dear").write_text("x")
-    with pytest.raises(StoreError, match="holds something that is no saved rule"):
-        learned_opt.save(tmp_path / "letters", "celo2", theta, kwargs=KWARGS)
-    assert (tmp_path / "letters" / "dear").read_text() == "x"
+    (copy / "notes").write_text("x")
+    for folder, other in ((tmp_path / "letters", "dear"), (copy, "notes")):
+        with pytest.raises(StoreError, match=f"'{other}' is there, which is no part of a rule"):
+            learned_opt.save(folder, "celo2", theta, kwargs=KWARGS)
+        assert (folder / other).read_text() == "x"
 
 
 @pytest.mark.parametrize(
@@ -127,7 +129,7 @@ def test_saving_again_replaces_and_saving_over_something_else_does_not(copy, the
         ("celo2", {"hidden": 4}, lambda t: t, "cannot be made"),
         ("celo2", {"hidden_size": 8}, lambda t: t, "has shape"),
         ("celo2", KWARGS, lambda t: t | {"extra": jnp.ones(1)}, "'extra' is in only one"),
-        ("celo2", KWARGS, lambda t: t | {"b0": jnp.ones(4, jnp.int32)}, "not floating point"),
+        ("celo2", KWARGS, lambda t: t | {"b0": jnp.ones(4, jnp.int32)}, "is int32, not float16"),
     ],
 )
 def test_saving_what_does_not_fit(tmp_path, theta, rule, kwargs, change, message):
@@ -459,6 +461,26 @@ print("fine")
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.stdout == "fine\n", done.stderr
+
+
+@pytest.mark.parametrize("name", ["flagship", "flagship-1", "adafac-mlp"])
+@pytest.mark.parametrize("first", ["on the mesh", "off it"])
+def test_a_loaded_rule_is_of_no_mesh(name, first):
+    """JAX's default mesh is explicit: what is made under it is of its type."""
+    mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
+    tx, params = learned_opt.load(name, num_steps=10), jax.random.normal(jax.random.key(0), (4, 6))
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+    step = jax.jit(lambda p: tx.update(jnp.cos(p), tx.init(p), p)[0])
+
+    def on():
+        with jax.set_mesh(mesh):
+            return step(jax.device_put(params, rows))
+
+    def off():
+        return step(params)
+
+    found = [np.asarray(one()) for one in ((on, off) if first == "on the mesh" else (off, on))]
+    np.testing.assert_allclose(*found, atol=1e-5)
 
 
 def test_a_loaded_rule_is_of_use_in_one_trace_after_another(saved):

@@ -242,7 +242,7 @@ def test_sharded_params_give_the_same_and_stay_sharded(rule):
     update = jax.jit(lambda g, params: rule[2].update(g, rule[2].init(params), params, **extra(rule))[0])
     alone, sharded = update(g, params)["w"], update(*jax.device_put((g, params), rows))["w"]
     assert sharded.sharding.is_equivalent_to(rows, 2)
-    np.testing.assert_allclose(sharded, alone, rtol=2e-3, atol=1e-3)  # Newton-Schulz steps magnify rounding
+    np.testing.assert_allclose(sharded, alone, atol=2e-3 * np.abs(alone).max())  # Newton-Schulz steps magnify rounding
 
 
 SPECS = {"rows": P("x", None), "columns": P(None, "x"), "vector": P("x"), "kernel": P(None, "x", None)}
@@ -269,7 +269,8 @@ def test_explicit_meshes_take_every_sharding_and_keep_it(rule):
     alone, sharded = jax.jit(update)(g, params), jax.jit(update)(*jax.device_put((g, params), (shardings, shardings)))
     for name in shapes:
         assert sharded[name].sharding.is_equivalent_to(shardings[name], len(shapes[name]))
-        np.testing.assert_allclose(sharded[name], alone[name], rtol=2e-3, atol=1e-3, err_msg=name)
+        largest = np.abs(alone[name]).max()
+        np.testing.assert_allclose(sharded[name], alone[name], atol=2e-3 * largest, err_msg=name)
 
 
 @of_the_scaffold

@@ -35,6 +35,21 @@ def test_nadam_is_optax_s():
         np.testing.assert_allclose(-u, expected, rtol=2e-6, atol=2e-7)
 
 
+def test_meta_gradients_of_entries_at_rest_are_finite():
+    """The root of a second moment of exactly 0 has no derivative."""
+
+    def after(theta):
+        tx, p = RULE.build(theta), jnp.zeros((2, 1))
+        state = tx.init(p)
+        for _ in range(2):
+            slope = jax.grad(lambda p: (jnp.array([1.0, 0.0]) @ p[:, 0] - 1) ** 2)(p)
+            updates, state = tx.update(slope, state, p)
+            p = p + updates
+        return jnp.sum(p**2)
+
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(jax.grad(after)(THETA)))
+
+
 def test_the_first_update_in_closed_form():
     """Nesterov's first step is 1 + .9 / 1.9 times the sign of the gradient; the decay pulls where the step does."""
     (updates,) = updates_of(RULE, THETA, GRADIENTS, steps=1)

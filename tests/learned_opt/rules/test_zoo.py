@@ -185,6 +185,22 @@ def run_losses(losses, horizon, dtype=jnp.float32):
     return jax.jit(lambda losses: jax.lax.scan(step, recurrent.loss_start(dtype), losses)[1])(losses)
 
 
+def test_a_first_loss_of_zero_does_not_blind():
+    """It would cut all later ones to twice nothing, which looks like a new minimum, -1."""
+    assert np.all(run_losses(np.linspace(0, 3, 30), 100)[5:] > 0)
+
+
+def test_gradients_of_any_size_give_the_same_step_or_none():
+    """Squares of the smallest are 0: a unit of 1 would leave the rule nothing to see but the weights."""
+    rule = RULES["celo2"]()
+    tx = rule.build(rule.init(jax.random.key(0)))
+    p, g = jax.random.normal(jax.random.key(1), (2, 64))
+    usual = tx.update(g, tx.init(p), p)[0]
+    small = tx.update(1e-15 * g, tx.init(p), p)[0]
+    np.testing.assert_allclose(small, usual, atol=2e-2 * np.abs(usual).max())
+    assert not np.any(tx.update(1e-20 * g, tx.init(p), p)[0])
+
+
 @pytest.mark.parametrize("horizon", [100, 5000, 3])
 def test_loss_features_are_the_formula_s(horizon):
     rng = np.random.default_rng(0)

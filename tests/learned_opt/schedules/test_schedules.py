@@ -233,3 +233,11 @@ def test_growing_batches_compile_once():
     assert len(traces) == 1
     assert float(schedules.masked_mean(jnp.array([jnp.nan, 2.0]), jnp.array([False, True]))) == 2.0
     assert float(schedules.masked_mean(jnp.array([jnp.nan]), jnp.array([False]))) == 0.0
+
+
+def test_what_is_not_known_yet_gives_the_least():
+    nothing = schedules.Statistics()
+    assert int(schedules.noise_scale_batch(4, 64)(0, nothing)) == 4
+    assert int(schedules.distance_aware(0.1, 0.5, 4, 2.0)(0, 0, nothing)) == 1
+    unknown = schedules.distance_aware(0.1, 0.5, 4, 2.0, distance=lambda statistics: jnp.nan)
+    assert int(unknown(0, 0, nothing)) == 1
