@@ -165,6 +165,7 @@ REPORTS = {
             "learned-opt bench flagship --suite workloads_test --ruleset tuned --baselines nadamw"
             " --runs reports/workloads/runs --out reports/workloads/tuned",
             "python scripts/workload_sizes.py",
+            "python scripts/workload_seeds.py",
             "python benchmarks/step_times.py",
             "python benchmarks/clock.py",
         ),

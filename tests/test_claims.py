@@ -101,6 +101,27 @@ def test_readmes_workloads_are_the_committed_ones():
         assert [float(t["steps_to_target"]) for t in times] in (reached, [])
 
 
+TABLES = [
+    ("test", "**To judge by**", "| | word embeddings, mail |", ["mail", "speech", "cmudict", "qm9", "sqlite"], 6),
+    ("tuned", "**Under `tuned`**", "| | word embeddings, mail |", ["mail", "qm9", "sqlite"], 3),
+    ("small", "**To choose by**", "| | character transformer, Moby Dick |", ["moby_dick", "cifar10"], 4),
+]
+
+
+@pytest.mark.parametrize(("folder", "after", "head", "datasets", "count"), TABLES)
+def test_the_tables_of_the_workloads_are_the_committed_ones(folder, after, head, datasets, count):
+    results = json.loads((ROOT / "reports/workloads" / folder / "results.json").read_text())
+    found = {(row["dataset"], row["optimizer"]): row for row in results["figures"]}
+    rows = table_after((ROOT / "docs/benchmark.md").read_text().split(after)[1], head)
+    shown = {label.strip("*").split(",")[0].strip("`"): cells for label, *cells in rows if "one setting" not in label}
+    assert len(shown) == count
+    for name, cells in shown.items():
+        for dataset, cell in zip(datasets, cells, strict=True):
+            row, (loss, steps) = found[dataset, name], cell.split(", ")
+            assert float(loss) == float(f"{row['valid_loss']:.{len(loss.partition('.')[2])}f}"), (name, dataset)
+            assert float(steps) == row["steps_to_target"], (name, dataset)
+
+
 def test_the_clock_of_the_workloads_is_the_committed_one():
     text = (ROOT / "docs/benchmark.md").read_text().split("**By the clock**")[1]
     rows, clock = table_after(text, "| | word embeddings, mail | U-Net, speech |"), committed_clock()

@@ -18,7 +18,7 @@ from .optimizers import REFERENCE, Optimizer
 from .training import Curves, NotFinishedError, Program, program, run
 
 RULESETS = ("nothing-set", "tuned")
-_TUNING_SEED = 1_000_000  # of the trials; the reported seeds are 0, 1, ...
+TUNING_SEED = 1_000_000  # of the trials; the reported seeds are 0, 1, ...
 _WARM = 12  # steps before any is timed: one beyond the first correction of SOAP's basis
 _TURN = 10  # steps of one turn: one period of SOAP's basis
 _TURNS = 10
@@ -206,7 +206,7 @@ def _result(workload: Workload, optimizer: Optimizer, made: Program, plan: Plan,
         wanted, times = search.settings(optimizer, plan.trials), 0
         while wanted:
             for settings in wanted:
-                final = trained(settings, _TUNING_SEED, f"trial {len(trials) + 1}").final
+                final = trained(settings, TUNING_SEED, f"trial {len(trials) + 1}").final
                 trials.append(search.Trial(settings, final if np.isfinite(final) else np.inf))
             wanted = search.more_settings(optimizer, trials, times)
             times += 1
