@@ -204,14 +204,20 @@ def _axes_that_divide() -> tuple[str, ...]:
 
 
 def _one_by_one(decompose: Callable, matrices: jax.Array) -> Any:
-    """``decompose`` of a stack ``[k, n, n]``; on CPUs of one matrix after another, unless a mesh divides the stack.
+    """``decompose`` of a stack ``[k, n, n]``; on CPUs of one matrix a device after another.
 
     A stack takes jaxlib before 0.11.2 several tasks of XLA's thread pool, for which another task of that pool waits: as
     many decompositions at once as the pool has threads, of one program or on several devices, and all wait for ever.
     """
-    if _axes_that_divide():
-        return decompose(matrices)
-    return jax.lax.platform_dependent(matrices, cpu=functools.partial(jax.lax.map, decompose), default=decompose)
+    mesh = jax.sharding.get_abstract_mesh()
+    devices = math.prod(mesh.shape[name] for name in _axes_that_divide())  # 1 without a mesh
+
+    def loop(matrices):
+        rows = matrices.reshape(devices, -1, *matrices.shape[1:])
+        found = jax.lax.map(decompose, rows.swapaxes(0, 1))
+        return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), found)
+
+    return jax.lax.platform_dependent(matrices, cpu=loop, default=decompose)
 
 
 @jax.custom_batching.custom_vmap

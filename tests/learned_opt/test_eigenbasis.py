@@ -134,8 +134,8 @@ def test_lanes_of_other_ages_get_what_each_gets_alone_and_share_the_conditional(
 def test_decompositions_are_divided_over_the_devices_of_the_mesh():
     """Five matrices in two turns are three a turn, six sides: two on each of four devices, instead of six on each.
 
-    Without a mesh a CPU decomposes one after another: at stacks jaxlib may wait for ever. In float64, since
-    eigenvectors of close eigenvalues hang on the order of sums.
+    One after another on either, since at stacks jaxlib may wait for ever. In float64, since eigenvectors of close
+    eigenvalues hang on the order of sums.
     """
     mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
@@ -148,15 +148,17 @@ def test_decompositions_are_divided_over_the_devices_of_the_mesh():
         compiled = update.lower(place(gradients[0]), state, place(params)).compile()
         for g in gradients:
             updates, state = update(place(g), state, place(params))
-        return updates, set(
-            re.findall(r"\(f64\[((?:\d+,)?)12,12\][^=\n]*custom-call[^\n]*lapack_dgeqrf", compiled.as_text())
-        )
+        text = compiled.as_text()
+        stacks = set(re.findall(r"\(f64\[((?:\d+,)*)12,12\][^=\n]*custom-call[^\n]*lapack_dgeqrf", text))
+        return updates, stacks, set(re.findall(r'"known_trip_count":\{"n":"(\d+)"\}', text))
 
     with jax.enable_x64(True):
-        alone, whole = run(lambda x: x)
+        alone, stacks, turns = run(lambda x: x)
         with jax.set_mesh(mesh):
-            sharded, divided = run(lambda x: jax.device_put(x, sharding))
-    assert (whole, divided) == ({""}, {"2,"})
+            sharded, stacks_of_four, turns_of_four = run(lambda x: jax.device_put(x, sharding))
+    assert stacks == stacks_of_four == {"1,"}
+    assert ("6" in turns, "2" in turns) == (True, False)
+    assert ("6" in turns_of_four, "2" in turns_of_four) == (False, True)
     for u, v in zip(sharded, alone, strict=True):
         assert u.sharding.spec == sharding.spec
         np.testing.assert_allclose(u, v, atol=1e-9)
