@@ -14,12 +14,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from .hyperparameters import Specs, tuned, values
 from .response import BestResponse
 
 Batch = Any
 NetState = Any
+Weights = Any  # an Optax transform, or a function of the hyperparameters to one
 
 
 class Hyper(NamedTuple):
@@ -60,6 +62,12 @@ class Objectives(NamedTuple):
 def leading_size(batch: Batch) -> int:
     """The number of examples: the leading axis of a batch's first array."""
     return jax.tree.leaves(batch)[0].shape[0]
+
+
+def transform_at(weights: Weights, specs: Specs, point: jax.Array) -> optax.GradientTransformationExtraArgs:
+    """The weights' transform at a point of the hyperparameters, where it is a function of them."""
+    made = weights(values(specs, point)) if callable(weights) else weights
+    return optax.with_extra_args_support(made)
 
 
 def bias_weights(noise: jax.Array, responding: int) -> jax.Array:

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .hyperparameters import Specs, draw, span, values
-from .objectives import Batch, leading_size, make_objectives
+from .hyperparameters import Specs, draw, span
+from .objectives import Batch, Weights, leading_size, make_objectives, transform_at
 from .response import Params
 
 Data = Any
@@ -76,7 +76,7 @@ def population(
     train_batch: Callable[[Data, jax.Array], Batch],
     valid_batch: Callable[[Data, jax.Array], Batch],
     *,
-    weights: optax.GradientTransformation | Callable[[Any], optax.GradientTransformation],
+    weights: Weights,
     members: int = 8,
     train_steps: int = 100,
     replaced: float = 0.25,
@@ -138,7 +138,7 @@ def population(
     worst = min(max(1, round(replaced * members)), members // 2)
 
     def training(mean: jax.Array) -> optax.GradientTransformationExtraArgs:
-        return optax.with_extra_args_support(weights(values(specs, mean)) if callable(weights) else weights)
+        return transform_at(weights, specs, mean)
 
     def init(key: jax.Array, init_params: Callable[[jax.Array], Params]) -> PopulationState:
         k_params, k_mean = jax.random.split(key)

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from .hyperparameters import Specs, by_name, from_json, names, to_json, values
-from .objectives import Batch, NetState, leading_size, make_objectives
+from .objectives import Batch, NetState, Weights, leading_size, make_objectives, transform_at
 from .response import Params
 from .tuner import CycleInfo, copied
 
@@ -193,7 +193,7 @@ def replay(
     schedule: Schedule,
     train_loss: Callable[..., Any],
     train_batch: Callable[[Any, jax.Array], Batch],
-    weights: optax.GradientTransformation | Callable[[Any], optax.GradientTransformation],
+    weights: Weights,
     *,
     perturb: bool = False,
     stateful: bool = False,
@@ -218,7 +218,7 @@ def replay(
     """
 
     def training(point: jax.Array) -> optax.GradientTransformationExtraArgs:
-        return optax.with_extra_args_support(weights(values(schedule.specs, point)) if callable(weights) else weights)
+        return transform_at(weights, schedule.specs, point)
 
     objectives = make_objectives(
         schedule.specs, train_loss, lambda *args: 0.0, stateful=stateful, batch_size=batch_size

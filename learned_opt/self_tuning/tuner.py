@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from .hypergradient import Trace, advance, along_trace, start_trace
-from .hyperparameters import Specs, names, span, start, tuned, values
-from .objectives import Batch, Hyper, NetState, leading_size, make_objectives
+from .hyperparameters import Specs, names, span, start, tuned
+from .objectives import Batch, Hyper, NetState, Weights, leading_size, make_objectives, transform_at
 from .response import BestResponse, Params, Response
 
 Data = Any
@@ -144,7 +144,7 @@ def tuner(
     train_batch: Callable[[Data, jax.Array], Batch],
     valid_batch: Callable[[Data, jax.Array], Batch],
     *,
-    weights: optax.GradientTransformation | Callable[[Any], optax.GradientTransformation],
+    weights: Weights,
     response: optax.GradientTransformation | None = None,
     hyper: optax.GradientTransformation | None = None,
     method: str = "delta_stn",
@@ -261,7 +261,7 @@ def tuner(
     responds = len(through) < len(tuned(specs))
 
     def training(mean: jax.Array) -> optax.GradientTransformationExtraArgs:
-        return optax.with_extra_args_support(weights(values(specs, mean)) if callable(weights) else weights)
+        return transform_at(weights, specs, mean)
 
     def responding(mean: jax.Array) -> optax.GradientTransformationExtraArgs:
         return training(mean) if response is None else optax.with_extra_args_support(response)
