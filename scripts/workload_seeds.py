@@ -30,8 +30,8 @@ def main() -> None:
             try:
                 other = training.run(made, workload, nadamw.setting, seed, REPORT / "runs", only_finished=True).final
             except training.NotFinishedError:
-                continue
-            writer.writerow([workload.name, nadamw.name, reported[workload.name], f"{other:.6g}"])
+                other = None  # not run, or not kept
+            writer.writerow([workload.name, nadamw.name, reported[workload.name], other and f"{other:.6g}"])
 
 
 if __name__ == "__main__":

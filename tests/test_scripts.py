@@ -472,6 +472,12 @@ CASES = {
         reports("held_out", "validation.csv"),
         committed("reports/held_out/results.json"),
     ),
+    "scripts/workload_seeds.py": Case(
+        "",
+        {"suite": lambda suite: lambda name: [TINY[0]._replace(name="mail/embeddings-96-384")]},
+        reports("workloads", "seeds.csv"),
+        before=committed("reports/workloads/test/results.json"),
+    ),
     "scripts/workload_sizes.py": Case("", {}, reports("workloads", "sizes.csv")),
 }
 
