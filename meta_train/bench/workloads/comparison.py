@@ -77,8 +77,8 @@ def summary(results: Sequence[Result]) -> list[dict[str, Any]]:
         Dicts. ``ratio`` is the geometric mean, every data set weighing the same, of the validation loss over the
         reference's, with the exact test over data sets (:func:`meta_train.bench.workloads.statistics.over_suite`);
         ``better``, ``level`` and ``worse`` count workloads by their own test; ``reached`` counts targets;
-        ``score_steps`` and ``score_seconds`` are areas under the performance profiles; ``seconds_spent`` is from
-        nothing to a trained network, all trials included, over the suite.
+        ``score_steps`` and ``score_seconds`` are areas under the performance profiles; ``seconds_spent`` is that of the
+        training steps, of all trials and of one network, over the suite.
     """
     table = rows(results)
     names = list(dict.fromkeys(result.optimizer.name for result in results))
