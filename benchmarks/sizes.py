@@ -78,7 +78,8 @@ def plot(rows: list[dict], path: Path) -> None:
         panel.set_xlabel(axis.replace("_", " "))
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("validation loss")
-    panels[1].legend(frameon=False, fontsize=7, loc="upper left")  # where no line is
+    handles = panels[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper center", ncols=4, fontsize=8, frameon=False)
     figure.savefig(path, dpi=120)
 
 
