@@ -95,7 +95,7 @@ def make_steps(function, batch, per_example):
 
     def response(carry, key, part=batch):
         noise = made.noise(key, part)
-        grads = jax.grad(made.response)(carry[2], carry[0], (), mean, sigma, noise, key, part)
+        grads, _ = jax.grad(made.response, has_aux=True)(carry[2], carry[0], (), mean, sigma, noise, key, part)
         return (*carry[:2], *stepped(carry[2], carry[3], grads))
 
     def delta(carry, key, part=batch):
