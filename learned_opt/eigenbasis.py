@@ -187,20 +187,21 @@ def _divided(function: Callable, *stacks: jax.Array) -> Any:
     Without a mesh every device that holds the stacks decomposes all of them: XLA divides products, but no
     decompositions.
     """
-    mesh, axes = jax.sharding.get_abstract_mesh(), _axes_that_divide()
+    axes = _dividing()
     if not axes:
         return function(*stacks)
     count = stacks[0].shape[0]
-    more = -count % math.prod(mesh.shape[name] for name in axes)
-    over_devices = functools.partial(jax.lax.with_sharding_constraint, shardings=PartitionSpec(axes))
+    more = -count % math.prod(axes.values())
+    over_devices = functools.partial(jax.lax.with_sharding_constraint, shardings=PartitionSpec(tuple(axes)))
     padded = [jnp.pad(x, [(0, more)] + [(0, 0)] * (x.ndim - 1)) for x in stacks]
     return jax.tree.map(lambda x: over_devices(x)[:count], function(*map(over_devices, padded)))
 
 
-def _axes_that_divide() -> tuple[str, ...]:
+def _dividing() -> dict[str, int]:
+    """The axes of the mesh over which stacks are divided, and their sizes; none without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    return tuple(name for name, kind in kinds if kind == jax.sharding.AxisType.Auto)
+    return {name: mesh.shape[name] for name, kind in kinds if kind == jax.sharding.AxisType.Auto}
 
 
 def _one_by_one(decompose: Callable, matrices: jax.Array) -> Any:
@@ -209,8 +210,7 @@ def _one_by_one(decompose: Callable, matrices: jax.Array) -> Any:
     A stack takes jaxlib before 0.11.2 several tasks of XLA's thread pool, for which another task of that pool waits: as
     many decompositions at once as the pool has threads, of one program or on several devices, and all wait for ever.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    devices = math.prod(mesh.shape[name] for name in _axes_that_divide())  # 1 without a mesh
+    devices = math.prod(_dividing().values())
 
     def loop(matrices):
         rows = matrices.reshape(devices, -1, *matrices.shape[1:])

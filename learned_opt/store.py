@@ -264,7 +264,7 @@ def save(
         "rule": rule,
         "kwargs": kwargs,
         "needs": list(getattr(made, "needs", ())),
-        "learning_rate": learning_rate,
+        "learning_rate": None if learning_rate is None else float(learning_rate),
         "theta": {name: {"shape": list(x.shape), "dtype": x.dtype.name} for name, x in arrays.items()},
         "sha256": hashlib.sha256(weights).hexdigest(),
         "libraries": {"python": platform.python_version(), "jax": jax.__version__, "optax": optax.__version__},
@@ -320,7 +320,7 @@ def _record(folder: Path) -> dict[str, Any]:
 
 
 def _is_rate(value: Any) -> bool:
-    number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
     return number and bool(0 < value < float("inf"))
 
 

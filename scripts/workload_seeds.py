@@ -2,7 +2,7 @@
 
 Reads the runs of the tuned report and the table of `workloads_test`; writes reports/workloads/seeds.csv.
 
-    for name in sqlite cmudict qm9; do learned-opt data fetch $name; done
+    for name in sqlite cmudict qm9 speech mail; do learned-opt data fetch $name; done
     python scripts/workload_seeds.py
 """
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .delays import Scalar, Statistics, at_least_one, floor
+from .delays import Scalar, Statistics, at_least_one, floor, or_nan
 
 BatchSchedule = Callable[[Scalar, Statistics], Scalar]
 
@@ -101,8 +101,7 @@ def noise_scale_batch(
         raise ValueError(f"noise_scale_batch: maximum {maximum} is below minimum {minimum}")
 
     def schedule(step: Scalar, statistics: Statistics) -> Scalar:
-        found = noise_scale(statistics)
-        size = jnp.ceil(scale * jnp.asarray(jnp.nan if isinstance(found, tuple) else found))  # () is no statistic yet
+        size = jnp.ceil(scale * jnp.asarray(or_nan(noise_scale(statistics))))
         size = jnp.where(jnp.isnan(size), minimum, size)
         return jnp.clip(size, minimum, maximum).astype(jnp.int32)
 

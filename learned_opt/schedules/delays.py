@@ -269,9 +269,7 @@ def distance_aware(
         eta = _rate(learning_rate, step)
         near = eta * noise / (mu * workers)
         most = jnp.ceil(1 / (eta * mu) - 1e-6) if maximum is None else maximum
-        far = distance(statistics)
-        far = jnp.nan if isinstance(far, tuple) else far  # () is no statistic yet
-        return floor(scale * jnp.maximum(far, near) / (eta**2 * noise), most)
+        return floor(scale * jnp.maximum(or_nan(distance(statistics)), near) / (eta**2 * noise), most)
 
     return schedule
 
@@ -326,6 +324,11 @@ def adacomm(initial: int, *, maximum: int | None = None) -> SyncSchedule:
         return jnp.clip(jnp.ceil(initial * jnp.sqrt(ratio)), 1, most).astype(jnp.int32)
 
     return schedule
+
+
+def or_nan(statistic: Any) -> Any:
+    """A statistic; NaN for the ``()`` that ``custom`` is where nothing was asked for."""
+    return math.nan if isinstance(statistic, tuple) else statistic
 
 
 def floor(x: Scalar, maximum: Scalar = 2**20) -> Scalar:

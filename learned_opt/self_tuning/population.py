@@ -137,8 +137,7 @@ def population(
     objectives = make_objectives(specs, train_loss, valid_loss, batch_size=batch_size)
     worst = min(max(1, round(replaced * members)), members // 2)
 
-    def training(mean: jax.Array) -> optax.GradientTransformationExtraArgs:
-        return transform_at(weights, specs, mean)
+    training = functools.partial(transform_at, weights, specs)
 
     def init(key: jax.Array, init_params: Callable[[jax.Array], Params]) -> PopulationState:
         k_params, k_mean = jax.random.split(key)

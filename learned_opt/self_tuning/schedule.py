@@ -35,8 +35,8 @@ class Schedule(NamedTuple):
 
     def values(self) -> dict[str, np.ndarray]:
         """The tuned hyperparameters' values by name, floats [T]."""
-        found = jax.vmap(lambda point: values(self.specs, point))(jnp.asarray(self.mean))
-        return {name: np.asarray(by_name(found)[name]) for name in names(self.specs)}
+        found = by_name(jax.vmap(lambda point: values(self.specs, point))(jnp.asarray(self.mean)))
+        return {name: np.asarray(found[name]) for name in names(self.specs)}
 
 
 def from_run(specs: Specs, info: CycleInfo | Iterable[CycleInfo], train_steps: int) -> Schedule:
@@ -216,10 +216,7 @@ def replay(
     Reference:
         MacKay et al., "Self-Tuning Networks", 2019, section 4.
     """
-
-    def training(point: jax.Array) -> optax.GradientTransformationExtraArgs:
-        return transform_at(weights, schedule.specs, point)
-
+    training = functools.partial(transform_at, weights, schedule.specs)
     objectives = make_objectives(
         schedule.specs, train_loss, lambda *args: 0.0, stateful=stateful, batch_size=batch_size
     )

@@ -112,6 +112,11 @@ class Tuner(NamedTuple):
     run: Callable[..., tuple[TunerState, CycleInfo]]
 
 
+def _carried(state: TunerState | Best) -> dict[str, Any]:
+    """What a run trains, and its best keeps."""
+    return {name: getattr(state, name) for name in Best._fields if name != "loss"}
+
+
 def _where(condition: jax.Array, yes: Any, no: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
 
@@ -260,8 +265,7 @@ def tuner(
             raise ValueError(f"{chosen}: hypergradients belong to method='delta_stn'")
     responds = len(through) < len(tuned(specs))
 
-    def training(mean: jax.Array) -> optax.GradientTransformationExtraArgs:
-        return transform_at(weights, specs, mean)
+    training = functools.partial(transform_at, weights, specs)
 
     def responding(mean: jax.Array) -> optax.GradientTransformationExtraArgs:
         return training(mean) if response is None else optax.with_extra_args_support(response)
@@ -281,16 +285,19 @@ def tuner(
     def init(params: Params, response: Response, net_state: NetState = ()) -> TunerState:
         point = Hyper(*start(specs))
         infinite = jnp.full((), jnp.inf, point.mean.dtype)
-        states = training(point.mean).init(params), responding(point.mean).init(response), tuning.init(point)
-        state = TunerState(
+        best = Best(
+            loss=infinite,
             params=params,
             response=response,
             net_state=net_state,
             hyper=point,
-            weights_opt=states[0],
-            response_opt=states[1],
-            hyper_opt=states[2],
-            best=Best(infinite, params, response, net_state, point, *states),
+            weights_opt=training(point.mean).init(params),
+            response_opt=responding(point.mean).init(response),
+            hyper_opt=tuning.init(point),
+        )
+        state = TunerState(
+            **_carried(best),
+            best=best,
             reference=jnp.full((), jnp.nan, point.mean.dtype),
             damping=jnp.ones((), point.mean.dtype),
             trace=[],
@@ -399,7 +406,7 @@ def tuner(
 
     def guarded(state: TunerState, best: Best, reference: jax.Array, bad: jax.Array) -> TunerState:
         back = TunerState(
-            *best[1:],
+            **_carried(best),
             best=best,
             reference=reference,
             damping=0.5 * state.damping,
@@ -420,9 +427,7 @@ def tuner(
         judged = state.params if centred else BestResponse(state.params, state.response, begin.hyper.mean)
         valid = objectives.judged(judged, state.net_state, batch).astype(state.reference.dtype)
         better = valid < state.best.loss
-        optimizers = state.weights_opt, state.response_opt, state.hyper_opt
-        current = Best(valid, state.params, state.response, state.net_state, begin.hyper, *optimizers)
-        best = _where(better, current, state.best)
+        best = _where(better, Best(valid, **_carried(state)), state.best)
         reference = jnp.where(jnp.isfinite(state.reference), state.reference, valid)
 
         def tune(state: TunerState) -> tuple[TunerState, jax.Array]:

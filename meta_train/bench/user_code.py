@@ -12,12 +12,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from learned_opt.self_tuning.objectives import leading_size
 from tasks.base import Task, TaskFamily, Workload, only
 from tasks.suites import Entry
 
 from ..train.config import ConfigError
-from ..train.problems import Problem, make_tuner
+from ..train.problems import Problem, make_tuner, metrics_of
 from .contenders import GRID, Contender, around
 
 
@@ -165,12 +164,7 @@ def network(spec: str) -> tuple[str, Problem]:
     def begin(data: Any, key: jax.Array) -> Any:
         tuner = make_tuner(made, weights=made.weights or optax.adam(1e-3))
         state, info = tuner.cycle(tuner.init(*made.init(key)), key, data)
-        batch = made.batch(data["test"], key)
-        metrics = made.metrics(state.params, batch)
-        for metric, values in metrics.items():
-            if jnp.shape(values) != (leading_size(batch),):
-                raise ValueError(f"metric {metric!r} of shape {jnp.shape(values)}: it wants one number a row, no mean")
-        return metrics["loss"], info
+        return metrics_of(made, state.params, made.batch(data["test"], key))["loss"], info
 
     _call(spec, jax.eval_shape, begin, made.data, jax.random.key(0))
     return name, made

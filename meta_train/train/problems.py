@@ -91,6 +91,19 @@ def standing(method: str, state: st.TunerState | st.Best) -> Any:
     return st.materialise(st.BestResponse(state.params, state.response, state.hyper.mean))
 
 
+def metrics_of(problem: Problem, params: Any, batch: Data) -> dict[str, jax.Array]:
+    """A batch's :attr:`Problem.metrics`.
+
+    Raises:
+        ValueError: one is no number a row.
+    """
+    found = problem.metrics(params, batch)
+    for name, values in found.items():
+        if jnp.shape(values) != (leading_size(batch),):
+            raise ValueError(f"the metric {name!r} has shape {jnp.shape(values)}: it wants one number a row, no mean")
+    return found
+
+
 def evaluate(problem: Problem, params: Any, rows: Data) -> dict[str, float]:
     """The means of :attr:`Problem.metrics` over a whole split.
 
@@ -106,13 +119,11 @@ def evaluate(problem: Problem, params: Any, rows: Data) -> dict[str, float]:
         ValueError: a metric is no number a row.
     """
     count = leading_size(rows)
-    metrics = jax.jit(problem.metrics)
+    metrics = jax.jit(functools.partial(metrics_of, problem))
     sums: dict[str, float] = {}
     for start in range(0, count, _EVALUATED):
         batch = jax.tree.map(lambda x, start=start: x[start : start + _EVALUATED], rows)
         for name, values in metrics(params, batch).items():
-            if values.shape != (leading_size(batch),):
-                raise ValueError(f"the metric {name!r} has shape {values.shape}: it wants one number a row, no mean")
             sums[name] = sums.get(name, 0.0) + float(jnp.sum(values))
     return {name: total / count for name, total in sums.items()}
 

@@ -98,6 +98,12 @@ def test_faults_lose_at_most_a_round(tmp_path):
     assert int(state.round) < ROUNDS
     np.testing.assert_allclose(finish(state), finish(fresh), rtol=1e-5)
 
+    other = subprocess.run(
+        [*command, "--seed", str(SEED + 1)], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert other.returncode == 2  # it would go on from the anchor of another run, and once, without a restart
+    assert f"{tmp_path} holds a run with" in other.stderr
+
 
 RETURNING = """
 import sys
