@@ -6,7 +6,7 @@
 
 import importlib
 
-from . import local_sgd, mup
+from . import layouts, local_sgd, mup
 from .base import LearnedOptimizer, Params, Theta
 from .directions import soap, soap_muon
 from .muon import hidden_matrices
@@ -29,6 +29,7 @@ __all__ = [
     "bfloat16_state",
     "from_reference",
     "hidden_matrices",
+    "layouts",
     "load",
     "load_rule",
     "local_sgd",

@@ -20,10 +20,10 @@ class LearnedOptimizer(NamedTuple):
 
     Attributes:
         init: ``key -> theta``, fresh meta-parameters.
-        build: ``(theta, num_steps=None, batch_axes=None) -> optax.GradientTransformationExtraArgs``, the rule at
+        build: ``(theta, num_steps=None, layout=None) -> optax.GradientTransformationExtraArgs``, the rule at
             ``theta``. Its updates point downhill, ready for ``optax.apply_updates``. ``num_steps`` (an int or a traced
-            int32 scalar) is the planned number of updates, for the rules that want it; ``batch_axes`` says which
-            parameters are stacks of tensors, see :func:`learned_opt.load`.
+            int32 scalar) is the planned number of updates, for the rules that want it; ``layout`` says which axes of
+            parameters are inputs, outputs and layers, see :func:`learned_opt.load`.
         needs: which optional inputs the rule cannot do without: ``"value"`` (the loss, passed as
             ``update(..., value=loss)``) and/or ``"num_steps"``. ``update`` raises a ``ValueError`` that names the
             missing one.

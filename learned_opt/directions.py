@@ -10,9 +10,10 @@ import optax
 
 from . import eigenbasis
 from .features import compute_dtype
+from .layouts import Layout
 from .loaded import Mask, check_rate, decay_weights
 from .newton_schulz import newton_schulz
-from .tensors import BatchAxes, each, rule_transform
+from .tensors import each, rule_transform
 
 
 class AdamInBasis(NamedTuple):
@@ -38,7 +39,7 @@ def scale_by_soap(
     max_dim: int = 10_000,
     max_ratio: float = math.inf,
     orthogonalize: bool = False,
-    batch_axes: BatchAxes | None = None,
+    layout: Layout | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""The direction of :func:`soap` (or :func:`soap_muon`), downhill, without learning rate and weight decay.
 
@@ -51,7 +52,7 @@ def scale_by_soap(
         max_ratio: see there.
         orthogonalize: take five Newton-Schulz steps from the direction of tensors of rank >= 2, and bring it to unit
             RMS.
-        batch_axes: see there.
+        layout: see there.
 
     Returns:
         An Optax transform; its state is a :class:`learned_opt.tensors.RuleState`.
@@ -85,7 +86,7 @@ def scale_by_soap(
         tensors = [AdamInBasis(x.turning, x.squares, x.sides) for x in eigenbasis.correct(count, stacks, every=every)]
         return [(u, new) for (u, _), new in zip(results, tensors, strict=True)], shared
 
-    return rule_transform("soap", start=start, update=update, rest=orthogonalize, batch_axes=batch_axes)
+    return rule_transform("soap", start=start, update=update, rest=orthogonalize, layout=layout)
 
 
 def soap(
@@ -99,7 +100,7 @@ def soap(
     every: int = 10,
     max_dim: int = 10_000,
     max_ratio: float = math.inf,
-    batch_axes: BatchAxes | None = None,
+    layout: Layout | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""SOAP: Adam in the eigenbasis of Shampoo's preconditioner.
 
@@ -115,8 +116,8 @@ def soap(
 
     Differences from the published algorithm, with ``every=1`` or one matrix of a shape none in value: the bases of the
     matrices of one shape are corrected in turns, each once in ``every`` updates, instead of all at once; a matrix's
-    basis is the identity until its first turn. Tensors of higher rank are matrices of their last axis against the
-    others. Vectors get Adam. :math:`\epsilon` is added to the bias-corrected root, as in Adam.
+    basis is the identity until its first turn. Tensors of higher rank are matrices of their outputs against all
+    inputs. Vectors get Adam. :math:`\epsilon` is added to the bias-corrected root, as in Adam.
 
     Args:
         learning_rate: :math:`\eta`, a float or an Optax schedule.
@@ -129,8 +130,8 @@ def soap(
         max_dim: a longer side of a matrix is not rotated.
         max_ratio: nor is one of more than so many times the other side; 2 makes SOAP one-sided where the longer side
             costs most.
-        batch_axes: ``(path, shape) -> n``: the first ``n`` axes of that parameter index separate matrices, such as the
-            layers of a scanned network.
+        layout: which axes are inputs, which outputs and which index layers, :func:`~learned_opt.layouts.outputs_last`
+            by default; :func:`~learned_opt.layouts.outputs_first` for Equinox.
 
     Returns:
         An Optax transform. State: two numbers a parameter, and two ``n x n`` matrices a side of ``n`` rows.
@@ -148,7 +149,7 @@ def soap(
     Reference:
         Vyas et al., "SOAP: Improving and stabilizing Shampoo using Adam", 2024, arXiv:2409.11321.
     """
-    basis = {"every": every, "max_dim": max_dim, "max_ratio": max_ratio, "batch_axes": batch_axes}
+    basis = {"every": every, "max_dim": max_dim, "max_ratio": max_ratio, "layout": layout}
     return _with_rate(learning_rate, weight_decay, mask, b1=b1, b2=b2, eps=eps, **basis)
 
 
@@ -163,7 +164,7 @@ def soap_muon(
     every: int = 10,
     max_dim: int = 10_000,
     max_ratio: float = math.inf,
-    batch_axes: BatchAxes | None = None,
+    layout: Layout | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""SOAP followed by Newton-Schulz: :math:`u = -\eta\, \mathrm{NS}(u_\mathrm{SOAP})` at unit RMS.
 
@@ -181,7 +182,7 @@ def soap_muon(
         every: see there.
         max_dim: see there.
         max_ratio: see there.
-        batch_axes: see there.
+        layout: see there.
 
     Returns:
         An Optax transform; its state is that of :func:`soap` and a byte a parameter.
@@ -196,7 +197,7 @@ def soap_muon(
         >>> print(updates["w"].shape)
         (3, 2)
     """
-    basis = {"every": every, "max_dim": max_dim, "max_ratio": max_ratio, "batch_axes": batch_axes}
+    basis = {"every": every, "max_dim": max_dim, "max_ratio": max_ratio, "layout": layout}
     return _with_rate(learning_rate, weight_decay, mask, b1=b1, b2=b2, eps=eps, orthogonalize=True, **basis)
 
 

@@ -10,35 +10,18 @@ It is the optimizer's part of the parametrisation. The model's part: initial wei
 divided by the size of a head instead of its root.
 """
 
-import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from .layouts import Layout, fan_in, name_of, outputs_last, view_of
+
 Tree = Any
 
 
-def inputs_before_last(path: str, shape: tuple[int, ...]) -> int:
-    """The default fan-in: the product of all axes but the last, and 1 below rank 2.
-
-    Right for dense layers ``[inputs, outputs]``, convolutions ``[*window, inputs, outputs]`` and embeddings
-    ``[tokens, width]``, as in Haiku and Flax; vectors (biases, gains) never count as wide. Not for queries, keys and
-    values of Flax's attention, ``[inputs, heads, size]``, nor for layers in a stack, ``[layers, inputs, outputs]``.
-
-    >>> inputs_before_last("conv/w", (3, 3, 64, 128))
-    576
-    """
-    del path
-    return math.prod(shape[:-1]) if len(shape) >= 2 else 1
-
-
-FanIn = Callable[[str, tuple[int, ...]], float]
-
-
-def width_multipliers(params: Tree, base: Tree, *, fan_in: FanIn = inputs_before_last) -> Tree:
+def width_multipliers(params: Tree, base: Tree, *, layout: Layout = outputs_last) -> Tree:
     r"""How much smaller each tensor's update has to be than in a narrower model.
 
     :math:`\mathrm{fan\_in}(\mathrm{base}) / \mathrm{fan\_in}(\mathrm{params})`, the column "Adam LR" of table 3 of the
@@ -49,15 +32,14 @@ def width_multipliers(params: Tree, base: Tree, *, fan_in: FanIn = inputs_before
         params: the model's parameters, a pytree of anything with a ``shape``.
         base: those of the model whose step size is to carry over, the same tree with other sizes; for example
             ``jax.eval_shape`` of its ``init``. Tensors that only ``base`` has are ignored.
-        fan_in: ``(path, shape) -> number of inputs``, where other layouts are used; ``path`` as ``layer/w``. For
-            Equinox's ``[outputs, inputs]``: ``lambda path, shape: shape[1] if len(shape) == 2 else 1``; for stacked
-            layers and Flax's attention: ``shape[-2]`` and ``shape[0]`` of these.
+        layout: which axes are inputs, as for :func:`learned_opt.load`: the fan-in is their product.
 
     Returns:
         A tree of floats with the structure of ``params``.
 
     Raises:
-        ValueError: if a tensor of ``params`` is not in ``base``, or is of another rank there, or has no inputs.
+        ValueError: if a tensor of ``params`` is not in ``base``, or is of another rank there, or an axis of inputs is
+            empty.
 
     Example:
         >>> def shapes(width):
@@ -65,15 +47,20 @@ def width_multipliers(params: Tree, base: Tree, *, fan_in: FanIn = inputs_before
         >>> width_multipliers(shapes(64), shapes(16))
         {'hidden': 0.25, 'in': 1.0, 'out': 0.25}
     """
-    narrow = {_name(path): jnp.shape(leaf) for path, leaf in jax.tree.leaves_with_path(base)}
+    narrow = {name_of(path): leaf for path, leaf in jax.tree.leaves_with_path(base)}
+
+    def inputs(path, leaf):
+        view = view_of(layout, path, leaf)
+        return fan_in(view.shape[view.layers :])
 
     def multiplier(path, leaf):
-        name, shape = _name(path), jnp.shape(leaf)
+        name = name_of(path)
         if name not in narrow:
             raise ValueError(f"the base model has no tensor {name!r}; it has {', '.join(sorted(narrow)) or 'none'}")
-        if len(narrow[name]) != len(shape):
-            raise ValueError(f"{name!r} has shape {shape}, but {narrow[name]} in the base model: not the same rank")
-        wide_inputs, base_inputs = fan_in(name, shape), fan_in(name, narrow[name])
+        shape, other = jnp.shape(leaf), jnp.shape(narrow[name])
+        if len(other) != len(shape):
+            raise ValueError(f"{name!r} has shape {shape}, but {other} in the base model: not the same rank")
+        wide_inputs, base_inputs = inputs(path, leaf), inputs(path, narrow[name])
         if wide_inputs < 1 or base_inputs < 1:
             raise ValueError(f"{name!r} has a fan-in of {wide_inputs}, and of {base_inputs} in the base model")
         return base_inputs / wide_inputs
@@ -81,7 +68,7 @@ def width_multipliers(params: Tree, base: Tree, *, fan_in: FanIn = inputs_before
     return jax.tree.map_with_path(multiplier, params)
 
 
-def scale_by_width(base: Tree, *, fan_in: FanIn = inputs_before_last) -> optax.GradientTransformation:
+def scale_by_width(base: Tree, *, layout: Layout = outputs_last) -> optax.GradientTransformation:
     """Multiply each tensor's update by its :func:`width_multipliers`; to be chained after any optimizer.
 
     For optimizers whose updates' entries do not depend on the width: Adam and the rules ``adam``, ``nadamw``,
@@ -95,7 +82,7 @@ def scale_by_width(base: Tree, *, fan_in: FanIn = inputs_before_last) -> optax.G
 
     Args:
         base: as for :func:`width_multipliers`, as the next one.
-        fan_in: see there.
+        layout: see there.
 
     Returns:
         An Optax transform without state.
@@ -113,16 +100,12 @@ def scale_by_width(base: Tree, *, fan_in: FanIn = inputs_before_last) -> optax.G
     """
 
     def init_fn(params):
-        width_multipliers(params, base, fan_in=fan_in)  # complain early
+        width_multipliers(params, base, layout=layout)  # complain early
         return optax.EmptyState()
 
     def update_fn(updates, state, params=None):
         del params
-        multipliers = width_multipliers(updates, base, fan_in=fan_in)
+        multipliers = width_multipliers(updates, base, layout=layout)
         return jax.tree.map(lambda u, k: k * u, updates, multipliers), state
 
     return optax.GradientTransformation(init_fn, update_fn)
-
-
-def _name(path: tuple) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -27,8 +27,8 @@ import safetensors.numpy
 from .base import Theta
 from .files import write_folder_atomically
 from .kinds import FEATURES, KNOWN, OPTIMIZER, Kind
+from .layouts import Layout
 from .loaded import Mask, check_rate, decay_weights, late
-from .tensors import BatchAxes
 
 FORMAT_VERSION = 1
 _WEIGHTS, _RULE, _CARD = "weights.safetensors", "rule.json", "README.md"
@@ -115,7 +115,7 @@ def load(
     weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Mask | None = None,
     num_steps: int | jax.Array | None = None,
-    batch_axes: BatchAxes | None = None,
+    layout: Layout | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""A trained rule as an Optax transform.
 
@@ -134,9 +134,10 @@ def load(
         mask: which parameters decay, as for ``optax.adamw``: a pytree of bools, a prefix of the parameters', or a
             function of them that gives one. All by default; it does not touch a decay that the rule has of its own.
         num_steps: the planned number of updates, at least 1, for a rule that wants it; may be traced.
-        batch_axes: ``(path, shape) -> n``: the first ``n`` axes of that parameter index separate tensors, such as the
-            layers of a scanned network (``lambda path, shape: int(path.startswith("layers/"))``). By default 0:
-            each parameter is one tensor.
+        layout: which axes of a parameter are inputs, which outputs and which index layers. By default
+            :func:`~learned_opt.layouts.outputs_last`, for Haiku and Flax; :func:`~learned_opt.layouts.outputs_first` is
+            for Equinox, and :func:`~learned_opt.layouts.stacked` for scanned networks, whose parameters are stacks of
+            layers.
 
     Returns:
         An Optax transform. A rule that needs the loss takes it as ``update(grads, state, params, value=loss)``.
@@ -156,7 +157,7 @@ def load(
     """
     saved = load_rule(name_or_path)
     check_rate("weight_decay", weight_decay)
-    parts = [saved.rule.build(saved.theta, num_steps=num_steps, batch_axes=batch_axes)]
+    parts = [saved.rule.build(saved.theta, num_steps=num_steps, layout=layout)]
     if not (isinstance(weight_decay, int | float) and weight_decay == 0.0):
         parts.append(decay_weights(weight_decay, mask))
     elif mask is not None:

@@ -19,9 +19,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from .features import clean, compute_dtype
 from .kernels import on_cpu
+from .layouts import Layout, View, outputs_last, seen, unseen, view_of
 
 Tree = Any
-BatchAxes = Callable[[str, tuple[int, ...]], int]
 
 _LIMIT = 1e15  # of a gradient's size: its square is still a float32
 _LEAST = 1e-18  # below which it counts as 0: squares would be, and the unit of a tensor of such 1
@@ -111,12 +111,6 @@ def in_order(values: Sequence[jax.Array], groups: Sequence[Group]) -> jax.Array:
     return jnp.concatenate(values)[np.argsort(np.concatenate([group.rows for group in groups]))]
 
 
-def one_matrix(path: str, shape: tuple[int, ...]) -> int:
-    """The default of ``batch_axes``: no tensor is a stack of others."""
-    del path, shape
-    return 0
-
-
 def rule_transform(
     name: str,
     *,
@@ -126,7 +120,7 @@ def rule_transform(
     rest: bool = True,
     reads_params: bool = True,
     reads_loss: bool = False,
-    batch_axes: BatchAxes | None = None,
+    layout: Layout | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""The Optax transform of a rule.
 
@@ -146,13 +140,12 @@ def rule_transform(
         rest: see above. Adam and its kin need none: their updates fade by themselves.
         reads_params: whether ``update`` needs the parameters.
         reads_loss: whether it needs the loss.
-        batch_axes: ``(path, shape) -> n``: the first ``n`` axes of that parameter index separate tensors, such as the
-            layers of a scanned network. By default 0.
+        layout: how parameters are seen, :func:`~learned_opt.layouts.outputs_last` by default.
 
     Returns:
         An Optax transform; its state is a :class:`RuleState`.
     """
-    lead_of = batch_axes or one_matrix
+    layout = layout or outputs_last
 
     def start_of(p):
         return start(p), jnp.full_like(p, _NEVER, jnp.uint8) if rest else ()
@@ -164,10 +157,8 @@ def rule_transform(
         params = jax.tree.map(as_array, params)
         tree: Any
         leaves, tree = jax.tree.flatten(params)
-        lead = [lead_axes(lead_of, path, leaf) for path, leaf in jax.tree.leaves_with_path(params)]
-        started = [
-            struct.flatten_up_to(_started(_over_axes(start_of, n), p)) for p, n in zip(leaves, lead, strict=True)
-        ]
+        views = [view_of(layout, path, leaf) for path, leaf in jax.tree.leaves_with_path(params)]
+        started = [struct.flatten_up_to(_started(start_of, p, view)) for p, view in zip(leaves, views, strict=True)]
         columns = zip(*started, strict=True) if started else [()] * struct.num_leaves
         tensors, idle = struct.unflatten([tree.unflatten(x) for x in columns])
         return RuleState(jnp.zeros((), jnp.int32), start_shared(common_dtype(params)), tensors, idle)
@@ -186,26 +177,29 @@ def rule_transform(
         given, tree = jax.tree.flatten(updates, is_leaf=lambda x: x is None)
         paths = [path for path, _ in jax.tree.leaves_with_path(updates, is_leaf=lambda x: x is None)]
         moving = [i for i, g in enumerate(given) if g is not None and jnp.size(g)]
-        lead = tuple((i, lead_axes(lead_of, paths[i], given[i])) for i in moving)
+        views = tuple((i, view_of(layout, paths[i], given[i])) for i in moving)
         at = tree.flatten_up_to(where_gradients(updates, params))
-        run = functools.partial(core, tree, lead)
+        run = functools.partial(core, tree, views)
         return _automatic(run, (updates, state), at, required_loss(value, name) if reads_loss else None)
 
     @functools.partial(jax.jit, static_argnums=(0, 1))  # for updates outside of any other jit
-    def core(tree, lead, carried, at, value):
-        lead, moving = dict(lead), [i for i, _ in lead]
+    def core(tree, views, carried, at, value):
+        views = dict(views)
         updates, state = carried
         given = tree.flatten_up_to(updates)
+        for i, view in views.items():
+            given[i], at[i] = seen(given[i], view), seen(at[i], view)
         columns = [tree.flatten_up_to(x) for x in struct.flatten_up_to((state.tensors, state.idle))]
-        groups, members = _gather(given, at, columns, struct, moving, lead)
+        groups, members = _gather(given, at, columns, struct, views)
         results, shared = update(groups, state.step, state.shared, value)
         for group, where, (u, tensors) in zip(groups, members, results, strict=True):
             u, idle = _one_by_one(_rested, u, group.gradient, group.idle) if rest else (u, ())
             stacks = [u.astype(given[where[0]].dtype), *struct.flatten_up_to((tensors, idle))]
-            leads = [given[i].shape[: lead[i]] for i in where]
+            leads = [views[i].shape[: views[i].layers] for i in where]
             taken = _unstack(stacks, [math.prod(shape) for shape in leads], state.step)
             for i, shape, rows in zip(where, leads, taken, strict=True):
-                given[i], *new = (x.reshape(shape + x.shape[1:]) for x in rows)
+                u, *new = (x.reshape(shape + x.shape[1:]) for x in rows)
+                given[i] = unseen(u, views[i])
                 for column, x in zip(columns, new, strict=True):
                     column[i] = x
         tensors, idle = struct.unflatten([tree.unflatten(x) for x in columns])
@@ -265,19 +259,17 @@ def _shown(value) -> str:
 # --- groups
 
 
-def _gather(given, at, columns, struct, moving, lead) -> tuple[list[Group], list[list[int]]]:
+def _gather(given, at, columns, struct, views: dict[int, View]) -> tuple[list[Group], list[list[int]]]:
     """Groups of the tensors that move, and which leaves each holds."""
     by_kind: dict[Any, list[int]] = {}
-    counts = {i: math.prod(given[i].shape[: lead[i]]) for i in moving}
-    rows = dict(
-        zip(moving, np.split(np.arange(sum(counts.values())), np.cumsum([counts[i] for i in moving])), strict=False)
-    )
-    for i in moving:
+    counts = {i: math.prod(view.shape[: view.layers]) for i, view in views.items()}
+    rows = dict(zip(views, np.split(np.arange(sum(counts.values())), np.cumsum(list(counts.values()))), strict=False))
+    for i, view in views.items():
         arrays = (given[i], at[i], *(column[i] for column in columns))
-        by_kind.setdefault(tuple(_kind(x, lead[i]) for x in arrays), []).append(i)
+        by_kind.setdefault(tuple(_kind(x, view.layers) for x in arrays), []).append(i)
 
     def stack(column, where):
-        return jnp.concatenate([column[i].reshape(counts[i], *column[i].shape[lead[i] :]) for i in where])
+        return jnp.concatenate([column[i].reshape(counts[i], *column[i].shape[views[i].layers :]) for i in where])
 
     groups = []
     for where in by_kind.values():
@@ -319,19 +311,6 @@ def _kind(x: jax.Array, lead: int) -> tuple:
     return x.shape[lead:], x.dtype, jax.typeof(x).manual_axis_type
 
 
-def lead_axes(lead_of: BatchAxes, path: tuple, leaf: Any) -> int:
-    """How many leading axes of a leaf index separate tensors.
-
-    Raises:
-        ValueError: it has no so many.
-    """
-    name, shape = jax.tree_util.keystr(path, simple=True, separator="/"), jnp.shape(leaf)
-    lead = lead_of(name, shape)
-    if not 0 <= lead <= len(shape):
-        raise ValueError(f"batch_axes gives {lead} for {name!r} of shape {shape}")
-    return lead
-
-
 def _over_axes(start: Callable, lead: int) -> Callable:
     return start if lead == 0 else jax.vmap(_over_axes(start, lead - 1))
 
@@ -358,15 +337,21 @@ def _rested(u: jax.Array, gradient: jax.Array, idle: jax.Array) -> tuple[jax.Arr
 # --- explicit meshes
 
 
-def _started(start: Callable, p: jax.Array) -> Any:
-    """``start(p)``; on an explicit mesh what is of the parameter's shape is sharded as it is, and all else not."""
+def _started(start_of: Callable, p: jax.Array, view: View) -> Any:
+    """What a rule starts from; on an explicit mesh what is of the seen shape is sharded likewise, and all else not."""
+
+    def start(p):
+        return _over_axes(start_of, view.layers)(seen(p, view))
+
     sharding = jax.typeof(p).sharding
     if not sharding.mesh.explicit_axes:
         return start(p)
+    rank = len(view.shape)
+    own = [sharding.spec[axis] for axis in view.order][:rank]  # of axes that become one the first one's
 
     def like(x):
-        same = x.shape[x.ndim - p.ndim :] == p.shape
-        spec = PartitionSpec(*(None,) * (x.ndim - p.ndim), *sharding.spec) if same else PartitionSpec()
+        same = x.shape[x.ndim - rank :] == view.shape
+        spec = PartitionSpec(*(None,) * (x.ndim - rank), *own) if same else PartitionSpec()
         return NamedSharding(sharding.mesh, spec)
 
     out = jax.tree.map(like, jax.eval_shape(start, jax.ShapeDtypeStruct(p.shape, p.dtype)))

@@ -101,13 +101,13 @@ def adafac_mlp(*, hidden_size: int = 4, published: bool = False) -> LearnedOptim
         (u,) = column_mlp(columns, inputs, layers, eps=_EPS, outputs=2, finish=step_of, squares_of=squares)
         return u, moments
 
-    def build(theta, num_steps=None, batch_axes=None):
+    def build(theta, num_steps=None, layout=None):
         del num_steps
 
         def update(groups, t, shared, value):
             del value
             return each(functools.partial(step, theta, t), groups), shared
 
-        return rule_transform("adafac_mlp", start=no_moments, update=update, rest=not published, batch_axes=batch_axes)
+        return rule_transform("adafac_mlp", start=no_moments, update=update, rest=not published, layout=layout)
 
     return LearnedOptimizer(init, build)

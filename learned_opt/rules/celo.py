@@ -103,7 +103,7 @@ def celo(
         controls = recurrent.linear_init(k_controls, lstm_size, bank_size)
         return {"bank": bank, "scheduler": scheduler_init(k_scheduler, lstm_size) | {"controls": controls}}
 
-    def build(theta, num_steps=None, batch_axes=None):
+    def build(theta, num_steps=None, layout=None):
         scheduler = theta["scheduler"]
 
         def start_shared(dtype):
@@ -130,7 +130,7 @@ def celo(
             update=update,
             reads_loss=scheduled,
             rest=not published,
-            batch_axes=batch_axes,
+            layout=layout,
         )
 
     return LearnedOptimizer(init, build, needs=("value", "num_steps") if scheduled else ())

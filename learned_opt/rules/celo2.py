@@ -139,13 +139,13 @@ def celo2(*, hidden_size: int = 8, orthogonalize: bool = False, published: bool 
         d = newton_schulz(d) if orthogonalize and d.ndim >= 2 else d
         return -unit_rms(d, EPS, tuple(range(d.ndim)[-2:])), moments
 
-    def build(theta, num_steps=None, batch_axes=None):
+    def build(theta, num_steps=None, layout=None):
         del num_steps
 
         def update(groups, count, shared, value):
             del count, value
             return each(functools.partial(step, theta), groups), shared
 
-        return rule_transform("celo2", start=no_moments, update=update, rest=not published, batch_axes=batch_axes)
+        return rule_transform("celo2", start=no_moments, update=update, rest=not published, layout=layout)
 
     return LearnedOptimizer(init, build, learning_rate=1e-3)

@@ -84,7 +84,7 @@ def celo2_soap(
         hidden_size=hidden_size, orthogonalize=orthogonalize, every=every, max_dim=max_dim, max_ratio=max_ratio
     )
 
-    def build(theta, num_steps=None, batch_axes=None):
+    def build(theta, num_steps=None, layout=None):
         del num_steps
 
         def update(groups, count, shared, value):
@@ -93,7 +93,7 @@ def celo2_soap(
             tensors = rotated.settle(count, [accumulators for _, accumulators in results])
             return [(u, new) for (u, _), new in zip(results, tensors, strict=True)], shared
 
-        return rule_transform("celo2_soap", start=rotated.start, update=update, batch_axes=batch_axes)
+        return rule_transform("celo2_soap", start=rotated.start, update=update, layout=layout)
 
     return LearnedOptimizer(rotated.init, build, learning_rate=1e-3)
 

@@ -59,7 +59,7 @@ def celo_adam(*, lstm_size: int = 64) -> LearnedOptimizer:
     def start(p):
         return AdamMoments(*(jnp.zeros_like(p, compute_dtype(p.dtype)) for _ in range(2)))
 
-    def build(theta, num_steps=None, batch_axes=None):
+    def build(theta, num_steps=None, layout=None):
         def start_shared(dtype):
             recurrent.required_num_steps(num_steps, "celo_adam")
             return Clock(recurrent.loss_start(dtype), recurrent.lstm_start(theta["lstm"], 1, dtype))
@@ -84,7 +84,7 @@ def celo_adam(*, lstm_size: int = 64) -> LearnedOptimizer:
             update=update,
             rest=False,
             reads_loss=True,
-            batch_axes=batch_axes,
+            layout=layout,
         )
 
     return LearnedOptimizer(init, build, needs=("value", "num_steps"))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from ..base import LearnedOptimizer, Theta
 from ..features import compute_dtype, ema, emas
-from ..mup import inputs_before_last
+from ..layouts import fan_in
 from ..tensors import Direction, common_dtype, each, in_order, rule_transform
 from . import celo2_soap, nadam
 from .recurrent import linear, linear_init
@@ -130,7 +130,7 @@ def control(
         update = move * rate.astype(p.dtype) * (size_of(p) * u - pull * jnp.where(u * p < 0, p, 0))
         return update, Controlled(accumulators, ema(tensor.average, update, _MEMORY), seen)
 
-    def build(theta, num_steps=None, batch_axes=None):
+    def build(theta, num_steps=None, layout=None):
         def update(groups, count, shared, value):
             del value
             if not groups:
@@ -146,7 +146,7 @@ def control(
                 (u, tensor._replace(direction=new)) for (u, tensor), new in zip(results, settled, strict=True)
             ], shared
 
-        return rule_transform("control", start=start, update=update, batch_axes=batch_axes)
+        return rule_transform("control", start=start, update=update, layout=layout)
 
     return LearnedOptimizer(init, build)
 
@@ -158,7 +158,7 @@ def size_of(p: jax.Array) -> jax.Array:
 
 def floor_of(p: jax.Array) -> float:
     """The least size of a matrix: the root mean square of weights that keep the size of their inputs."""
-    return inputs_before_last("", p.shape) ** -0.5
+    return fan_in(p.shape) ** -0.5
 
 
 def rms(p: jax.Array) -> jax.Array:
@@ -208,9 +208,9 @@ def facts(p: jax.Array, seen: jax.Array) -> jax.Array:
         p: its weights.
         seen: of :class:`Controlled`.
     """
-    fan_in, fan_out = inputs_before_last("", p.shape), max(p.shape[-1:], default=1)
     above = jnp.log(size_of(p) / floor_of(p)) if p.ndim >= 2 else 0.0
-    of_shape = jnp.stack([jnp.tanh(above), math.log10(fan_in) / 4, math.log10(fan_out) / 4, float(p.ndim >= 2)])
+    inputs, outputs = math.log10(fan_in(p.shape)), math.log10(max(p.shape[-1:], default=1))
+    of_shape = jnp.stack([jnp.tanh(above), inputs / 4, outputs / 4, float(p.ndim >= 2)])
     return jnp.concatenate([seen.reshape(-1), of_shape.astype(seen.dtype)])
 
 

@@ -105,7 +105,7 @@ def lstm(*, lstm_size: int = 20, output_scale: float = 0.01) -> LearnedOptimizer
             output, new = jax.lax.map(one, rows, batch_size=_BLOCK)
         return -output_scale * output.reshape(g.shape), jax.tree.map(lambda x, y: x.reshape(y.shape), new, memory)
 
-    def build(theta, num_steps=None, batch_axes=None):
+    def build(theta, num_steps=None, layout=None):
         del num_steps
 
         def start(p):
@@ -122,6 +122,6 @@ def lstm(*, lstm_size: int = 20, output_scale: float = 0.01) -> LearnedOptimizer
             del count, value
             return each(functools.partial(step, theta), groups), shared
 
-        return rule_transform("lstm", start=start, update=update, reads_params=False, batch_axes=batch_axes)
+        return rule_transform("lstm", start=start, update=update, reads_params=False, layout=layout)
 
     return LearnedOptimizer(init, build)

@@ -76,13 +76,13 @@ def mlp(*, hidden_size: int = 32, published: bool = False) -> LearnedOptimizer:
         (u,) = column_mlp(columns, (g, p, list(m)), layers, eps=_EPS, outputs=2, finish=step_of)
         return u, m
 
-    def build(theta, num_steps=None, batch_axes=None):
+    def build(theta, num_steps=None, layout=None):
         del num_steps
 
         def update(groups, t, shared, value):
             del value
             return each(functools.partial(step, theta, t), groups), shared
 
-        return rule_transform("mlp", start=start, update=update, rest=not published, batch_axes=batch_axes)
+        return rule_transform("mlp", start=start, update=update, rest=not published, layout=layout)
 
     return LearnedOptimizer(init, build)

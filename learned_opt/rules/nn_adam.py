@@ -130,7 +130,7 @@ def nn_adam(*, lstm_size: int = 32) -> LearnedOptimizer:
         controls = project(tensor.controls + _STEP * linear(theta["to_controls"], memory.hidden)[0])
         return u, NNAdamTensor(m, r, controls, memory)
 
-    def build(theta, num_steps=None, batch_axes=None):
+    def build(theta, num_steps=None, layout=None):
         del num_steps
 
         def start(p):
@@ -142,6 +142,6 @@ def nn_adam(*, lstm_size: int = 32) -> LearnedOptimizer:
             del count, value
             return each(functools.partial(step, theta), groups), shared
 
-        return rule_transform("nn_adam", start=start, update=update, rest=False, batch_axes=batch_axes)
+        return rule_transform("nn_adam", start=start, update=update, rest=False, layout=layout)
 
     return LearnedOptimizer(init, build)

@@ -9,7 +9,8 @@ import optax
 
 from ..base import LearnedOptimizer
 from ..features import clean, compute_dtype
-from ..tensors import RuleState, common_dtype, lead_axes, one_matrix, where_gradients
+from ..layouts import outputs_last, seen, unseen, view_of
+from ..tensors import RuleState, common_dtype, where_gradients
 from . import celo2 as base
 from . import celo2_soap, recurrent
 from .networks import network_init
@@ -144,8 +145,8 @@ def outer(*, hidden_size: int = 8, every: int = 10) -> LearnedOptimizer:
             },
         }
 
-    def build(theta, num_steps=None, batch_axes=None):
-        inner = direction.build(theta["direction"], batch_axes=batch_axes)
+    def build(theta, num_steps=None, layout=None):
+        inner = direction.build(theta["direction"], layout=layout)
         layers = theta["length"]
 
         def lengths(own, step):
@@ -180,24 +181,25 @@ def outer(*, hidden_size: int = 8, every: int = 10) -> LearnedOptimizer:
             deltas = [x if x is None else x * factor.astype(x.dtype) for x in deltas]
             moves, after = inner.update(structure.unflatten(deltas), state.direction, params)
             flat, momenta = (structure.flatten_up_to(x) for x in (moves, after.tensors.moments.m))
+            views = {i: view_of(layout or outputs_last, paths[i], given[i]) for i in moving}
 
             def tensors(x, i):
                 """``[k, ...]``, the ``k`` tensors that a leaf holds."""
-                return x.reshape(-1, *x.shape[lead_axes(batch_axes or one_matrix, paths[i], given[i]) :])
+                return x.reshape(-1, *x.shape[views[i].layers :])
 
             own = [
                 jax.vmap(lambda d, m, p: statistics(d, m[0], m[1], p.astype(d.dtype), state.step))(
-                    tensors(deltas[i], i), tensors(momenta[i], i), tensors(at[i], i)
+                    *(tensors(x, i) for x in (seen(deltas[i], views[i]), momenta[i], seen(at[i], views[i])))
                 )
                 for i in moving
             ]
             rows = jnp.concatenate([x.astype(usual.dtype) for x in own])
             scales = jnp.split(lengths(rows, state.step), np.cumsum([x.shape[0] for x in own])[:-1])
             for i, scale in zip(moving, scales, strict=True):
-                u = tensors(flat[i], i)
+                u = tensors(seen(flat[i], views[i]), i)
                 longest = _REACH * jnp.exp(jax.vmap(lambda m: _log_mean(m[0], 0, state.step))(tensors(momenta[i], i)))
                 scale = jnp.minimum(scale, longest).astype(u.dtype).reshape(-1, *(1,) * (u.ndim - 1))
-                flat[i] = (scale * u).reshape(flat[i].shape)
+                flat[i] = unseen(scale * u, views[i])
             flat = [x if x is None else x.astype(g.dtype) for x, g in zip(flat, given, strict=True)]
             return structure.unflatten(flat), OuterState(optax.safe_increment(state.step), usual, after)
 

@@ -236,7 +236,7 @@ def rnn_mlp(*, lstm_size: int = 64, hidden_size: int = 32, published: bool = Fal
         )
         return u, RNNMLPTensor(m, r, jnp.stack([jnp.mean(x) for x in to_lstm]), memory)
 
-    def build(theta, num_steps=None, batch_axes=None):
+    def build(theta, num_steps=None, layout=None):
         del num_steps
 
         def start(p):
@@ -280,7 +280,7 @@ def rnn_mlp(*, lstm_size: int = 64, hidden_size: int = 32, published: bool = Fal
             update=update,
             reads_loss=True,
             rest=not published,
-            batch_axes=batch_axes,
+            layout=layout,
         )
 
     return LearnedOptimizer(init, build, needs=("value",))

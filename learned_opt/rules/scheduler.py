@@ -107,8 +107,8 @@ def scheduler(
         layers = recurrent.pooled_init(k_scheduler, _INPUTS, lstm_size) | {"step_size": step_size}
         return {"base": inner.init(k_base), "scheduler": layers}
 
-    def build(theta, num_steps=None, batch_axes=None):
-        transform = inner.build(theta["base"], num_steps=num_steps, batch_axes=batch_axes)
+    def build(theta, num_steps=None, layout=None):
+        transform = inner.build(theta["base"], num_steps=num_steps, layout=layout)
         return stepped(transform, theta["scheduler"], rate, schedule, num_steps)
 
     return LearnedOptimizer(init, build, needs=("value", *(need for need in inner.needs if need != "value")))

@@ -51,8 +51,8 @@ def _learnable(transform: Callable[..., optax.GradientTransformation], **start: 
             for name, value in start.items()
         }
 
-    def build(theta, num_steps=None, batch_axes=None):
-        del num_steps, batch_axes  # entry by entry
+    def build(theta, num_steps=None, layout=None):
+        del num_steps, layout  # entry by entry
 
         def inner(dtype):
             values = {name: value.astype(dtype) for name, value in hyperparameters(theta).items()}

@@ -196,7 +196,7 @@ def velo(
             "unused": recurrent.linear_init(k_unused, _INPUTS, lstm_size),
         }
 
-    def build(theta, num_steps=None, batch_axes=None):
+    def build(theta, num_steps=None, layout=None):
         def start(p):
             return VeloTensor(no_moments(p), recurrent.lstm_start(theta["lstm"], 1, compute_dtype(p.dtype)))
 
@@ -237,7 +237,7 @@ def velo(
             update=update,
             reads_loss=True,
             rest=not published,
-            batch_axes=batch_axes,
+            layout=layout,
         )
 
     return LearnedOptimizer(init, build, needs=("value", "num_steps"))

@@ -10,7 +10,7 @@ import optax.contrib
 
 import learned_opt
 from learned_opt.base import LearnedOptimizer, Theta
-from learned_opt.muon import as_matrix
+from learned_opt.layouts import name_of, outputs_last
 
 from ..errors import UserError
 from . import cache
@@ -190,7 +190,10 @@ def _muon(rate):
     """One rate for both halves: the orthogonalised updates are scaled to the RMS of Adam's (Liu et al. 2025)."""
 
     def matrices(params):
-        return jax.tree_util.tree_map_with_path(lambda path, p: as_matrix(path, p) if jnp.ndim(p) > 1 else None, params)
+        def numbers(path, p):
+            return outputs_last(name_of(path), p.shape) if jnp.ndim(p) > 1 else None
+
+        return jax.tree_util.tree_map_with_path(numbers, params)
 
     return optax.contrib.muon(
         rate,

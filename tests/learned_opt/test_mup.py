@@ -8,6 +8,7 @@ import pytest
 from support.rules import SHORT_BY_DEFAULT, small
 
 from learned_opt import mup
+from learned_opt.layouts import outputs_first
 from learned_opt.rules import RULES
 
 
@@ -39,14 +40,13 @@ def test_multipliers_are_those_of_the_table():
     assert jax.tree.leaves(mup.width_multipliers(arrays(4), arrays(4))) == [1.0] * 7
 
 
-def test_other_layouts_by_a_fan_in_of_one_s_own():
-    def heads_last(path, shape):
-        return shape[0] if path == "layer/query" else mup.inputs_before_last(path, shape)
-
-    params = {"layer": {"query": jnp.zeros((64, 8, 8)), "out": jnp.zeros((8, 8, 64))}}
-    base = {"layer": {"query": jnp.zeros((16, 2, 8)), "out": jnp.zeros((2, 8, 16))}}
-    assert jax.tree.leaves(mup.width_multipliers(params, base, fan_in=heads_last)) == [0.25, 0.25]
-    assert jax.tree.leaves(mup.width_multipliers(params, base)) == [0.25, 1 / 16]
+def test_the_fan_in_is_the_layout_s():
+    attention = {"query": {"kernel": jnp.zeros((64, 8, 8))}, "out": {"kernel": jnp.zeros((8, 8, 64))}}
+    base = {"query": {"kernel": jnp.zeros((16, 2, 8))}, "out": {"kernel": jnp.zeros((2, 8, 16))}}
+    assert jax.tree.leaves(mup.width_multipliers(attention, base)) == [0.25, 0.25]
+    wide, narrow = {"weight": jnp.zeros((10, 64))}, {"weight": jnp.zeros((10, 16))}
+    assert mup.width_multipliers(wide, narrow, layout=outputs_first) == {"weight": 0.25}
+    assert mup.width_multipliers(wide, narrow) == {"weight": 1.0}
 
 
 @pytest.mark.parametrize("name", SHORT_BY_DEFAULT)

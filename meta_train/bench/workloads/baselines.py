@@ -1,7 +1,6 @@
 """The optimizers to beat on workloads, each with its source, its one setting for all and its search space."""
 
 import contextlib
-import functools
 from typing import Any
 
 import jax
@@ -11,7 +10,8 @@ import optax.contrib
 
 from learned_opt.directions import scale_by_soap
 from learned_opt.features import unit_rms
-from learned_opt.muon import as_matrix, hidden_matrices, is_hidden
+from learned_opt.layouts import name_of, outputs_last
+from learned_opt.muon import hidden_matrices, is_hidden
 
 from ...errors import UserError
 from .optimizers import DECAY, SOAP_RATE, WARMUP, Optimizer, Range, Settings, assembled, not_vectors, schedule
@@ -159,7 +159,9 @@ def normuon_direction(s: Settings) -> optax.GradientTransformation:
         rows = jax.tree.map(lambda u, v: u / (jnp.sqrt(v / corrected) + 1e-8), updates, seen)
         return jax.tree.map(lambda u: _MUON_RMS * unit_rms(u, 1e-16, tuple(range(u.ndim))), rows), (seen, count + 1)
 
-    matrices = functools.partial(jax.tree_util.tree_map_with_path, as_matrix)
+    def matrices(params):  # of what `hidden_alone` leaves
+        return jax.tree_util.tree_map_with_path(lambda path, p: outputs_last(name_of(path), p.shape), params)
+
     muon = optax.contrib.scale_by_muon(beta=b1, weight_dimension_numbers=matrices)
     return hidden_alone(optax.chain(muon, optax.GradientTransformation(init_fn, update_fn)), s)
 

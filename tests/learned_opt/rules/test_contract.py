@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from support.rules import SHORT_BY_DEFAULT, small
 
+from learned_opt.layouts import outputs_first, stacked
 from learned_opt.rules import RULES
 
 # The same few shapes in all tests: what one has compiled the others need not.
@@ -245,14 +246,20 @@ def test_sharded_params_give_the_same_and_stay_sharded(rule):
     np.testing.assert_allclose(sharded, alone, atol=2e-3 * np.abs(alone).max())  # Newton-Schulz steps magnify rounding
 
 
-SPECS = {"rows": P("x", None), "columns": P(None, "x"), "vector": P("x"), "kernel": P(None, "x", None)}
+SPECS = {
+    "rows": P("x", None),
+    "columns": P(None, "x"),
+    "vector": P("x"),
+    "kernel": P(None, "x", None),
+    "query/kernel": P(None, "x", None),
+}
 
 
 @of_the_scaffold
 def test_explicit_meshes_take_every_sharding_and_keep_it(rule):
     """JAX's default mesh, whose axes are explicit: shards of rows, of columns, of vectors and of kernels."""
     mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,), devices=jax.devices()[:2])
-    shapes = {"rows": (4, 6), "columns": (3, 4), "vector": (4,), "kernel": (3, 4, 2)}
+    shapes = {"rows": (4, 6), "columns": (3, 4), "vector": (4,), "kernel": (3, 4, 2), "query/kernel": (3, 2, 4)}
     params = {name: jax.random.normal(jax.random.key(i), shape) for i, (name, shape) in enumerate(shapes.items())}
     g = {name: jax.random.normal(jax.random.key(9 + i), shape) for i, (name, shape) in enumerate(shapes.items())}
 
@@ -274,13 +281,23 @@ def test_explicit_meshes_take_every_sharding_and_keep_it(rule):
 
 
 @of_the_scaffold
-def test_stacked_layers_are_layers_of_their_own(rule):
-    """Of a scanned network, one hundred times as large a gradient in one of them: as the same layers in a list."""
+def test_one_network_in_any_layout(rule):
+    """Layers in a stack, one with gradients a hundred times as large; outputs first; outputs in two axes."""
     made, theta, _ = rule
-    tx = made.build(theta, num_steps=10, batch_axes=lambda path, shape: int(path == "layers/w"))
-    plain = made.build(theta, num_steps=10)
-    w = jax.random.normal(jax.random.key(0), (3, 4, 5))
-    g = jax.random.normal(jax.random.key(1), (2, 3, 4, 5)) * jnp.array([1, 1, 100.0])[None, :, None, None]
+
+    def layout(path, shape):
+        of = outputs_first if path.startswith("linear") else stacked(lambda path: path == "layers/w")
+        return of(path, shape)
+
+    def other(tree):
+        query = {"kernel": tree["kernel"].reshape(4, 2, 3), "bias": tree["bias"].reshape(2, 3)}
+        return {"layers": {"w": jnp.stack(tree["layers"])}, "linear": {"weight": tree["w"].T}, "query": query}
+
+    def drawn(key):
+        keys = jax.random.split(key, 6)
+        layers = [scale * jax.random.normal(k, (4, 5)) for k, scale in zip(keys, (1, 1, 100), strict=False)]
+        w, kernel, bias = map(jax.random.normal, keys[3:], ((4, 5), (4, 6), (6,)))
+        return {"layers": layers, "w": w, "kernel": kernel, "bias": bias}
 
     def two(tx, params, grads):
         state = tx.init(params)
@@ -288,9 +305,11 @@ def test_stacked_layers_are_layers_of_their_own(rule):
             updates, state = tx.update(one, state, params, **extra(rule))
         return updates
 
-    stacked = jax.jit(lambda g: two(tx, {"layers": {"w": w}}, [{"layers": {"w": x}} for x in g]))(g)["layers"]["w"]
-    apart = jax.jit(lambda g: two(plain, list(w), [list(x) for x in g]))(g)
-    np.testing.assert_allclose(stacked, jnp.stack(apart), rtol=1e-5, atol=1e-5 * np.abs(stacked).max())
+    params, *grads = map(drawn, jax.random.split(jax.random.key(0), 3))
+    plain, laid = (made.build(theta, num_steps=10, layout=given) for given in (None, layout))
+    wanted = other(jax.jit(lambda grads: two(plain, params, grads))(grads))
+    found = jax.jit(lambda grads: two(laid, other(params), [other(g) for g in grads]))(grads)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max()), found, wanted)
 
 
 def test_workers_of_a_shard_map_step_by_themselves(rule):

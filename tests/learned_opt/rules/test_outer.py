@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import learned_opt
+from learned_opt.layouts import stacked
 from learned_opt.local_sgd import map_workers, spread_workers, worker_axes
 from learned_opt.rules.outer import limit, outer, statistics
 
@@ -128,13 +129,13 @@ def test_it_runs_as_the_outer_step_and_does_not_depend_on_how_many_workers_agree
 
 
 def test_the_layers_of_a_stack_step_as_separate_tensors():
-    stacked = RULE.build(THETA, num_steps=9, batch_axes=lambda path, shape: 1)
+    whole = RULE.build(THETA, num_steps=9, layout=stacked(lambda path: True))
     apart = RULE.build(THETA, num_steps=9)
     p, keys = jnp.linspace(-1, 1, 24).reshape(2, 3, 4), jax.random.split(jax.random.key(2), 3)
-    one, two = stacked.init({"w": p}), apart.init({"0": p[0], "1": p[1]})
+    one, two = whole.init({"w": p}), apart.init({"0": p[0], "1": p[1]})
     for key in keys:  # of different sizes, so that lengths differ
         delta = jnp.array([0.1, 0.01])[:, None, None] * jax.random.normal(key, p.shape)
-        ours, one = stacked.update({"w": delta}, one, {"w": p})
+        ours, one = whole.update({"w": delta}, one, {"w": p})
         theirs, two = apart.update({"0": delta[0], "1": delta[1]}, two, {"0": p[0], "1": p[1]})
     np.testing.assert_allclose(ours["w"], jnp.stack([theirs["0"], theirs["1"]]), rtol=1e-4, atol=1e-6)
     assert rms(ours["w"][0]) != pytest.approx(rms(ours["w"][1]), rel=1e-3)

@@ -1,0 +1,165 @@
+"""Which axes of a parameter are inputs of its layer, which are outputs, and which index layers.
+
+A layout is a function of a parameter's path and shape. Its answer is Optax's type for Muon, so that one function serves
+``optax.contrib.muon`` and the rules of this package.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from optax.contrib import MuonDimensionNumbers
+
+Layout = Callable[[str, tuple[int, ...]], MuonDimensionNumbers]
+
+_HEADS = re.compile(r"(^|/)(query|key|value)/(kernel|bias)$")
+
+
+def outputs_last(path: str, shape: tuple[int, ...]) -> MuonDimensionNumbers:
+    """The default, Haiku's and Flax's layout: the last axis is the layer's outputs, all others are its inputs.
+
+    Of Flax's attention the queries', keys' and values' kernels ``[inputs, heads, size]`` have two axes of outputs, and
+    their biases ``[heads, size]`` no inputs; axes before these index layers.
+
+    Args:
+        path: the parameter's names, joined by ``/``.
+        shape: its shape.
+
+    Returns:
+        ``reduction_axis`` holds the axes of the inputs, ``output_axis`` those of the outputs; what is in neither
+        indexes separate tensors. A vector has no inputs.
+
+    Example:
+        >>> outputs_last("conv/w", (3, 3, 64, 128))
+        MuonDimensionNumbers(reduction_axis=(0, 1, 2), output_axis=(3,))
+        >>> outputs_last("attention/query/kernel", (512, 8, 64))
+        MuonDimensionNumbers(reduction_axis=(0,), output_axis=(1, 2))
+    """
+    rank = len(shape)
+    found = _HEADS.search(path.removesuffix("/value"))  # NNX keeps an array under "value" of its parameter
+    if found and rank >= (least := 3 if found[3] == "kernel" else 2):
+        return MuonDimensionNumbers(tuple(range(rank - least, rank - 2)), (rank - 2, rank - 1))
+    inputs = max(rank - 1, 0)
+    return MuonDimensionNumbers(tuple(range(inputs)), tuple(range(inputs, rank)))
+
+
+def outputs_first(path: str, shape: tuple[int, ...]) -> MuonDimensionNumbers:
+    """Equinox's layout: weights are ``[outputs, inputs, *window]``, biases have no inputs.
+
+    What has "embed" in its path is ``[tokens, width]``, as in the other libraries.
+
+    Args:
+        path: as for :func:`outputs_last`, as the next one.
+        shape: see there.
+
+    Returns:
+        See there.
+
+    Example:
+        >>> outputs_first("layers/0/weight", (128, 64))
+        MuonDimensionNumbers(reduction_axis=(1,), output_axis=(0,))
+    """
+    axes = tuple(range(len(shape)))
+    if "embed" in path.lower():
+        return outputs_last(path, shape)
+    if path.rpartition("/")[2].startswith("bias"):  # of a convolution: [outputs, 1, 1]
+        return MuonDimensionNumbers((), axes)
+    return MuonDimensionNumbers(axes[1:], axes[:1])
+
+
+def stacked(layers: Callable[[str], Any], layout: Layout = outputs_last) -> Layout:
+    """A layout in which some parameters are stacks, whose first axis indexes layers, as a scanned network has them.
+
+    Args:
+        layers: of a path, whether that parameter is a stack.
+        layout: of all else, and of one layer of a stack.
+
+    Returns:
+        A layout.
+
+    Example:
+        >>> layout = stacked(lambda path: path.startswith("layers/"))
+        >>> layout("layers/w", (12, 64, 128))
+        MuonDimensionNumbers(reduction_axis=(1,), output_axis=(2,))
+    """
+
+    def of(path, shape):
+        if not layers(path):
+            return layout(path, shape)
+        inputs, outputs = _axes(layout(path, shape[1:]), len(shape) - 1)
+        return MuonDimensionNumbers(tuple(a + 1 for a in inputs), tuple(a + 1 for a in outputs))
+
+    return of
+
+
+def fan_in(shape: tuple[int, ...]) -> int:
+    """The number of inputs of a tensor whose last axis is its outputs: 1 for a vector."""
+    return math.prod(shape[:-1])
+
+
+class View(NamedTuple):
+    """How a parameter is seen: layers first, then inputs, then the outputs as one axis.
+
+    Attributes:
+        order: the parameter's axes in that order.
+        layers: how many of them index layers.
+        shape: the shape that is seen.
+        own: the parameter's own shape.
+    """
+
+    order: tuple[int, ...]
+    layers: int
+    shape: tuple[int, ...]
+    own: tuple[int, ...]
+
+
+def view_of(layout: Layout, path: tuple, leaf: Any) -> View:
+    """How a layout sees a parameter.
+
+    Raises:
+        ValueError: what it gives are no axes of that parameter, or one of them twice.
+    """
+    name, own = name_of(path), jnp.shape(leaf)
+    given = layout(name, own)
+    try:
+        inputs, outputs = _axes(given, len(own))
+    except (TypeError, ValueError, IndexError):
+        raise ValueError(f"the layout gives {given!r} for {name!r} of shape {own}") from None
+    layers = tuple(axis for axis in range(len(own)) if axis not in inputs + outputs)
+    shape = [own[axis] for axis in layers + inputs]
+    if outputs:
+        shape.append(math.prod(own[axis] for axis in outputs))
+    return View(layers + inputs + outputs, len(layers), tuple(shape), own)
+
+
+def seen(x: jax.Array, view: View) -> jax.Array:
+    """A parameter, or what has its shape, as a rule sees it."""
+    return x.transpose(view.order).reshape(view.shape)
+
+
+def unseen(x: jax.Array, view: View) -> jax.Array:
+    """The inverse of :func:`seen`."""
+    return x.reshape([view.own[axis] for axis in view.order]).transpose(np.argsort(view.order))
+
+
+def name_of(path: tuple) -> str:
+    """The names of a path, joined by ``/``."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _axes(given: MuonDimensionNumbers, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Inputs and outputs, none negative.
+
+    Raises:
+        IndexError, TypeError, ValueError: they are no axes of a tensor of that rank, or not distinct.
+    """
+    inputs, outputs = (
+        tuple(range(rank)[axis] for axis in np.atleast_1d(np.asarray(axes, int)).tolist()) for axes in given
+    )
+    if len({*inputs, *outputs}) != len(inputs + outputs):
+        raise ValueError("an axis twice")
+    return inputs, outputs

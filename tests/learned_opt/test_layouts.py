@@ -1,0 +1,103 @@
+"""Layouts: of real attention in Flax and NNX, of real Equinox layers, and there and back for any."""
+
+import equinox as eqx
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given
+from hypothesis import strategies as st
+from optax.contrib import MuonDimensionNumbers
+
+import learned_opt
+from learned_opt.layouts import fan_in, name_of, outputs_first, outputs_last, seen, stacked, unseen, view_of
+
+
+def shapes_seen(layout, params):
+    return {name_of(path): view_of(layout, path, leaf).shape for path, leaf in jax.tree.leaves_with_path(params)}
+
+
+def test_flax_s_attention_is_seen_as_its_matrices():
+    linen = nn.MultiHeadDotProductAttention(num_heads=2).init(jax.random.key(0), jnp.ones((1, 3, 8)))["params"]
+    module = nnx.MultiHeadAttention(num_heads=2, in_features=8, decode=False, rngs=nnx.Rngs(0))
+    for params, end in ((linen, ""), (nnx.state(module, nnx.Param), "/value")):
+        found = shapes_seen(outputs_last, params)
+        for name in ("query", "key", "value", "out"):
+            assert found[f"{name}/kernel{end}"] == ((2, 4, 8) if name == "out" else (8, 8))
+            assert found[f"{name}/bias{end}"] == (8,)
+    scanned = {"query": {"kernel": jnp.zeros((5, 8, 2, 4)), "bias": jnp.zeros((5, 2, 4))}}
+    assert shapes_seen(outputs_last, scanned) == {"query/kernel": (5, 8, 8), "query/bias": (5, 8)}
+    assert view_of(outputs_last, *jax.tree.leaves_with_path(scanned)[1]).layers == 1
+
+
+def test_what_is_no_attention_keeps_its_shape():
+    params = {"conv": {"w": (3, 3, 2, 4)}, "linear": {"w": (4, 6), "b": (6,)}, "scale": (), "query": {"w": (2, 3, 4)}}
+    params = jax.tree.map(jnp.zeros, params, is_leaf=lambda x: isinstance(x, tuple))
+    for path, leaf in jax.tree.leaves_with_path(params):
+        assert view_of(outputs_last, path, leaf) == (tuple(range(leaf.ndim)), 0, leaf.shape, leaf.shape)
+
+
+def test_equinox_s_layers_have_their_outputs_last():
+    key = jax.random.key(0)
+    model = {
+        "linear": eqx.nn.Linear(3, 4, key=key),
+        "conv": eqx.nn.Conv2d(3, 4, 5, key=key),
+        "cell": eqx.nn.LSTMCell(3, 2, key=key),
+        "embedding": eqx.nn.Embedding(7, 4, key=key),
+    }
+    assert shapes_seen(outputs_first, eqx.filter(model, eqx.is_array)) == {
+        "linear/weight": (3, 4),
+        "linear/bias": (4,),
+        "conv/weight": (3, 5, 5, 4),
+        "conv/bias": (4,),
+        "cell/weight_ih": (3, 8),
+        "cell/weight_hh": (2, 8),
+        "cell/bias": (8,),
+        "embedding/weight": (7, 4),
+    }
+
+
+def test_a_loaded_rule_takes_equinox_s_layers_for_what_they_are():
+    """The same network gets the same update in both layouts; its weights are small, so that the fan-in counts."""
+    w, b = 0.01 * jax.random.normal(jax.random.key(0), (6, 4)), jnp.ones(4)
+    g = jnp.cos(3 * w)
+    ours, theirs = {"weight": w, "bias": b}, {"weight": w.T, "bias": b}
+    plain, first = learned_opt.load("flagship"), learned_opt.load("flagship", layout=outputs_first)
+    wanted, _ = plain.update({"weight": g, "bias": b}, plain.init(ours), ours)
+    found, _ = first.update({"weight": g.T, "bias": b}, first.init(theirs), theirs)
+    np.testing.assert_allclose(found["weight"].T, wanted["weight"], rtol=1e-5)
+    np.testing.assert_allclose(found["bias"], wanted["bias"], rtol=1e-5)
+    missed, _ = plain.update({"weight": g.T, "bias": b}, plain.init(theirs), theirs)
+    assert np.abs(missed["weight"].T - wanted["weight"]).max() > 0.1 * np.abs(wanted["weight"]).max()
+
+
+@given(st.data())
+def test_there_and_back(data):
+    shape = data.draw(st.lists(st.integers(1, 4), max_size=5).map(tuple))
+    axes = data.draw(st.permutations(range(len(shape))))
+    ends = sorted(data.draw(st.tuples(*[st.integers(0, len(shape))] * 2)))
+    numbers = MuonDimensionNumbers(tuple(axes[: ends[0]]), tuple(axes[ends[0] : ends[1]]))
+    x = np.arange(np.prod(shape, dtype=int)).reshape(shape)
+    view = view_of(lambda path, shape: numbers, (), x)
+    there = seen(x, view)
+    assert there.shape == view.shape
+    assert view.layers == len(shape) - ends[1]
+    assert fan_in(view.shape[view.layers :]) == np.prod([shape[a] for a in numbers.reduction_axis], dtype=int) or (
+        not numbers.output_axis
+    )
+    np.testing.assert_array_equal(unseen(there, view), x)
+
+
+@pytest.mark.parametrize("given", [((0,), (2,)), ((0,), (0,)), (("a",), ()), 3, None, ((0,),)])
+def test_axes_that_are_none_are_told(given):
+    with pytest.raises(ValueError, match=r"the layout gives .* for 'layer/w' of shape \(2, 3\)"):
+        learned_opt.load("flagship", layout=lambda path, shape: given).init({"layer": {"w": jnp.ones((2, 3))}})
+
+
+def test_a_stack_has_the_layout_of_its_layers():
+    layout = stacked(lambda path: "blocks" in path, outputs_first)
+    assert layout("blocks/weight", (5, 4, 3)) == ((2,), (1,))
+    assert layout("blocks/bias", (5, 4)) == ((), (1,))
+    assert layout("head/weight", (4, 3)) == ((1,), (0,))
