@@ -16,7 +16,9 @@ def loss_fn(model):
 
 steps = 200
 model = eqx.nn.MLP(4, 1, 32, 2, key=jax.random.key(1))
-optimizer = learned_opt.load("flagship", num_steps=steps, layout=learned_opt.layouts.outputs_first)  # as Equinox has them
+optimizer = learned_opt.load(
+    "flagship", num_steps=steps, layout=learned_opt.layouts.outputs_first
+)  # as Equinox has them
 state = optimizer.init(eqx.filter(model, eqx.is_inexact_array))
 
 

@@ -1,12 +1,14 @@
 """The command line, ``learned-opt``. A user's mistake is one line on stderr and exit code 2."""
 
 import argparse
+import contextlib
 import errno
 import importlib.util
 import os
 import shlex
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import learned_opt
@@ -22,12 +24,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; by default the process's.
 
     Returns:
-        The exit code: 0; 2 after a user's mistake; 130 after Ctrl-C and 143 after SIGTERM, which `train` answers by
-        saving.
+        The exit code: 0; 2 after a user's mistake; 130 after Ctrl-C or SIGTERM, which end a command in the same way;
+        of `train`, which saves, 143 after SIGTERM.
     """
     try:
         try:
-            return _run(argv)
+            with _sigterm_as_ctrl_c():
+                return _run(argv)
         finally:
             sys.stdout.flush()  # a full disk shows here, and not when Python ends
     except BrokenPipeError:  # the reader of a pipe has left
@@ -54,6 +57,20 @@ def _run(argv: Sequence[str] | None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+@contextlib.contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """What a command has found when it is told to stop is kept, whoever tells it."""
+    try:
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    except ValueError:  # not the main thread: the signals are somebody else's
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _close_output() -> None:

@@ -1,6 +1,7 @@
 """The command `tune`, on a problem that compiles in a moment, and the problems themselves."""
 
 import json
+import signal
 from pathlib import Path
 
 import haiku as hk
@@ -159,6 +160,14 @@ def test_a_metric_that_is_a_mean_is_refused():
     mean = problem._replace(metrics=lambda w, batch: {"loss": jnp.mean(problem.valid_loss(w, batch))})
     with pytest.raises(ValueError, match="'loss' has shape"):
         problems.evaluate(mean, jnp.zeros(4), problem.data["valid"])
+
+
+def test_sigterm_stops_a_command_as_ctrl_c_does(tmp_path, capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    text = "import os, signal, time\ndef make():\n    os.kill(os.getpid(), signal.SIGTERM)\n    time.sleep(9)"
+    assert cli.main(["tune", "--network", own(tmp_path, text), "--out", str(tmp_path / "out")]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.parametrize("text", MISTAKES)
