@@ -17,13 +17,15 @@ from optax.contrib import MuonDimensionNumbers
 Layout = Callable[[str, tuple[int, ...]], MuonDimensionNumbers]
 
 _HEADS = re.compile(r"(^|/)(query|key|value)/(kernel|bias)$")
+_EMBEDDING = re.compile(r"embed(ding|der)?s?(/[^/]*)?$")
 
 
 def outputs_last(path: str, shape: tuple[int, ...]) -> MuonDimensionNumbers:
     """The default, Haiku's and Flax's layout: the last axis is the layer's outputs, all others are its inputs.
 
     Of Flax's attention the queries', keys' and values' kernels ``[inputs, heads, size]`` have two axes of outputs, and
-    their biases ``[heads, size]`` no inputs; axes before these index layers.
+    their biases ``[heads, size]`` no inputs. A kernel of that name and rank which is something else, such as a stack of
+    plain matrices, wants :func:`stacked`.
 
     Args:
         path: the parameter's names, joined by ``/``.
@@ -41,16 +43,16 @@ def outputs_last(path: str, shape: tuple[int, ...]) -> MuonDimensionNumbers:
     """
     rank = len(shape)
     found = _HEADS.search(path.removesuffix("/value"))  # NNX keeps an array under "value" of its parameter
-    if found and rank >= (least := 3 if found[3] == "kernel" else 2):
-        return MuonDimensionNumbers(tuple(range(rank - least, rank - 2)), (rank - 2, rank - 1))
-    inputs = max(rank - 1, 0)
+    of_heads = bool(found) and rank == (3 if found[3] == "kernel" else 2)
+    inputs = max(rank - 1 - of_heads, 0)
     return MuonDimensionNumbers(tuple(range(inputs)), tuple(range(inputs, rank)))
 
 
 def outputs_first(path: str, shape: tuple[int, ...]) -> MuonDimensionNumbers:
     """Equinox's layout: weights are ``[outputs, inputs, *window]``, biases have no inputs.
 
-    What has "embed" in its path is ``[tokens, width]``, as in the other libraries.
+    A matrix whose own name or whose module's ends in "embed", "embedding" or "embedder" is ``[tokens, width]``, as in
+    the other libraries. A linear layer of such a name wants a function of your own.
 
     Args:
         path: as for :func:`outputs_last`, as the next one.
@@ -64,11 +66,11 @@ def outputs_first(path: str, shape: tuple[int, ...]) -> MuonDimensionNumbers:
         MuonDimensionNumbers(reduction_axis=(1,), output_axis=(0,))
     """
     axes = tuple(range(len(shape)))
-    if "embed" in path.lower():
-        return outputs_last(path, shape)
+    if len(shape) == 2 and _EMBEDDING.search(path.lower()):
+        return MuonDimensionNumbers((0,), (1,))
     if path.rpartition("/")[2].startswith("bias"):  # of a convolution: [outputs, 1, 1]
         return MuonDimensionNumbers((), axes)
-    return MuonDimensionNumbers(axes[1:], axes[:1])
+    return MuonDimensionNumbers(axes[2:] + axes[1:2], axes[:1])  # the window first, as elsewhere
 
 
 def stacked(layers: Callable[[str], Any], layout: Layout = outputs_last) -> Layout:

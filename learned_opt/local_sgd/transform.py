@@ -377,7 +377,14 @@ def local_sgd(
             worker_sq=flight.scalars[1],
             custom=statistic(whole) if statistic else (),
         )
-        inner_next = policy(state.inner, lambda tree: mean_of.mean(tree, flight.total), whole)
+
+        def mean(tree):
+            found = mean_of.mean(tree, flight.total)
+            if not weighted:
+                return found
+            return jax.tree.map(lambda new, old: jnp.where(flight.total > 0, new, old), found, tree)
+
+        inner_next = policy(state.inner, mean, whole)
         period = next_period(state.round, state.step, statistics)
         if tracked & varying(period):
             raise ValueError(

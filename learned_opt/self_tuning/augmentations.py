@@ -85,6 +85,11 @@ def hue(key: jax.Array, images: jax.Array, strength: Any) -> jax.Array:
     return mean + jnp.cos(angle) * (images - mean) + jnp.sin(angle) * crossed
 
 
+def _dtype_of_places(images: jax.Array) -> jnp.dtype:
+    """That of the images, and float32 at least: bfloat16 holds no odd number above 256."""
+    return jnp.promote_types(images.dtype, jnp.float32)
+
+
 def translation(key: jax.Array, images: jax.Array, pixels: Any) -> jax.Array:
     r"""Shift an image by :math:`\mathrm{round}(nu)` rows and :math:`\mathrm{round}(nv)` columns, filling with 0.
 
@@ -97,8 +102,9 @@ def translation(key: jax.Array, images: jax.Array, pixels: Any) -> jax.Array:
         Float [B, H, W, C].
     """
     size = images.shape[1:3]
-    u = jax.random.uniform(key, (2, images.shape[0]), images.dtype, minval=-1.0)
-    reach = jnp.broadcast_to(jnp.asarray(pixels, images.dtype), images.shape[:1])
+    dtype = _dtype_of_places(images)
+    u = jax.random.uniform(key, (2, images.shape[0]), dtype, minval=-1.0)
+    reach = jnp.broadcast_to(jnp.asarray(pixels, dtype), images.shape[:1])
     shifts = jnp.round(u * reach[None]).astype(jnp.int32)
 
     def shift(image: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
@@ -129,17 +135,18 @@ def cutout(key: jax.Array, images: jax.Array, length: Any, count: Any = 1, max_c
         DeVries & Taylor, "Improved regularization of convolutional neural networks with Cutout", 2017.
     """
     batch, height, width = images.shape[:3]
+    dtype = _dtype_of_places(images)
     k_rows, k_columns = jax.random.split(key)
-    side = jnp.broadcast_to(jnp.asarray(length, images.dtype), (batch,))[:, None, None]
-    wanted = jnp.broadcast_to(jnp.asarray(count, images.dtype), (batch,))[:, None]
+    side = jnp.broadcast_to(jnp.asarray(length, dtype), (batch,))[:, None, None]
+    wanted = jnp.broadcast_to(jnp.asarray(count, dtype), (batch,))[:, None]
 
     def covered(key: jax.Array, size: int) -> jax.Array:  # [B, max_count, size]
-        centre = jax.random.randint(key, (batch, max_count, 1), 0, size).astype(images.dtype)
+        centre = jax.random.randint(key, (batch, max_count, 1), 0, size).astype(dtype)
         low = centre - jnp.floor(side / 2)
-        at = jnp.arange(size, dtype=images.dtype).reshape(1, 1, -1)
+        at = jnp.arange(size, dtype=dtype).reshape(1, 1, -1)
         return (at >= low) & (at < low + side)
 
-    used = (jnp.arange(max_count, dtype=images.dtype)[None] < wanted)[..., None]
+    used = (jnp.arange(max_count, dtype=dtype)[None] < wanted)[..., None]
     rows, columns = covered(k_rows, height) & used, covered(k_columns, width)
     blank = jnp.any(rows[:, :, :, None] & columns[:, :, None, :], axis=1)
     return jnp.where(blank[..., None], 0, images)
@@ -210,12 +217,13 @@ def cutmix(
     k_share, k_partner, *k_axes = jax.random.split(key, 4)
     share = _shares(k_share, images, alpha, probability)
     partner = jax.random.permutation(k_partner, images.shape[0])
-    side = jnp.sqrt(1 - share)[:, None]
+    dtype = _dtype_of_places(images)
+    side = jnp.sqrt(1 - share.astype(dtype))[:, None]
 
     def covered(key: jax.Array, size: int) -> jax.Array:  # [B, size]
-        centre = jax.random.randint(key, (images.shape[0], 1), 0, size).astype(images.dtype)
+        centre = jax.random.randint(key, (images.shape[0], 1), 0, size).astype(dtype)
         low = centre - jnp.round(side * size) // 2
-        at = jnp.arange(size, dtype=images.dtype)[None]
+        at = jnp.arange(size, dtype=dtype)[None]
         return (at >= low) & (at < low + jnp.round(side * size))
 
     box = covered(k_axes[0], images.shape[1])[:, :, None] & covered(k_axes[1], images.shape[2])[:, None, :]

@@ -68,6 +68,9 @@ class Hyperparameter:
         for name in KINDS[self.kind].bounds:
             if getattr(self, name) is None:
                 raise ValueError(f"a hyperparameter of kind {self.kind!r} needs {name}")
+        for name in ("start", "low", "high", "scale"):  # a NumPy number would be no JSON
+            if (number := getattr(self, name)) is not None:
+                object.__setattr__(self, name, float(number))
         low, high = self.low, self.high
         if low is not None and high is not None and not low < high:
             raise ValueError(f"a hyperparameter's low must be below its high, got {low} and {high}")

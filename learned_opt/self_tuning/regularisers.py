@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from numpy.lib.array_utils import normalize_axis_tuple
 
 from .modules import Gated
 from .response import BestResponse, Params
@@ -51,19 +52,28 @@ def dropout(key: jax.Array, x: jax.Array, rate: Any, shared_axes: Collection[int
     Returns:
         Float, x's shape and dtype.
 
+    Raises:
+        ValueError: x has no such axis.
+
     Reference:
         Srivastava et al., "Dropout", 2014; Gal & Ghahramani, "A theoretically grounded application of dropout in
         recurrent neural networks", 2016.
     """
-    shape = tuple(1 if axis in shared_axes else size for axis, size in enumerate(x.shape))
+    shared = normalize_axis_tuple(tuple(shared_axes), x.ndim)
+    shape = tuple(1 if axis in shared else size for axis, size in enumerate(x.shape))
     keep = jnp.broadcast_to(~_chance(key, shape, rate, x), x.shape)
     return jnp.where(keep, x / jnp.maximum(1 - per_example(rate, x), 1e-3), 0)
 
 
 def _chance(key: jax.Array, shape: Sequence[int], rate: Any, x: jax.Array) -> jax.Array:
     """True with probability ``rate``, drawn in float32 at least: bfloat16 knows only multiples of 1/128."""
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = _wide(x)
     return jax.random.uniform(key, shape, wide.dtype) < per_example(rate, wide)
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    """The array in float32 at least."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def variational_dropout(key: jax.Array, x: jax.Array, rate: Any, time_axis: int = 1) -> jax.Array:
@@ -139,7 +149,7 @@ def squared_norm(params: Params | BestResponse, modules: Collection[str] | None 
     r"""The sum of the parameters' squares, :math:`|p + \Delta p(\delta)|^2`, for weight decay.
 
     A layer's is :math:`\sum_i |w_i|^2 + 2 g_i \langle w_i, w_{h,i}\rangle + g_i^2 |w_{h,i}|^2`, over output units i
-    with gate :math:`g_i`, so that no example's weights are ever built.
+    with gate :math:`g_i`, so that no example's weights are ever built. Sums are float32's at least.
 
     Args:
         params: plain parameters, or a :class:`BestResponse`.
@@ -160,11 +170,11 @@ def squared_norm(params: Params | BestResponse, modules: Collection[str] | None 
     for module in modules or ():
         if not _of_module(own, module):
             raise KeyError(f"squared_norm: no module {module!r} among {sorted(own)}")
-    own = own if modules is None else {module: _of_module(own, module) for module in modules}
+    own = jax.tree.map(_wide, own if modules is None else {module: _of_module(own, module) for module in modules})
     total = jnp.asarray(sum(jnp.sum(jnp.square(p)) for p in jax.tree.leaves(own)))
     if not isinstance(params, BestResponse):
         return total
-    response, delta = params.response, params.delta
+    response, delta = jax.tree.map(_wide, (params.response, params.delta))
     if isinstance(response, dict) and modules is not None:
         response = {module: found for module in modules if (found := _of_module(response, module))}
     paths = {path: p for path, p in jax.tree_util.tree_leaves_with_path(own)}

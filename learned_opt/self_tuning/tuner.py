@@ -129,8 +129,8 @@ def copied(tree: Any) -> Any:
 def balanced(noise: jax.Array) -> tuple[jax.Array, ...]:
     """Perturbations like ``noise`` whose sum is 0: the second half of the rows mirrors the first, one vector both ways.
 
-    Of an odd number of rows one is left over. The first-order part of the validation loss then adds no noise to its
-    gradient.
+    Of an odd number of rows one is left over. What the rows' gradients have in common then adds no noise to that of the
+    validation loss; with one vector both ways that is all of its first-order part.
     """
     if noise.ndim == 1:
         return noise, -noise
@@ -426,8 +426,7 @@ def tuner(
         # The original form's elementary parameters alone are no network: those that respond to the mean are.
         judged = state.params if centred else BestResponse(state.params, state.response, begin.hyper.mean)
         valid = objectives.judged(judged, state.net_state, batch).astype(state.reference.dtype)
-        better = valid < state.best.loss
-        best = _where(better, Best(valid, **_carried(state)), state.best)
+        trained, better = state, valid < state.best.loss
         reference = jnp.where(jnp.isfinite(state.reference), state.reference, valid)
 
         def tune(state: TunerState) -> tuple[TunerState, jax.Array]:
@@ -442,9 +441,13 @@ def tuner(
             state, failed = tune(state)
         bad = jnp.zeros((), bool)
         if guard is not None:
+            lowest = jnp.where(better, valid, state.best.loss)
             excess = jnp.maximum(valid, valid + perturbed[-1] - losses[-1])
-            limit = best.loss + guard * (jnp.abs(reference) + jnp.abs(best.loss))
+            limit = lowest + guard * (jnp.abs(reference) + jnp.abs(lowest))
             bad = ~(jnp.isfinite(excess) & jnp.isfinite(losses[-1])) | (jnp.isfinite(limit) & (excess > limit))
+        # never a diverged state: in the centred form a response can diverge while the parameters' loss falls
+        best = _where(better & ~bad, Best(valid, **_carried(trained)), state.best)
+        if guard is not None:
             state = guarded(state, best, reference, bad)
         else:
             state = state._replace(best=best, reference=reference)

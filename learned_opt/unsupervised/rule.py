@@ -220,7 +220,7 @@ def _project(w: jax.Array, inputs: jax.Array) -> jax.Array:
 def _fold(inputs: jax.Array, w: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Weights and bias that take raw ``inputs [k, batch, units]`` as if each of the k were standardised."""
     mean = jnp.mean(inputs, axis=(1, 2))
-    scale = jax.lax.rsqrt(jnp.mean(inputs**2, axis=(1, 2)) - mean**2 + 1e-4)
+    scale = jax.lax.rsqrt(jnp.var(inputs, axis=(1, 2)) + 1e-4)
     w = w * scale[:, None]
     return w, b - mean @ w
 

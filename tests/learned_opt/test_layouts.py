@@ -28,12 +28,14 @@ def test_flax_s_attention_is_seen_as_its_matrices():
             assert found[f"{name}/kernel{end}"] == ((2, 4, 8) if name == "out" else (8, 8))
             assert found[f"{name}/bias{end}"] == (8,)
     scanned = {"query": {"kernel": jnp.zeros((5, 8, 2, 4)), "bias": jnp.zeros((5, 2, 4))}}
-    assert shapes_seen(outputs_last, scanned) == {"query/kernel": (5, 8, 8), "query/bias": (5, 8)}
-    assert view_of(outputs_last, *jax.tree.leaves_with_path(scanned)[1]).layers == 1
+    layout = stacked(lambda path: True)
+    assert shapes_seen(layout, scanned) == {"query/kernel": (5, 8, 8), "query/bias": (5, 8)}
+    assert view_of(layout, *jax.tree.leaves_with_path(scanned)[1]).layers == 1
 
 
 def test_what_is_no_attention_keeps_its_shape():
     params = {"conv": {"w": (3, 3, 2, 4)}, "linear": {"w": (4, 6), "b": (6,)}, "scale": (), "query": {"w": (2, 3, 4)}}
+    params |= {"attention": {"query": {"kernel": (1, 1, 64, 8), "bias": (8,)}, "key": {"kernel": (64, 8)}}}
     params = jax.tree.map(jnp.zeros, params, is_leaf=lambda x: isinstance(x, tuple))
     for path, leaf in jax.tree.leaves_with_path(params):
         assert view_of(outputs_last, path, leaf) == (tuple(range(leaf.ndim)), 0, leaf.shape, leaf.shape)
@@ -46,16 +48,26 @@ def test_equinox_s_layers_have_their_outputs_last():
         "conv": eqx.nn.Conv2d(3, 4, 5, key=key),
         "cell": eqx.nn.LSTMCell(3, 2, key=key),
         "embedding": eqx.nn.Embedding(7, 4, key=key),
+        "pos_embed": jnp.zeros((9, 4)),
+        "patch_embed": {"proj": eqx.nn.Conv2d(3, 4, 2, key=key)},
+        "time_embed": eqx.nn.MLP(2, 3, 5, 1, key=key),
     }
     assert shapes_seen(outputs_first, eqx.filter(model, eqx.is_array)) == {
         "linear/weight": (3, 4),
         "linear/bias": (4,),
-        "conv/weight": (3, 5, 5, 4),
+        "conv/weight": (5, 5, 3, 4),
         "conv/bias": (4,),
         "cell/weight_ih": (3, 8),
         "cell/weight_hh": (2, 8),
         "cell/bias": (8,),
         "embedding/weight": (7, 4),
+        "pos_embed": (9, 4),
+        "patch_embed/proj/weight": (2, 2, 3, 4),
+        "patch_embed/proj/bias": (4,),
+        "time_embed/layers/0/weight": (2, 5),
+        "time_embed/layers/0/bias": (5,),
+        "time_embed/layers/1/weight": (5, 3),
+        "time_embed/layers/1/bias": (3,),
     }
 
 

@@ -403,6 +403,23 @@ def test_a_slow_worker_weighs_by_the_samples_it_has_done():
     np.testing.assert_allclose(state.statistics.value, last.sum() / samples[4:].sum(), rtol=1e-5)
 
 
+def test_a_round_of_nobody_leaves_averaged_inner_states():
+    opt = local_sgd(optax.adam(0.1), sync_every=1, inner_state="average")
+    state = opt.init(jnp.zeros(D))
+    axes = worker_axes(state)
+
+    def one(w, state, g, weight):
+        updates, state = opt.update(g, state, w, worker_weight=weight)
+        return optax.apply_updates(w, updates), state
+
+    step = jax.jit(map_workers(one, in_axes=(0, axes, 0, 0), out_axes=(0, axes)))
+    g = jnp.arange(1.0, 2 * D + 1).reshape(2, D)
+    w, s = step(spread_workers(jnp.zeros(D), 2), spread_workers(state, 2, axes), g, jnp.ones(2))
+    _, after = step(w, s, g, jnp.zeros(2))
+    alone = optax.adam(0.1).update(g[0], jax.tree.map(lambda x: x[0], s.inner))[1]
+    np.testing.assert_allclose(after.inner[0].nu[0], alone[0].nu, rtol=1e-6)
+
+
 def test_what_a_worker_tells_at_a_step_that_it_skips_is_not_heard():
     """Its weight in the round stands; an outer step by the loss of that step is by the others'."""
     opt = local_sgd(optax.sgd(0.1), optax.polyak_sgd(), sync_every=2)

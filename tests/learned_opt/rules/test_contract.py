@@ -282,7 +282,7 @@ def test_explicit_meshes_take_every_sharding_and_keep_it(rule):
 
 @of_the_scaffold
 def test_one_network_in_any_layout(rule):
-    """Layers in a stack, one with gradients a hundred times as large; outputs first; outputs in two axes."""
+    """Layers in a stack, one with gradients a hundred times as large; outputs first, of windows too, or in two axes."""
     made, theta, _ = rule
 
     def layout(path, shape):
@@ -291,13 +291,14 @@ def test_one_network_in_any_layout(rule):
 
     def other(tree):
         query = {"kernel": tree["kernel"].reshape(4, 2, 3), "bias": tree["bias"].reshape(2, 3)}
-        return {"layers": {"w": jnp.stack(tree["layers"])}, "linear": {"weight": tree["w"].T}, "query": query}
+        linear = {"weight": tree["w"].T, "kernel": tree["window"].transpose(3, 2, 0, 1)}
+        return {"layers": {"w": jnp.stack(tree["layers"])}, "linear": linear, "query": query}
 
     def drawn(key):
-        keys = jax.random.split(key, 6)
+        keys = jax.random.split(key, 7)
         layers = [scale * jax.random.normal(k, (4, 5)) for k, scale in zip(keys, (1, 1, 100), strict=False)]
-        w, kernel, bias = map(jax.random.normal, keys[3:], ((4, 5), (4, 6), (6,)))
-        return {"layers": layers, "w": w, "kernel": kernel, "bias": bias}
+        w, kernel, bias, window = map(jax.random.normal, keys[3:], ((4, 5), (4, 6), (6,), (2, 2, 3, 4)))
+        return {"layers": layers, "w": w, "kernel": kernel, "bias": bias, "window": window}
 
     def two(tx, params, grads):
         state = tx.init(params)

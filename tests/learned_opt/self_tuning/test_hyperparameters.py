@@ -72,6 +72,7 @@ def test_discrete_values_are_whole_and_start_amid_their_step():
 def test_json_round_trip():
     specs = {
         "a": [make(0.3) for make in MAKERS.values()],
+        "numpy": st.log(np.float32(0.25)),
         "b": {"c": st.logit(0.1, scale=0.2, per_example=False), "d": st.real(3.0, discrete=True, tuned=False)},
     }
     text = st.to_json(specs)

@@ -36,6 +36,26 @@ def test_variational_dropout_lasts_for_the_sequence():
     assert np.any(y[0] != y[1])
 
 
+def test_axes_count_from_the_end_too_and_must_be_there():
+    x = jnp.ones((3, 50, 4))
+    np.testing.assert_array_equal(reg.variational_dropout(KEY, x, 0.5, -2), reg.variational_dropout(KEY, x, 0.5))
+    with pytest.raises(ValueError, match="axis 3 is out of bounds"):
+        reg.dropout(KEY, x, 0.5, shared_axes=(3,))
+
+
+def test_a_squared_norm_is_no_sum_in_half_precision():
+    params = {"w": jnp.ones((1001, 100), jnp.float16)}
+    response = st.BestResponse(params, jax.tree.map(lambda p: jnp.zeros((1, *p.shape), p.dtype), params), jnp.ones(1))
+    assert float(reg.squared_norm(params)) == float(reg.squared_norm(response)) == 100100
+
+
+def test_squares_lie_where_they_should_in_large_images_of_low_precision():
+    for images in (jnp.ones((4, 600, 600, 1), dtype) for dtype in (jnp.bfloat16, jnp.float32)):
+        cut = aug.cutout(KEY, images, 7.0, 1.0, max_count=1)
+        rows = jnp.any(cut == 0, axis=(2, 3)).sum(1)
+        np.testing.assert_array_equal(rows, 7)
+
+
 def test_weight_drop_masks_a_weight_and_its_response_alike():
     w = jnp.ones((30, 20))
     params = {"a": {"w": w, "b": jnp.ones(20)}, "c": {"w": w}}

@@ -121,6 +121,17 @@ def test_the_guard_ends_a_divergence():
     assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves((state.params, state.response)))
 
 
+def test_a_response_that_diverged_is_no_best_state():
+    """In the centred form the parameters' loss falls on while the response is far off."""
+    made = ridge(guard=3.0, weights=optax.sgd(0.02), response=optax.sgd(0.02))
+    state, _ = made.run(start(made), KEY, data(), 4)
+    state, before = state._replace(response=state.response + 1e6), state.best
+    state, info = made.run(state, KEY, data(), 4)
+    assert info.rolled_back.tolist() == [True, False, False, False]
+    assert float(jnp.abs(state.response).max()) < 10
+    assert float(state.best.loss) < float(before.loss)
+
+
 def test_steps_without_a_finite_gradient_are_left_out():
     def broken(w, hparams, key, batch):
         bad = jax.random.bernoulli(key, 0.3)

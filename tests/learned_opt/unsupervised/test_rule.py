@@ -8,6 +8,7 @@ import pytest
 import learned_opt
 from learned_opt import unsupervised
 from learned_opt.unsupervised import network
+from learned_opt.unsupervised import rule as rule_module
 
 SIZES = (6, 5, 4, 3)
 
@@ -321,6 +322,13 @@ def test_any_depth_width_batch_and_activation(sizes, activation, batch):
     new = jax.jit(rule.update)(rule.init_theta(jax.random.key(0)), phi, x)
     assert jax.tree.map(lambda a: (a.shape, a.dtype), new) == jax.tree.map(lambda a: (a.shape, a.dtype), phi)
     assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(new))
+
+
+def test_inputs_far_from_zero_are_standardised():
+    """Their variance is not the difference of two large numbers."""
+    x = 1e4 + np.random.default_rng(0).normal(size=(1, 50, 20)).astype(np.float32)
+    w, _ = rule_module._fold(jnp.asarray(x), jnp.ones((1, 3)), jnp.zeros(3))
+    np.testing.assert_allclose(w, 1 / x.astype(np.float64).std(), rtol=1e-3)
 
 
 def test_degenerate_batches_stay_finite():
