@@ -43,7 +43,7 @@ def outputs_last(path: str, shape: tuple[int, ...]) -> MuonDimensionNumbers:
     """
     rank = len(shape)
     found = _HEADS.search(path.removesuffix("/value"))  # NNX keeps an array under "value" of its parameter
-    of_heads = bool(found) and rank == (3 if found[3] == "kernel" else 2)
+    of_heads = found is not None and rank == (3 if found[3] == "kernel" else 2)
     inputs = max(rank - 1 - of_heads, 0)
     return MuonDimensionNumbers(tuple(range(inputs)), tuple(range(inputs, rank)))
 

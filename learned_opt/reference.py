@@ -121,7 +121,7 @@ def check_known(rule: str) -> None:
         raise ValueError(f"no reference implementation is known for rule {rule!r}; known: {known}")
 
 
-def read_reference(rule: str, leaves: Mapping[str, np.ndarray], **kwargs) -> tuple[dict, Theta]:
+def read_reference(rule: str, leaves: Mapping[str, np.ndarray], /, **kwargs) -> tuple[dict, Theta]:
     """As :func:`from_reference`, but returns ``(the factory's arguments, theta)``: what :func:`learned_opt.save` takes.
 
     Args:
@@ -138,6 +138,8 @@ def read_reference(rule: str, leaves: Mapping[str, np.ndarray], **kwargs) -> tup
         kwargs, theta = _READERS[rule](flat, **kwargs)
     except KeyError as error:
         raise ValueError(f"these are not the leaves of {rule!r}: {error.args[0]!r} is missing") from None
+    except TypeError as error:
+        raise ValueError(f"{rule!r} cannot be read with {sorted(kwargs)}: {error}") from None
     except (AttributeError, IndexError, ValueError) as error:
         raise ValueError(f"these are not the leaves of {rule!r}: {error}") from None
     try:

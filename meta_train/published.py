@@ -34,7 +34,7 @@ class PublishedError(UserError):
     """A published checkpoint is missing or damaged, or holds something else."""
 
 
-def import_rule(rule: str, path: Path, folder: Path, **kwargs: Any) -> Path:
+def import_rule(rule: str, path: Path, folder: Path, /, **kwargs: Any) -> Path:
     """Saves a published checkpoint as a rule that :func:`learned_opt.load` reads.
 
     Args:

@@ -42,7 +42,7 @@ def main() -> None:
     for split, data in splits.items():
         keep = balanced(data["image"], data["label"], PER_CLASS[split])
         arrays[f"{split}/image"], arrays[f"{split}/label"] = data["image"][keep], data["label"][keep]
-    np.savez_compressed(options.to / "fashion_mnist_small.npz", allow_pickle=False, **arrays)
+    np.savez_compressed(options.to / "fashion_mnist_small.npz", **arrays)
 
     with sources.open_source(options.sotu) as folder:
         documents = sources.sotu_documents(folder)[::EVERY]

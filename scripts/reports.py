@@ -1,7 +1,8 @@
 """The committed reports: what each holds, the commands that make it again, and the index in ``reports/README.md``.
 
 python scripts/reports.py                  # lists the reports and their commands
-python scripts/reports.py --remake NAME    # removes the results of one and runs its commands; many take hours
+python scripts/reports.py --remake NAME    # removes the results of one and runs its commands; many take hours.
+                                           # What `bench` keeps in the data folder is used: remove it for new runs.
 python scripts/reports.py --index          # writes reports/README.md, with the date and commit of each result
 """
 
@@ -39,7 +40,10 @@ REPORTS = {
     "ablation": Report("what each setting of meta-training is worth", ("python benchmarks/ablation.py",)),
     "accelerator": Report(
         "what updates, compilation and meta-training take on one H100",
-        ("python benchmarks/update.py --out reports/accelerator/h100.json  # on a machine with the GPU",),
+        (
+            "python benchmarks/update.py --out h100_updates.json  # on a machine with the GPU; beside these times the "
+            "report holds others of that machine, which were added by hand",
+        ),
     ),
     "compile": Report("how long optimizers compile, by depth", ("python benchmarks/compile.py",)),
     "control": Report(
@@ -206,7 +210,7 @@ def index() -> str:
 def main() -> None:
     """Lists, remakes or indexes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--remake", choices=REPORTS, metavar="NAME")
+    parser.add_argument("--remake", choices=[name for name in REPORTS if name != "accelerator"], metavar="NAME")
     parser.add_argument("--index", action="store_true")
     options = parser.parse_args()
     if options.index:

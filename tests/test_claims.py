@@ -1,4 +1,8 @@
-"""Every figure that README, documentation and model cards show is in a committed results file."""
+"""Figures of README, documentation and model cards against the committed results files.
+
+Tables are compared cell by cell. A number in prose must be in a file that its section links to, which finds a slip of
+the pen and no more: among thousands of committed numbers almost any of two digits is there.
+"""
 
 import bisect
 import csv

@@ -67,7 +67,7 @@ def store(folder: Path | None, key: str, arrays: Mapping[str, np.ndarray]) -> No
     if folder is None:
         return
     contents = io.BytesIO()
-    np.savez(contents, allow_pickle=False, **arrays)
+    np.savez(contents, **dict[str, Any](arrays))  # numbers, of which nothing is pickled
     write_atomically(folder / f"{key}.npz", contents.getvalue())
 
 

@@ -154,31 +154,31 @@ def pretrained(name_or_path: str) -> Contender:
     return learned(str(name_or_path).rstrip("/").rsplit("/", 1)[-1], saved.rule, saved.theta, saved.learning_rate)
 
 
-def fingerprint(contender: Contender, num_steps: int) -> str:
-    """The SHA-256 of what a contender computes, its meta-parameters included: its program on some tensors.
+def fingerprint(contender: Contender, num_steps: int, params: Any) -> str:
+    """The SHA-256 of what a contender computes, its meta-parameters included: its program on some parameters.
 
     Args:
         contender: any.
         num_steps: the planned number of updates.
+        params: the parameters, by whose names and shapes it may go.
 
     Returns:
         The hash; its name, grid and default are not part of it.
     """
-    # every rank, then sides and a size beyond which an optimizer may do something else
-    shapes = [*((5, 3, 4, 2)[:rank] for rank in range(5)), *((2**k + 1, 2) for k in range(5, 13)), (600, 600)]
-    params = {str(shape): jnp.ones(shape) for shape in shapes}
 
-    def update(rate, grads, state, loss):
+    def update(rate, grads, state, params, loss):
         transform = optax.with_extra_args_support(contender.make(rate, num_steps))
         updates, state = transform.update(grads, state, params, value=loss)
         return updates, state, state if contender.evaluate is None else contender.evaluate(state, params)
 
-    def init(rate):
+    def init(rate, params):
         return optax.with_extra_args_support(contender.make(rate, num_steps)).init(params)
 
     rate, loss = jnp.asarray(0.1), jnp.asarray(1.0)
-    state = jax.eval_shape(init, rate)
-    return cache.key(init=cache.program(init, rate), update=cache.program(update, rate, params, state, loss))
+    state = jax.eval_shape(init, rate, params)
+    return cache.key(
+        init=cache.program(init, rate, params), update=cache.program(update, rate, params, state, params, loss)
+    )
 
 
 def cosine_schedule(rate, num_steps: int) -> optax.Schedule:

@@ -23,7 +23,7 @@ from .timing import FLOOR, Timing, machine, take_turns
 
 __all__ = ["Contender", "Plan", "Result", "baselines", "learned", "pretrained", "run_suite"]
 
-_VERSION = 4  # of what a run does: another number leaves the results kept so far unused
+_VERSION = 5  # of what a run does: another number leaves the results kept so far unused
 _EXTENSIONS = 3  # times that a grid is made longer, at most, where the best rate lies on its edge
 _AHEAD = 3  # learning rates that go on from the first tuning seed to the others
 _TUNING, _REPORTING = 1_000_000, 2_000_000  # seeds of the two start here
@@ -117,7 +117,7 @@ def run_key(entry: Entry, contender: Contender, plan: Plan) -> str:
     return cache.key(
         **_environment(),
         task=_task_key(entry),
-        contender=_fingerprint(contender, steps),
+        contender=_fingerprint(contender, steps, entry),
         grid=contender.grid,
         default=contender.default,
         steps=steps,
@@ -210,8 +210,7 @@ def _timings(
 def _results(
     entry: Entry, contender: Contender, plan: Plan, arrays: dict[str, np.ndarray], timing: Timing | None
 ) -> list[Result]:
-    family, steps = family_of(entry), entry.steps or plan.steps
-    params = jax.eval_shape(lambda data: start_of_seed(family, data, jnp.uint32(0))[1], family.data)
+    family, steps, params = family_of(entry), entry.steps or plan.steps, _shapes(entry)
     state = jax.eval_shape(contender.make(0.1, steps).init, params)
     labels = [contender.name] + ([] if contender.default is None else [f"{contender.name}@{contender.default:g}"])
     return [
@@ -301,11 +300,19 @@ def _environment() -> dict[str, Any]:
 def _timing_key(entry: Entry, contender: Contender) -> str:
     """The number of steps is left out: it changes a schedule's constants, not what a step costs."""
     return cache.key(
-        **_environment(), task=_task_key(entry), contender=_fingerprint(contender, 1000), machine=machine()
+        **_environment(), task=_task_key(entry), contender=_fingerprint(contender, 1000, entry), machine=machine()
     )
 
 
-_fingerprint = functools.lru_cache(maxsize=256)(fingerprint)
+@functools.lru_cache(maxsize=256)
+def _fingerprint(contender: Contender, steps: int, entry: Entry) -> str:
+    return fingerprint(contender, steps, _shapes(entry))
+
+
+def _shapes(entry: Entry) -> Any:
+    """The shapes of an entry's parameters."""
+    family = family_of(entry)
+    return jax.eval_shape(lambda data: start_of_seed(family, data, jnp.uint32(0))[1], family.data)
 
 
 @functools.lru_cache(maxsize=64)
@@ -315,8 +322,10 @@ def _task_key(entry: Entry) -> str:
 
     def program(data, seed):
         task, params, k_train, k_valid = start_of_seed(family, data, seed)
-        return params, [
-            task.loss(params, key, task.batch(key, split))[0] for key, split in ((k_train, "train"), (k_valid, "valid"))
-        ]
+
+        def loss(params, key, split):
+            return task.loss(params, key, task.batch(key, split))[0]
+
+        return params, jax.value_and_grad(loss)(params, k_train, "train"), loss(params, k_valid, "valid")
 
     return cache.key(program=cache.program(program, family.data, jnp.uint32(0)), data=cache.contents(family.data))

@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
     if config.bench_suite:
         benchmark.choose_tasks(config.bench_suite)  # a mistake there must not wait for the end of the run
     workdir = arguments.workdir or Path("runs") / f"{arguments.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
-    shared.use_cores(arguments.devices, config.particles)
+    shared.use_cores(arguments.devices, config.particles // max(arguments.num_processes or 1, 1))
     xla_flags.widest_vectors()
     xla_flags.no_softmax_kernels()
     shared.keep_compiled()

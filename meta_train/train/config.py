@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -38,7 +39,8 @@ class Config:
         meta_steps: number of meta-steps.
         particles: learning processes (antithetic pairs of them, for the evolution strategies) per task family; the
             number of devices divides it.
-        unroll: inner steps of one window.
+        unroll: inner steps of one window; of a whole episode for the estimators ``"es"`` and ``"bptt"``, which have no
+            windows and take no notice of ``min_length`` and ``max_length``.
         sigma: standard deviation of the evolution strategies' perturbations.
         min_length: shortest episode, in inner steps; rounded to whole windows.
         max_length: longest episode; lengths are drawn log-uniformly.
@@ -123,8 +125,8 @@ class Config:
             raise ConfigError(f"max_length {self.max_length} is below min_length {self.min_length}")
         if (self.min_learning_rate is None) != (self.max_learning_rate is None):
             raise ConfigError("set both of min_learning_rate and max_learning_rate, or neither")
-        if self.learning_rates is not None and not 0 < self.learning_rates[0] <= self.learning_rates[1]:
-            raise ConfigError("min_learning_rate must be positive and at most max_learning_rate")
+        if self.learning_rates is not None and not 0 < self.learning_rates[0] <= self.learning_rates[1] < math.inf:
+            raise ConfigError("min_learning_rate must be positive and at most max_learning_rate, which is finite")
         if not self.local_optimizers or not set(self.local_optimizers) <= set(_LOCAL_OPTIMIZERS):
             raise ConfigError(f"local_optimizers must have some of {', '.join(_LOCAL_OPTIMIZERS)}")
         for name, ends in self.local_optimizers.items():

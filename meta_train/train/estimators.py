@@ -223,7 +223,8 @@ def pes(learner: Learner, *, unroll: int, sigma: float = 0.01) -> GradientEstima
         sigma: the perturbations' standard deviation.
 
     Returns:
-        A :class:`GradientEstimator` with a :class:`WindowState`; unbiased, its variance grows with the windows.
+        A :class:`GradientEstimator` with a :class:`WindowState`; unbiased while theta stands still, its variance grows
+        with the windows.
 
     Reference:
         Vicol, Metz and Sohl-Dickstein, Unbiased Gradient Estimation in Unrolled Computation Graphs with Persistent

@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import hashlib
+import json
 import math
 import os
 import signal
@@ -188,7 +190,8 @@ def outer_optimizer(config: Config) -> optax.GradientTransformation:
         schedule = optax.cosine_decay_schedule(config.outer_learning_rate, max(config.meta_steps, 1))
     try:
         optimizer = getattr(optax, config.outer_optimizer)(schedule, **config.outer_kwargs)
-        optimizer.init({"theta": jax.numpy.zeros(1)})
+        theta = {"theta": jax.numpy.zeros(1)}
+        jax.eval_shape(lambda theta: optimizer.update(theta, optimizer.init(theta), theta), theta)
     except (AttributeError, TypeError, ValueError) as error:
         raise ConfigError(f"outer_optimizer {config.outer_optimizer!r} cannot be made with optax: {error}") from None
     return optax.flatten(optax.chain(optax.clip_by_global_norm(config.outer_clip), optimizer))
@@ -226,8 +229,10 @@ def run(config: Config, workdir: Path, *, resume: bool = False, console: Console
             _check_folder(workdir, config, resume=resume)
         except UserError as error:
             mistake = error
-        _share(mistake)
-        setup = set_up(config, make_mesh())
+        _share(mistake, config)
+        ours = workdir / "init"  # what the run started from, whatever becomes of it elsewhere
+        kept_start = resume and config.init is not None and ours.is_dir()
+        setup = set_up(dataclasses.replace(config, init=str(ours)) if kept_start else config, make_mesh())
         if leader:  # a mistake in the settings has come out by now
             what = f"meta-training {config.rule} by {config.estimator} on {jax.device_count()} device(s)"
             console.print(f"{what} → {workdir}", soft_wrap=True)
@@ -247,6 +252,10 @@ def run(config: Config, workdir: Path, *, resume: bool = False, console: Console
         if kept is None:  # only now is anything written: what is wrong with the settings has come out
             if leader:
                 _write_config(workdir, config)
+                if config.init is not None:
+                    start = store.read(config.init)
+                    theta, rate = start.theta, start.learning_rate
+                    learned_opt.save(ours, start.name, theta, kwargs=start.kwargs, learning_rate=rate)
             kept = checkpoints()
         metrics = progress.Metrics(workdir, int(state.step) + 1) if leader else None
         if metrics:
@@ -325,13 +334,15 @@ def _rule(config: Config):
             raise ConfigError(
                 f"init {config.init!r} is a {saved.name!r} with {saved.kwargs}: set rule and rule_kwargs so"
             )
-        return saved.rule, lambda key: saved.theta
+        theta = jax.tree.map(lambda x: x.astype(jax.numpy.promote_types(x.dtype, np.float32)), saved.theta)
+        return saved.rule, lambda key: theta  # in half precision an outer optimizer's squares would be 0
     if config.rule not in KNOWN:
         raise ConfigError(f"unknown rule {config.rule!r}; rules: {', '.join(sorted(KNOWN))}")
     kind = KNOWN[config.rule]
     try:
         rule = kind.rules[config.rule](**config.rule_kwargs)
-    except (TypeError, ValueError) as error:
+        jax.eval_shape(kind.init(rule), jax.random.key(0))
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise ConfigError(f"the rule {config.rule!r} cannot be made with {config.rule_kwargs}: {error}") from None
     return rule, kind.init(rule)
 
@@ -345,7 +356,7 @@ def _trained(config: Config, rule, init_theta):
     theta = jax.tree.map(np.asarray, init_theta(jax.random.PRNGKey(config.seed)))
     try:
         part = parts.only(rule, theta, config.trainable)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ConfigError(f"trainable: {error}") from None
     return part.rule, lambda key: part.theta, part.whole
 
@@ -356,7 +367,7 @@ def _check_folder(workdir: Path, config: Config, *, resume: bool) -> None:
     if path.exists():
         if not resume:
             raise ConfigError(f"{workdir} holds a run already: name another --workdir, or go on with it by --resume")
-        theirs, ours = dataclasses.asdict(configs.read(path)), dataclasses.asdict(config)
+        theirs, ours = (json.loads(configs.to_json(of)) for of in (configs.read(path), config))
         for name in theirs.keys() - configs.RESUMABLE:
             if theirs[name] != ours[name]:
                 raise ConfigError(
@@ -368,18 +379,22 @@ def _check_folder(workdir: Path, config: Config, *, resume: bool) -> None:
         raise ConfigError(f"{workdir} holds something that is no run: name another --workdir")
 
 
-def _share(mistake: UserError | None) -> None:
-    """Ends all processes of a run where one has found a mistake: the others would wait for it."""
+def _share(mistake: UserError | None, config: Config) -> None:
+    """Ends all processes of a run where one has found a mistake, or was given other settings than the first."""
     if jax.process_count() > 1:
         mesh = make_mesh()
-        mine = np.full(jax.local_device_count(), mistake is not None)
+        settings = 1 + int(hashlib.sha256(configs.to_json(config).encode()).hexdigest()[:7], 16)
+        mine = np.full(jax.local_device_count(), 0 if mistake else settings, np.int32)
         marks = jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec(*mesh.axis_names)), mine)
         found = jax.jit(lambda m: m, out_shardings=NamedSharding(mesh, PartitionSpec()))(marks)
         # On all devices: one that still connected to a process that has ended would keep this one from ending.
         found = np.asarray(jax.block_until_ready(found))
-        if mistake is None and found.any():
-            number = mesh.devices[int(np.argmax(found))].process_index
+        if mistake is None and not found.all():
+            number = mesh.devices[int(np.argmin(found))].process_index
             mistake = UserError(f"process {number} of this run has found a mistake, which it names")
+        if mistake is None and (found != found[0]).any():
+            first, other = (mesh.devices[i].process_index for i in (0, int(np.argmax(found != found[0]))))
+            mistake = UserError(f"processes {first} and {other} of this run have other settings: give all the same")
     if mistake is not None:
         raise mistake
 

@@ -161,9 +161,9 @@ def _pixels(x: jax.Array) -> jax.Array:
 
 
 def _classifier(network: Callable, augment: Callable, penalty: Callable, specs, data, batch_size: int) -> Problem:
-    """An image classifier; ``network(x, hparams or None)``, None where nothing is to be dropped."""
-    net = st.lift(hk.transform(network))
+    """An image classifier; ``network(x, hparams or None, classes)``, None where nothing is to be dropped."""
     classes = int(max(data["train"]["y"].max(), data["test"]["y"].max())) + 1
+    net = st.lift(hk.transform(lambda x, hparams: network(x, hparams, classes)))
 
     def init(key):
         k_params, k_response = jax.random.split(key)
@@ -228,11 +228,11 @@ def fashion_cnn(dataset: str = "fashion_mnist_small", *, width: int = 8, batch_s
         "weight_decay": st.log(1e-4, 1e-7, 1e-1),
     }
 
-    def network(x, hparams):
+    def network(x, hparams, classes):
         x = _dropped(_pooled(x, width, "conv1"), hparams, "dropout_conv1")
         x = _dropped(_pooled(x, 2 * width, "conv2"), hparams, "dropout_conv2")
         x = jax.nn.relu(hk.Linear(4 * width, name="dense")(x.reshape(len(x), -1)))
-        return hk.Linear(10, name="logits")(_dropped(x, hparams, "dropout_dense"))
+        return hk.Linear(classes, name="logits")(_dropped(x, hparams, "dropout_dense"))
 
     def augment(key, x, hparams):
         k = jax.random.split(key, 5)
@@ -280,13 +280,13 @@ def cifar_cnn(dataset: str = "cifar10", *, width: int = 16, batch_size: int = 64
         "label_smoothing": st.interval(0.02, 0.0, 0.5),
     }
 
-    def network(x, hparams):
+    def network(x, hparams, classes):
         for i, layer in enumerate(layers[:3]):
             x = _dropped(_pooled(x, width * 2**i, layer), hparams, f"dropout_{layer}")
         x = x.reshape(len(x), -1)
         for layer in layers[3:]:
             x = _dropped(jax.nn.relu(hk.Linear(4 * width, name=layer)(x)), hparams, f"dropout_{layer}")
-        return hk.Linear(10, name="logits")(x)
+        return hk.Linear(classes, name="logits")(x)
 
     def augment(key, x, hparams):
         k = jax.random.split(key, 8)

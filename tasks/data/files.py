@@ -4,6 +4,7 @@ import io
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -45,7 +46,7 @@ def write_npz(path: Path, splits: Splits) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.stem}-", suffix=".tmp", delete=False) as file:
             temporary = Path(file.name)
-            np.savez_compressed(file, allow_pickle=False, **arrays)
+            np.savez_compressed(file, **dict[str, Any](arrays))  # older NumPy would store `allow_pickle=`
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

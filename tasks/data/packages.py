@@ -109,10 +109,14 @@ def read_cmudict(name: str, folder: Path) -> Splits:
     Raises:
         DataError: a file is missing or damaged.
     """
-    symbols = {s: i for i, s in enumerate(find(folder, "cmudict.symbols").read_text().split(), start=1)}
     path = find(folder, "cmudict.dict")
+    try:
+        listed, lines = (find(folder, file).read_text("utf-8").splitlines() for file in ("cmudict.symbols", path.name))
+    except UnicodeDecodeError:
+        raise DataError(f"{folder}: the dictionary is no text in UTF-8; fetch {name!r} again") from None
+    symbols = {symbol: i for i, symbol in enumerate(" ".join(listed).split(), start=1)}
     spelling, sounds = [], []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in lines:
         word, _, said = line.partition("#")[0].strip().partition(" ")
         if not re.fullmatch(rf"[a-z]{{2,{SPELLING}}}", word) or len(said.split()) >= SOUNDS:
             continue
@@ -146,7 +150,8 @@ def read_qm9(name: str, folder: Path) -> Splits:
     paths = sorted(folder.rglob("qm9_part*.csv"))
     if not paths:
         raise DataError(f"{folder}: holds no file qm9_part1.csv")
-    elements, positions, label = [], [], []
+    elements, positions = [], []
+    label: list[float] = []
     for path in paths:
         with path.open(newline="") as file:
             for row in csv.DictReader(file):
@@ -154,13 +159,16 @@ def read_qm9(name: str, folder: Path) -> Splits:
                     kinds = [ELEMENTS[symbol] for symbol in json.loads(row["Elements"].replace("'", '"'))]
                     numbers = row["XYZ_Ang"].replace("*^", "e").replace("[", "").replace("]", "").split(",")
                     places = np.asarray(numbers, np.float64).reshape(len(kinds), 3)
-                    label.append(float(row["HOMO_LUMO_gap_au"]))
-                except (KeyError, ValueError, TypeError):
+                    gap = float(row["HOMO_LUMO_gap_au"])
+                    padded = np.zeros((ATOMS, 3), np.float16)
+                    padded[: len(kinds)] = places - places.mean(axis=0)
+                except (KeyError, ValueError, TypeError, AttributeError):
                     raise DataError(f"{path}, molecule {len(label)}: damaged; fetch {name!r} again") from None
-                padded = np.zeros((ATOMS, 3), np.float16)
-                padded[: len(kinds)] = places - places.mean(axis=0)
+                label.append(gap)
                 elements.append(kinds + [0] * (ATOMS - len(kinds)))
                 positions.append(padded)
+    if not label:
+        raise DataError(f"{folder}: its tables hold no molecule; fetch {name!r} again")
     splits = _shuffled(
         {
             "elements": np.asarray(elements, np.uint8),

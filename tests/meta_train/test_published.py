@@ -148,6 +148,8 @@ def test_mistakes_are_one_line(capsys, monkeypatch):
     one_line(["import", "adafac-mlp", file, "--set", "hidden_size=x"], capsys, "no JSON")
     one_line(["import", "adafac-mlp", file, "--set", "hidden=3"], capsys, "'hidden'")
     one_line(["import", "adafac-mlp", file, "--set", "hidden_size=5"], capsys, "would be")
+    for taken in ("path", "rule", "folder"):
+        one_line(["import", "adafac-mlp", file, "--set", f"{taken}=3"], capsys, f"'{taken}'")
     one_line(["import", "mlp", file], capsys, "is missing")
     write(Path("odd"), nested(leaves | {"nn/~/w1": leaves["nn/~/w1"][:, :3]}))
     one_line(["import", "adafac-mlp", "odd"], capsys, "would be")

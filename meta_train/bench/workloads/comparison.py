@@ -22,15 +22,16 @@ def rows(results: Sequence[Result]) -> list[dict[str, Any]]:
         Dicts. ``valid_loss`` and ``train_loss`` are means over seeds, at the end of the budget (the training loss over
         its last twentieth); ``ratio``, ``p`` and ``verdict`` compare the validation loss with the reference's
         (:func:`meta_train.bench.workloads.statistics.on_workload`); ``steps_to_target`` is the median over seeds of the
-        first look at or below the target, ``None`` where it is never reached, and ``seconds_to_target`` that times
-        the milliseconds a step.
+        first look at or below the seed's target, ``None`` where it is never reached; ``target`` is their
+        mean, and ``seconds_to_target`` the steps times the milliseconds a step.
     """
     table = []
     for result in results:
         reference = _reference(results, result)
-        goal = target(results, result)
+        goals = targets(results, result)
         compared = statistics.on_workload(result.final, reference.final)
-        steps = float(np.median([_steps_to(curves.steps, curves.valid, goal) for curves in result.curves]))
+        pairs = zip(result.curves, goals, strict=True)
+        steps = float(np.median([_steps_to(curves.steps, curves.valid, goal) for curves, goal in pairs]))
         train = [float(np.mean(curves.train[-max(len(curves.train) // 20, 1) :])) for curves in result.curves]
         table.append(
             {
@@ -45,7 +46,7 @@ def rows(results: Sequence[Result]) -> list[dict[str, Any]]:
                 "ratio_high": _number(compared.high),
                 "p": _number(compared.p),
                 "verdict": compared.verdict,
-                "target": _number(goal),
+                "target": _number(float(np.mean(goals))),
                 "steps_to_target": _number(steps),
                 "seconds_to_target": _number(steps * result.milliseconds / 1000),
                 "milliseconds": _number(result.milliseconds),
@@ -118,10 +119,10 @@ def summary(results: Sequence[Result]) -> list[dict[str, Any]]:
     return sorted(overall, key=lambda row: (row["ratio"] is None, row["ratio"] or 0.0))
 
 
-def target(results: Sequence[Result], result: Result) -> float:
-    """A workload's target: the one that is set, else the reference's validation loss at the end of its budget."""
+def targets(results: Sequence[Result], result: Result) -> list[float]:
+    """Each seed's target: the workload's, else the reference's validation loss at the end of that seed's budget."""
     known = result.workload.target
-    return float(np.mean(_reference(results, result).final)) if known is None else known
+    return [loss if known is None else known for loss in map(float, _reference(results, result).final)]
 
 
 def _reference(results: Sequence[Result], result: Result) -> Result:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jaxlib
 import numpy as np
 
 from tasks.base import Workload
@@ -165,7 +166,9 @@ def step_times(
         Milliseconds a step, the median over the turns; ``nan`` with ``only_finished`` where nothing is kept.
     """
     names = [optimizer.name for optimizer in optimizers]
-    key = cache.key(timed=[programs[name].key for name in names], machine=machine(), turns=[_WARM, _TURN, _TURNS])
+    versions = [jax.__version__, jaxlib.__version__]
+    timed = [programs[name].key for name in names]
+    key = cache.key(timed=timed, machine=machine(), versions=versions, turns=[_WARM, _TURN, _TURNS])
     if (kept := cache.load(folder, key)) is not None:
         return dict(zip(names, map(float, kept["milliseconds"]), strict=True))
     if only_finished:

@@ -9,7 +9,6 @@ import numpy as np
 import optax
 import pytest
 
-from learned_opt import soap
 from meta_train.bench import cache, contenders, measures, timing, tournament
 from meta_train.bench.contenders import Contender
 from meta_train.bench.tournament import Plan, run_suite
@@ -157,10 +156,17 @@ def test_the_key_is_of_what_is_computed():
     other = Entry("quadratic", "quadratic", "quadratic 1-10", lambda: quadratic(dim=3, condition=(1.0, 20.0)))
     data = Entry("data", "f", "d", lambda: FAMILY._replace(data={"unused": jnp.ones(2)}))
     more = Entry("data", "f", "d", lambda: FAMILY._replace(data={"unused": jnp.ones(2) + 1}))
+
+    def without_gradient(data, cfg):
+        task = FAMILY.task(data, cfg)
+        return task._replace(loss=lambda p, key, batch: task.loss(jax.lax.stop_gradient(p), key, batch))
+
+    still = Entry("quadratic", "quadratic", "no gradient", lambda: FAMILY._replace(task=without_gradient))
     changed = [
         (other, ADAM, PLAN),
         (data, ADAM, PLAN),
         (more, ADAM, PLAN),
+        (still, ADAM, PLAN),
         (ENTRY._replace(steps=31), ADAM, PLAN),
         (ENTRY, ADAM._replace(make=lambda rate, num_steps: optax.adam(rate, b1=0.91)), PLAN),
         (ENTRY, ADAM._replace(grid=(1e-2,)), PLAN),
@@ -179,15 +185,18 @@ def test_a_contenders_meta_parameters_are_in_its_key():
     def scaled(scale):
         return Contender("c", lambda rate, num_steps: optax.stateless(lambda g, p: jax.tree.map(scale.__mul__, g)), ())
 
-    one, same, other = (contenders.fingerprint(scaled(jnp.asarray(s)), 10) for s in (1.0, 1.0, 1.0 + 1e-7))
+    params = {"w": jnp.ones((3, 2))}
+    one, same, other = (contenders.fingerprint(scaled(jnp.asarray(s)), 10, params) for s in (1.0, 1.0, 1.0 + 1e-7))
     assert one == same != other
 
 
-def test_what_an_optimizer_does_with_long_sides_is_in_its_key():
-    def rotating(max_dim):
-        return Contender("soap", lambda rate, num_steps: soap(rate, max_dim=max_dim), ())
+def test_what_an_optimizer_does_with_a_task_s_names_is_in_its_key():
+    def decayed(name):
+        mask = lambda params: {key: key == name for key in params}  # noqa: E731
+        return Contender("c", lambda rate, num_steps: optax.adamw(rate, weight_decay=0.1, mask=mask), ())
 
-    assert len({contenders.fingerprint(rotating(max_dim), 10) for max_dim in (256, 512, 1024, 2048)}) == 4
+    params = {"first": jnp.ones((3, 2)), "last": jnp.ones((3, 2))}
+    assert len({contenders.fingerprint(decayed(name), 10, params) for name in ("first", "last", "none")}) == 3
 
 
 def test_contents_tell_arrays_apart():

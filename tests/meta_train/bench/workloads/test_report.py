@@ -48,9 +48,18 @@ def by_name(table, **wanted):
 
 
 def test_the_target_is_the_references_end_unless_one_is_set():
-    assert comparison.target(RESULTS, RESULTS[1]) == pytest.approx(0.4)
+    assert comparison.targets(RESULTS, RESULTS[1]) == pytest.approx([0.4, 0.4])
     fixed = result("c/net", NADAMW, [[1.0]], target=0.25)
-    assert comparison.target([fixed], fixed) == 0.25
+    assert comparison.targets([fixed], fixed) == [0.25]
+
+
+def test_the_reference_reaches_its_target_however_many_seeds():
+    """It is each seed's own: at the mean of all the worse half would never be there."""
+    ends = [1.0, 1.2, 1.3]
+    both = [result("a/net", NADAMW, [[2.0, 1.5, end] for end in ends]), result("a/net", MINE, [[2.0, 1.5, 1.25]] * 3)]
+    nadamw, mine = (by_name(comparison.rows(both), optimizer=name) for name in ("nadamw", "mine"))
+    assert (nadamw["steps_to_target"], mine["steps_to_target"]) == (30, None)
+    assert nadamw["target"] == pytest.approx(3.5 / 3, rel=1e-5)
 
 
 def test_steps_and_seconds_to_the_target():
