@@ -162,14 +162,17 @@ REPORTS = {
             ),
             "python scripts/choose_rates.py nadamw muon soap",
             *(
-                f"learned-opt bench flagship flagship-1 --suite workloads_{name} --baselines muon,soap"
-                f" --out reports/workloads/{name}"
-                for name in ("small", "test")
+                f"learned-opt bench {rules} --out reports/workloads/{name}"
+                for name, rules in (
+                    ("small", "flagship --suite workloads_small --runs runs/small"),
+                    ("test", "flagship flagship-1 --suite workloads_test --baselines muon,soap"),
+                )
             ),
             "learned-opt bench flagship --suite workloads_test --ruleset tuned --baselines nadamw"
             " --runs reports/workloads/runs --out reports/workloads/tuned",
             "python scripts/workload_sizes.py",
             "python scripts/workload_seeds.py",
+            "python scripts/workload_trials.py",
             "python benchmarks/step_times.py",
             "python benchmarks/clock.py",
         ),

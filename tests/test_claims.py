@@ -111,7 +111,7 @@ def test_readmes_workloads_are_the_committed_ones():
 TABLES = [
     ("test", "**To judge by**", "| | word embeddings, mail |", ["mail", "speech", "cmudict", "qm9", "sqlite"], 6),
     ("tuned", "**Under `tuned`**", "| | word embeddings, mail |", ["mail", "qm9", "sqlite"], 3),
-    ("small", "**To choose by**", "| | character transformer, Moby Dick |", ["moby_dick", "cifar10"], 4),
+    ("small", "**To choose by**", "| | character transformer, Moby Dick |", ["moby_dick", "kjv", "cifar10"], 6),
 ]
 
 
@@ -126,7 +126,7 @@ def test_the_tables_of_the_workloads_are_the_committed_ones(folder, after, head,
         for dataset, cell in zip(datasets, cells, strict=True):
             row, (loss, steps) = found[dataset, name], cell.split(", ")
             assert float(loss) == float(f"{row['valid_loss']:.{len(loss.partition('.')[2])}f}"), (name, dataset)
-            assert float(steps) == row["steps_to_target"], (name, dataset)
+            assert (None if steps == "–" else float(steps)) == row["steps_to_target"], (name, dataset)
 
 
 def test_the_clock_of_the_workloads_is_the_committed_one():

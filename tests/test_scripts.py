@@ -478,6 +478,9 @@ CASES = {
         reports("workloads", "seeds.csv"),
         before=committed("reports/workloads/test/results.json"),
     ),
+    "scripts/workload_trials.py": Case(
+        "", {"suite": lambda suite: lambda name: [TINY[0]]}, reports("workloads", "trials.csv")
+    ),
     "scripts/workload_sizes.py": Case("", {}, reports("workloads", "sizes.csv")),
 }
 

@@ -204,15 +204,11 @@ def _result(workload: Workload, optimizer: Optimizer, made: Program, plan: Plan,
 
         return run(made, workload, settings, seed, plan.folder, look, plan.only_finished)
 
-    trials: list[search.Trial] = []
-    if plan.ruleset == "tuned" and optimizer.space:
-        wanted, times = search.settings(optimizer, plan.trials), 0
-        while wanted:
-            for settings in wanted:
-                final = trained(settings, TUNING_SEED, f"trial {len(trials) + 1}").final
-                trials.append(search.Trial(settings, final if np.isfinite(final) else np.inf))
-            wanted = search.more_settings(optimizer, trials, times)
-            times += 1
+    def score(settings: Mapping[str, float], number: int) -> float:
+        return trained(settings, TUNING_SEED, f"trial {number}").final
+
+    tuned = plan.ruleset == "tuned" and optimizer.space
+    trials = search.trials(optimizer, plan.trials, score) if tuned else []
     chosen = trials[search.best(trials)].settings if trials else dict(optimizer.setting)
     return Result(
         workload,

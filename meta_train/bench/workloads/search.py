@@ -51,6 +51,28 @@ def settings(optimizer: Optimizer, number: int = TRIALS) -> list[dict[str, float
     return [dict(optimizer.setting)] + [placed(optimizer.space, optimizer.setting, point) for point in points]
 
 
+def trials(optimizer: Optimizer, number: int, score: Callable[[dict[str, float], int], float]) -> list[Trial]:
+    """All trials: those of :func:`settings`, and more where the best of them lies on an edge (:func:`more_settings`).
+
+    Args:
+        optimizer: any with a space.
+        number: of trials, before there are more.
+        score: ``(settings, the trial's number from 1) -> validation loss at the end``.
+
+    Returns:
+        The trials in order.
+    """
+    done: list[Trial] = []
+    wanted, times = settings(optimizer, number), 0
+    while wanted:
+        for one in wanted:
+            loss = score(one, len(done) + 1)
+            done.append(Trial(one, loss if math.isfinite(loss) else math.inf))
+        wanted = more_settings(optimizer, done, times)
+        times += 1
+    return done
+
+
 def placed(space: Mapping[str, Range], fixed: Mapping[str, float], point: np.ndarray) -> dict[str, float]:
     """The setting at a point of the unit cube; what is not searched keeps its fixed value."""
     found = dict(fixed)
