@@ -118,6 +118,7 @@ def rule_transform(
     update: Callable[..., tuple[list, Any]],
     start_shared: Callable[[Any], Any] = lambda dtype: (),
     rest: bool = True,
+    stack: bool = True,
     reads_params: bool = True,
     reads_loss: bool = False,
     layout: Layout | None = None,
@@ -138,6 +139,8 @@ def rule_transform(
             :func:`each`. ``value`` is the loss, or ``None``.
         start_shared: ``dtype -> shared``, the dtype being the widest that any tensor is computed in.
         rest: see above. Adam and its kin need none: their updates fade by themselves.
+        stack: whether tensors of one shape are one group; otherwise each is a group by itself. Stacks compile faster,
+            and cost two copies of all that is stacked.
         reads_params: whether ``update`` needs the parameters.
         reads_loss: whether it needs the loss.
         layout: how parameters are seen, :func:`~learned_opt.layouts.outputs_last` by default.
@@ -180,7 +183,7 @@ def rule_transform(
         views = tuple((i, view_of(layout, paths[i], given[i])) for i in moving)
         at = tree.flatten_up_to(where_gradients(updates, params))
         run = functools.partial(core, tree, views)
-        return _automatic(run, (updates, state), at, required_loss(value, name) if reads_loss else None)
+        return automatic(run, (updates, state), at, required_loss(value, name) if reads_loss else None)
 
     @functools.partial(jax.jit, static_argnums=(0, 1))  # for updates outside of any other jit
     def core(tree, views, carried, at, value):
@@ -190,7 +193,7 @@ def rule_transform(
         for i, view in views.items():
             given[i], at[i] = seen(given[i], view), seen(at[i], view)
         columns = [tree.flatten_up_to(x) for x in struct.flatten_up_to((state.tensors, state.idle))]
-        groups, members = _gather(given, at, columns, struct, views)
+        groups, members = _gather(given, at, columns, struct, views, stack)
         results, shared = update(groups, state.step, state.shared, value)
         for group, where, (u, tensors) in zip(groups, members, results, strict=True):
             u, idle = _one_by_one(_rested, u, group.gradient, group.idle) if rest else (u, ())
@@ -259,21 +262,22 @@ def _shown(value) -> str:
 # --- groups
 
 
-def _gather(given, at, columns, struct, views: dict[int, View]) -> tuple[list[Group], list[list[int]]]:
+def _gather(given, at, columns, struct, views: dict[int, View], stack: bool) -> tuple[list[Group], list[list[int]]]:
     """Groups of the tensors that move, and which leaves each holds."""
     by_kind: dict[Any, list[int]] = {}
     counts = {i: math.prod(view.shape[: view.layers]) for i, view in views.items()}
     rows = dict(zip(views, np.split(np.arange(sum(counts.values())), np.cumsum(list(counts.values()))), strict=False))
     for i, view in views.items():
         arrays = (given[i], at[i], *(column[i] for column in columns))
-        by_kind.setdefault(tuple(_kind(x, view.layers) for x in arrays), []).append(i)
+        kind = tuple(_kind(x, view.layers) for x in arrays) if stack else i
+        by_kind.setdefault(kind, []).append(i)
 
-    def stack(column, where):
+    def stacked(column, where):
         return jnp.concatenate([column[i].reshape(counts[i], *column[i].shape[views[i].layers :]) for i in where])
 
     groups = []
     for where in by_kind.values():
-        g, p, *state = (stack(column, where) for column in (given, at, *columns))
+        g, p, *state = (stacked(column, where) for column in (given, at, *columns))
         dtype, state = compute_dtype(p.dtype), struct.unflatten(state)
         numbers = np.concatenate([rows[i] for i in where])
         tensors, idle = state
@@ -359,7 +363,7 @@ def _started(start_of: Callable, p: jax.Array, view: View) -> Any:
         return jax.sharding.auto_axes(start, axes=sharding.mesh.explicit_axes, out_sharding=out)(p)
 
 
-def _automatic(core: Callable, carried: Tree, *arguments: Tree) -> Tree:
+def automatic(core: Callable, carried: Tree, *arguments: Tree) -> Tree:
     """``core(carried, *arguments)``, of the type and sharding of ``carried``, with no axis of a mesh explicit.
 
     Statistics of rows and columns and products of matrices have no one sharding that follows from the parameters';

@@ -37,8 +37,8 @@ def direction(*, b1: float = 0.9, b2: float = 0.99, eps: float = 1e-8) -> Direct
     """
 
     def start(p):
-        zeros = jnp.zeros_like(p, compute_dtype(p.dtype))
-        return NadamMoments(zeros, zeros)
+        m, v = (jnp.zeros_like(p, compute_dtype(p.dtype)) for _ in range(2))  # two buffers: a step may donate them
+        return NadamMoments(m, v)
 
     def step(theta, count, g, p, moments):
         del theta, p

@@ -10,7 +10,7 @@ import optax
 from ..base import LearnedOptimizer
 from ..features import clean, compute_dtype
 from ..layouts import outputs_last, seen, unseen, view_of
-from ..tensors import RuleState, common_dtype, where_gradients
+from ..tensors import RuleState, automatic, common_dtype, where_gradients
 from . import celo2 as base
 from . import celo2_soap, recurrent
 from .networks import network_init
@@ -167,13 +167,18 @@ def outer(*, hidden_size: int = 8, every: int = 10) -> LearnedOptimizer:
             del extra_args
             if params is None:
                 raise ValueError("outer reads the parameters: call update(gradients, state, params)")
+            updates = jax.tree.map(jnp.asarray, updates)
+            return automatic(core, (updates, state), where_gradients(updates, params))
+
+        def core(carried, params):
+            updates, state = carried
             structure: Any
-            given, structure = jax.tree.flatten(jax.tree.map(jnp.asarray, updates), is_leaf=lambda x: x is None)
+            given, structure = jax.tree.flatten(updates, is_leaf=lambda x: x is None)
             paths = [path for path, _ in jax.tree.leaves_with_path(updates, is_leaf=lambda x: x is None)]
-            at = structure.flatten_up_to(where_gradients(updates, params))
+            at = structure.flatten_up_to(params)
             moving = [i for i, x in enumerate(given) if x is not None and x.size]
             if not moving:
-                return updates, state
+                return carried
             deltas: list[Any] = [
                 x if x is None else clean(x, _LIMIT, compute_dtype(p.dtype)) for x, p in zip(given, at, strict=True)
             ]
