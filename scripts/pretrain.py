@@ -53,6 +53,15 @@ _CONTROL = Config(
     log_every=5,
     bench_suite="",
 )
+_LIGHT = replace(
+    _CONTROL,
+    rule="light",
+    rule_kwargs={},
+    suite="networks",
+    meta_steps=600,
+    judged_on="valid",
+    judged_from=0.6,
+)
 _FEATURES = replace(preset("unsupervised"), outer_learning_rate=3e-3)
 
 STAGES: dict[str, list[Config]] = {
@@ -70,6 +79,7 @@ STAGES: dict[str, list[Config]] = {
         replace(_SCHEDULER, rule_kwargs=_AUTO | {"base": "celo2_soap", "base_kwargs": {}}, meta_steps=0),
     ],
     "flagship": [replace(_CONTROL, rule_kwargs={"direction": "celo2_soap"})],
+    "flagship-light": [_LIGHT],
     "scheduler-adam": [replace(_SCHEDULER, trainable=[], rule_kwargs=_ADAM)],
     "adafac-mlp": [replace(_SHORT, rule="adafac_mlp", meta_steps=1000)],
     "outer": [

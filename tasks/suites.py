@@ -88,6 +88,25 @@ _STANDARD = (
     _on(_FASHION, "mlp-196-32-10-relu-batch-32", image_mlp, side=14, width=32, batch_size=32),
     _TABULAR,
 )
+_KINDS = (
+    _on(_FASHION, "mlp-64-32-10-relu-batch-4", image_mlp, side=8, width=32, batch_size=4),
+    _on(
+        _FASHION,
+        "mlp-196-64-64-10-gelu",
+        image_mlp,
+        side=14,
+        width=64,
+        depth=2,
+        activation="gelu",
+        init_scale=(0.5, 2.0),
+        batch_size=32,
+    ),
+    _on(_FASHION, "conv-6-12-relu", image_conv, side=14, channels=(6, 12), batch_size=16),
+    _on(_FASHION, "autoencoder-64-40-10", image_autoencoder, side=8, width=40, code=10),
+    _on(_SOTU, "transformer-1x32", char_transformer, width=32, length=16, init_scale=(0.5, 2.0), batch_size=8),
+    _on(_SOTU, "transformer-2x64", char_transformer, layers=2, width=64, length=32, batch_size=4),
+    _GRU,
+)
 
 TRAIN: dict[str, tuple[Entry, ...]] = {
     # two shapes, quick to compile, with different activations and widths
@@ -99,25 +118,9 @@ TRAIN: dict[str, tuple[Entry, ...]] = {
     # for outer steps of local SGD, whose local step size means the same on all of them
     "local_sgd": (*_STANDARD, _GRU),
     # every kind of network, batches from 4 up, for rules with few meta-parameters
-    "kinds": (
-        _on(_FASHION, "mlp-64-32-10-relu-batch-4", image_mlp, side=8, width=32, batch_size=4),
-        _on(
-            _FASHION,
-            "mlp-196-64-64-10-gelu",
-            image_mlp,
-            side=14,
-            width=64,
-            depth=2,
-            activation="gelu",
-            init_scale=(0.5, 2.0),
-            batch_size=32,
-        ),
-        _on(_FASHION, "conv-6-12-relu", image_conv, side=14, channels=(6, 12), batch_size=16),
-        _on(_FASHION, "autoencoder-64-40-10", image_autoencoder, side=8, width=40, code=10),
-        _on(_SOTU, "transformer-1x32", char_transformer, width=32, length=16, init_scale=(0.5, 2.0), batch_size=8),
-        _on(_SOTU, "transformer-2x64", char_transformer, layers=2, width=64, length=32, batch_size=4),
-        _GRU,
-    ),
+    "kinds": _KINDS,
+    # and a deep one and a tabular one
+    "networks": (*_KINDS, _DEEP, _TABULAR),
     # the widest mix that two cores carry
     "mixed": (*_STANDARD, _GRU, _QUADRATIC),
     "broad": (

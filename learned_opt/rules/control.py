@@ -23,8 +23,8 @@ _MEMORY = 0.9  # of the mean update
 _DECAYS = (0.9, 0.99)  # of what the network reads of a tensor
 _SEEN = 4  # see `Controlled.seen`
 _FACTS = 4  # of a tensor's shape
-_RUN = 5  # of the run
-_INPUTS = _SEEN * len(_DECAYS) + _FACTS + _RUN
+RUN = 5  # of the run
+_INPUTS = _SEEN * len(_DECAYS) + _FACTS + RUN
 _LARGEST = 4.0  # factor: from a quarter of the hand-set value to four times
 _VECTOR = 0.05  # the size of a vector, whatever it holds: gains start at 1 and offsets at 0
 _WARMUP = 20  # updates, in a run of unknown length
@@ -113,8 +113,7 @@ def control(
 
     def init(key):
         k_direction, k_control = jax.random.split(key)
-        last = {"w": jnp.zeros((hidden_size, 2)), "b": jnp.zeros((2,))}
-        layers = {"hidden": linear_init(k_control, _INPUTS, hidden_size), "last": last}
+        layers = control_init(k_control, _INPUTS, hidden_size, 2)
         return {"direction": inner.init(k_direction), "control": layers}
 
     def start(p):
@@ -158,7 +157,7 @@ def size_of(p: jax.Array) -> jax.Array:
 
 def floor_of(p: jax.Array) -> float:
     """The least size of a matrix: the root mean square of weights that keep the size of their inputs."""
-    return fan_in(p.shape) ** -0.5
+    return max(fan_in(p.shape), 1) ** -0.5
 
 
 def rms(p: jax.Array) -> jax.Array:
@@ -222,8 +221,14 @@ def run_facts(count: jax.Array, total: jax.Array, dtype) -> jax.Array:
     return jnp.stack([jnp.tanh(time / 4), jnp.tanh(time / 10), known, done, jnp.sqrt(done)])
 
 
+def control_init(key: jax.Array, inputs: int, hidden_size: int, outputs: int) -> Theta:
+    """A fresh network of factors, all 1."""
+    last = {"w": jnp.zeros((hidden_size, outputs)), "b": jnp.zeros((outputs,))}
+    return {"hidden": linear_init(key, inputs, hidden_size), "last": last}
+
+
 def control_factors(theta: Theta, tensors: jax.Array, run: jax.Array) -> jax.Array:
     """The factors of each tensor: ``[tensors, 2]`` within 1/4 and 4, from ``[tensors, 12]`` and ``[5]``."""
-    inputs = jnp.concatenate([tensors, jnp.broadcast_to(run, (len(tensors), _RUN))], axis=1)
+    inputs = jnp.concatenate([tensors, jnp.broadcast_to(run, (len(tensors), RUN))], axis=1)
     hidden = jnp.tanh(linear(theta["hidden"], inputs))
     return _LARGEST ** jnp.tanh(linear(theta["last"], hidden))

@@ -13,6 +13,7 @@ from ..errors import UserError
 
 _MEASURES = ("log", "relative")
 _SCHEDULES = ("constant", "cosine")
+_SPLITS = ("train", "valid")
 _LOCAL_OPTIMIZERS = ("adamw", "flagship", "muon", "sgd")
 
 
@@ -52,6 +53,9 @@ class Config:
         inner_schedule: such a step size over an episode of the learner ``"optimizer"``: ``"constant"`` or ``"cosine"``.
         told_length: share of the episodes in which the rule is told their length (see ``task_learner``), by the
             learners ``"optimizer"`` and ``"local_sgd"``; the others always tell it.
+        judged_on: the split whose loss is the meta-loss of the learner ``"optimizer"``: ``"train"``, whose loss the
+            gradient is of, or ``"valid"``, at the cost of one evaluation of the loss a step.
+        judged_from: the share of such an episode before which the meta-loss is 0, below 1.
         max_loss: cap of the meta-loss in units of the initial loss; what a non-finite loss counts as.
         measure: the meta-loss, ``"relative"`` (the loss in units of the initial loss) or ``"log"`` (its logarithm).
         outer_optimizer: the name of an Optax optimizer that takes a learning rate; it sees theta as one vector.
@@ -87,6 +91,8 @@ class Config:
     local_optimizers: dict[str, Any] = dataclasses.field(default_factory=lambda: {"sgd": [0.05, 0.4]})
     inner_schedule: str = "constant"
     told_length: float = 1.0
+    judged_on: str = "train"
+    judged_from: float = 0.0
     max_loss: float = 4.0
     measure: str = "relative"
     outer_optimizer: str = "adam"
@@ -135,6 +141,10 @@ class Config:
                 raise ConfigError(f"local_optimizers: {name} must have two positive numbers in order, not {ends}")
         if self.measure not in _MEASURES:
             raise ConfigError(f"measure must be one of {', '.join(_MEASURES)}, not {self.measure!r}")
+        if not 0 <= self.judged_from < 1:
+            raise ConfigError(f"judged_from must be at least 0 and below 1, not {self.judged_from}")
+        if self.judged_on not in _SPLITS:
+            raise ConfigError(f"judged_on must be one of {', '.join(_SPLITS)}, not {self.judged_on!r}")
         for name, schedule in (("inner_schedule", self.inner_schedule), ("outer_schedule", self.outer_schedule)):
             if schedule not in _SCHEDULES:
                 raise ConfigError(f"{name} must be one of {', '.join(_SCHEDULES)}, not {schedule!r}")

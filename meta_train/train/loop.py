@@ -77,6 +77,8 @@ def _optimizer(config: Config, rule, entry, family, lengths) -> Learner:
         max_loss=config.max_loss,
         measure=MEASURES[config.measure],
         told_length=config.told_length,
+        judged_on=config.judged_on,
+        judged_from=config.judged_from,
     )
 
 

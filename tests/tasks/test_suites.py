@@ -75,6 +75,7 @@ def test_sizes_of_the_suites():
         "standard": 5,
         "local_sgd": 6,
         "kinds": 7,
+        "networks": 9,
         "mixed": 7,
         "broad": 9,
     }
@@ -127,7 +128,7 @@ def test_fetched_entries_name_the_command(tmp_path, monkeypatch):
 
 
 def test_unknown_suites():
-    with pytest.raises(ValueError, match="known: quick, small, standard, local_sgd, kinds, mixed, broad"):
+    with pytest.raises(ValueError, match="known: quick, small, standard, local_sgd, kinds, networks, mixed, broad"):
         suites.suite("nonsense")
     with pytest.raises(ValueError, match="known: quick, held_out, fetched, fetched_small, validation"):
         suites.suite("small", held_out=True)

@@ -15,6 +15,7 @@ from tasks.families.networks import log_uniform
 from .base import MEASURES, Learner, default_rates, drawn_length, meta_loss_of, told, unit_of
 
 _BEYOND = 2**31 - 1  # a counter of the generator that no batch's draws reach
+_JUDGED = 2**31 - 3  # another
 
 
 class TaskState(NamedTuple):
@@ -41,6 +42,8 @@ def task_learner(
     max_loss: float = 4.0,
     measure: Callable[[jax.Array], jax.Array] = MEASURES["relative"],
     told_length: float = 1.0,
+    judged_on: str = "train",
+    judged_from: float = 0.0,
 ) -> Learner:
     r"""The learner that optimizes tasks drawn from a family with a learned rule.
 
@@ -48,8 +51,9 @@ def task_learner(
     in ``learning_rates``; step :math:`t` draws a training batch and takes
     :math:`p_{t+1} = p_t + s(t/T)\, \eta\, u(\theta, \nabla L_t(p_t), L_t(p_t))`. The meta-loss of the step is
     :math:`f(\min(L_t(p_t) / L_0, c))`, with :math:`L_0` the loss at the start on a batch of its own, so that tasks of
-    different scale weigh alike, and :math:`c` = ``max_loss``, which a non-finite loss counts as too. Non-finite
-    entries of the inner gradient count as 0.
+    different scale weigh alike, and :math:`c` = ``max_loss``, which a non-finite loss counts as too. With
+    ``judged_on="valid"`` its :math:`L_t(p_t)` is the loss on another batch, of the validation split. Non-finite entries
+    of the inner gradient count as 0.
 
     Args:
         rule: the learned update rule.
@@ -63,6 +67,10 @@ def task_learner(
         measure: ``f``; the logarithm weighs what is gained late, where losses are small, like what is gained early.
         told_length: share of the episodes in which the rule is told their length; in the others it is told 0, which
             the rule ``scheduler`` takes for an unknown length.
+        judged_on: the split that the meta-loss is of, ``"train"`` or ``"valid"``; the latter costs one evaluation of
+            the loss a step.
+        judged_from: the share of an episode before which meta-losses are 0; later ones are divided by the share that is
+            left. What counts is then where training ends, and not how fast it begins.
 
     Returns:
         A :class:`Learner` whose state is a :class:`TaskState`.
@@ -105,7 +113,12 @@ def task_learner(
         updates, opt_state = transform.update(grads, state.opt_state, state.params, value=loss)
         rate = state.learning_rate * schedule(state.taken / state.num_steps)
         params = jax.tree.map(lambda p, u: p + (rate * u).astype(p.dtype), state.params, updates)
+        if judged_on == "valid":
+            loss, _ = task.loss(state.params, k_loss, task.batch(jax.random.fold_in(key, _JUDGED), "valid"))
         meta_loss = meta_loss_of(loss, state.initial_loss, max_loss, measure)
+        if judged_from:
+            counts = state.taken >= judged_from * state.num_steps
+            meta_loss = jnp.where(counts, meta_loss / (1 - judged_from), 0)
         return state._replace(params=params, opt_state=opt_state, taken=state.taken + 1), meta_loss
 
     return Learner(init, step, remaining=lambda state: state.num_steps - state.taken)

@@ -155,3 +155,27 @@ def test_the_share_of_episodes_whose_length_is_told(share):
     np.testing.assert_allclose(first, second, atol=1e-4)  # the same all through an episode
     np.testing.assert_allclose(np.mean(first) / 10, share, atol=4 * np.sqrt(share * (1 - share) / 400) + 1e-5)
     assert set(np.unique(np.round(first))) <= {0.0, 10.0}
+
+
+def losses_of_an_episode(**settings):
+    """The meta-losses of ten steps on a task whose loss is 2 on batches for training and 3 on others."""
+    sgd = learned_opt.RULES["sgd"]()
+    batch = {"train": 2.0, "valid": 3.0}
+    task = Task(
+        lambda key: jnp.ones(()), lambda key, split: batch[split], lambda params, key, batch: (batch + 0 * params, {})
+    )
+    learner, theta = task_learner(sgd, only(task), lengths=(10, 10), **settings), sgd.init(jax.random.key(0))
+
+    def step(state, key):
+        return learner.step(theta, state, key)
+
+    return jax.lax.scan(step, learner.init(theta, jax.random.key(1)), jax.random.split(jax.random.key(2), 10))[1]
+
+
+def test_the_split_that_a_rule_is_judged_on():
+    np.testing.assert_allclose(losses_of_an_episode(), np.ones(10))
+    np.testing.assert_allclose(losses_of_an_episode(judged_on="valid"), np.full(10, 1.5))
+
+
+def test_what_is_judged_of_an_episode_weighs_as_much_as_the_whole():
+    np.testing.assert_allclose(losses_of_an_episode(judged_from=0.6), [0.0] * 6 + [2.5] * 4, rtol=1e-6)

@@ -1,0 +1,98 @@
+"""What meta-training is worth, checkpoint by checkpoint: validation losses over those of the fresh rule.
+
+Runs every checkpoint of finished runs of one rule, and its fresh meta-parameters, on the suite `validation`, 500 steps
+and three seeds; the ratio is a geometric mean over the tasks with data. A line through the ratio's logarithm against
+that of the meta-steps says what more of them would buy. Writes reports/light/checkpoints.csv and .png:
+
+    for seed in 0 1 2; do python scripts/pretrain.py flagship-light --seed $seed; done
+    python scripts/checkpoints.py runs/pretrain/flagship-light-0 runs/pretrain/seed-[12]/flagship-light-0
+"""
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+
+import jax
+import matplotlib.pyplot as plt
+import numpy as np
+import orbax.checkpoint as ocp
+
+import learned_opt
+from meta_train.bench import tournament
+from meta_train.bench.contenders import learned
+from meta_train.commands import shared
+from meta_train.train import checkpoint
+from meta_train.train import config as configs
+from tasks import suites
+
+REPORT = Path(__file__).parents[1] / "reports" / "light"
+PLAN = tournament.Plan(steps=500, seeds=3)
+
+
+def thetas(run: Path) -> dict[int, dict]:
+    """The meta-parameters of every checkpoint of a run."""
+    manager = checkpoint.manager(run, keep=1000)
+    return {
+        step: manager.restore(step, args=ocp.args.StandardRestore())["state"]["theta"]
+        for step in sorted(manager.all_steps())
+    }
+
+
+def line(meta_steps: np.ndarray, ratios: np.ndarray) -> tuple[float, float, float]:
+    """Least squares of ``log ratio`` on ``log10 meta_steps``: offset, slope, and the slope's standard error."""
+    x, y = np.log10(meta_steps), np.log(ratios)
+    design = np.stack([np.ones_like(x), x], 1)
+    (offset, slope), *_ = np.linalg.lstsq(design, y, rcond=None)
+    spread = np.sum((y - design @ [offset, slope]) ** 2) / max(len(x) - 2, 1)
+    return offset, slope, float(np.sqrt(spread / np.sum((x - x.mean()) ** 2)))
+
+
+def draw(rows: list[dict], fit: tuple[float, float, float]) -> None:
+    """A curve a run, and the line."""
+    figure, axes = plt.subplots(figsize=(6, 3.6), constrained_layout=True)
+    for run in dict.fromkeys(row["run"] for row in rows):
+        mine = [row for row in rows if row["run"] == run]
+        axes.plot([row["meta_steps"] for row in mine], [row["ratio"] for row in mine], "o-", label=f"run {run}")
+    ends = np.array([min(row["meta_steps"] for row in rows), 10 * max(row["meta_steps"] for row in rows)])
+    axes.plot(ends, np.exp(fit[0] + fit[1] * np.log10(ends)), "k--", lw=1, label="line, to ten times the meta-steps")
+    axes.axhline(1, color="grey", lw=0.8)
+    axes.set(xscale="log", xlabel="meta-steps", ylabel="validation loss over the fresh rule's")
+    axes.legend(frameon=False)
+    figure.savefig(REPORT / "checkpoints.png", dpi=110)
+
+
+def main() -> None:
+    """Runs what is not kept, and writes the table and the figure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of `learned-opt train`")
+    runs = parser.parse_args().runs
+    config = configs.read(runs[0] / "config.json")
+    rule = learned_opt.RULES[config.rule](**config.rule_kwargs)
+    tried = {("fresh", 0): rule.init(jax.random.key(0))}
+    for number, run in enumerate(runs):
+        tried |= {(str(number), step): theta for step, theta in thetas(run).items()}
+    entries = [entry for entry in suites.suite("validation", held_out=True) if entry.family != "quadratic"]
+    contenders = [learned(f"{run}-{step}", rule, theta, None) for (run, step), theta in tried.items()]
+    plan = PLAN._replace(folder=shared.cache("bench"))
+    results = tournament.run_suite(entries, contenders, plan, lambda done, what: print(done, what, file=sys.stderr))
+    losses = {(result.task, result.contender): float(result.valid.mean()) for result in results}
+    rows = []
+    for run, step in tried:
+        mine = {entry.name: losses[entry.name, f"{run}-{step}"] for entry in entries}
+        ratio = float(np.exp(np.mean([np.log(loss / losses[task, "fresh-0"]) for task, loss in mine.items()])))
+        shown = {task: f"{loss:.5f}" for task, loss in mine.items()}
+        rows.append({"run": run, "meta_steps": step, "ratio": round(ratio, 4)} | shown)
+    REPORT.mkdir(parents=True, exist_ok=True)
+    with (REPORT / "checkpoints.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    trained = rows[1:]
+    fit = line(np.array([row["meta_steps"] for row in trained]), np.array([row["ratio"] for row in trained]))
+    draw(trained, fit)
+    print(f"ten times the meta-steps: the ratio times {np.exp(fit[1]):.3f} (slope {fit[1]:.4f} +- {fit[2]:.4f})")
+
+
+if __name__ == "__main__":
+    main()
