@@ -143,7 +143,11 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = command("bench", "compare learned rules with other optimizers, on workloads or small tasks")
     bench.add_argument(
-        "rules", nargs="*", metavar="RULE", help="pretrained names or folders; by default all pretrained optimizers"
+        "rules",
+        nargs="*",
+        metavar="RULE",
+        help="pretrained names or folders, NAME:untrained for a small-task control with fresh meta-parameters; by "
+        "default all pretrained optimizers",
     )
     bench.add_argument("--suite", metavar="NAME", help="workloads_small, or see `list suites` (held_out)")
     bench.add_argument("--steps", type=int, metavar="N", help="optimization steps of small tasks (1000)")

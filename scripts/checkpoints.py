@@ -28,6 +28,7 @@ from tasks import suites
 
 REPORT = Path(__file__).parents[1] / "reports" / "light"
 PLAN = tournament.Plan(steps=500, seeds=3)
+_ALL = "geometric mean"
 
 
 def thetas(run: Path) -> dict[int, dict]:
@@ -53,7 +54,7 @@ def draw(rows: list[dict], fit: tuple[float, float, float]) -> None:
     figure, axes = plt.subplots(figsize=(6, 3.6), constrained_layout=True)
     for run in dict.fromkeys(row["run"] for row in rows):
         mine = [row for row in rows if row["run"] == run]
-        axes.plot([row["meta_steps"] for row in mine], [row["ratio"] for row in mine], "o-", label=f"run {run}")
+        axes.plot([row["meta_steps"] for row in mine], [float(row["ratio"]) for row in mine], "o-", label=f"run {run}")
     ends = np.array([min(row["meta_steps"] for row in rows), 10 * max(row["meta_steps"] for row in rows)])
     axes.plot(ends, np.exp(fit[0] + fit[1] * np.log10(ends)), "k--", lw=1, label="line, to ten times the meta-steps")
     axes.axhline(1, color="grey", lw=0.8)
@@ -78,19 +79,18 @@ def main() -> None:
     results = tournament.run_suite(entries, contenders, plan, lambda done, what: print(done, what, file=sys.stderr))
     losses = {(result.task, result.contender): float(result.valid.mean()) for result in results}
     rows = []
-    for run, step in tried:
-        mine = {entry.name: losses[entry.name, f"{run}-{step}"] for entry in entries}
-        ratio = float(np.exp(np.mean([np.log(loss / losses[task, "fresh-0"]) for task, loss in mine.items()])))
-        shown = {task: f"{loss:.5f}" for task, loss in mine.items()}
-        rows.append({"run": run, "meta_steps": step, "ratio": round(ratio, 4)} | shown)
+    for run, step in list(tried)[1:]:
+        ratios = {e.name: losses[e.name, f"{run}-{step}"] / losses[e.name, "fresh-0"] for e in entries}
+        ratios[_ALL] = float(np.exp(np.mean(np.log(list(ratios.values())))))
+        rows += [{"run": run, "meta_steps": step, "task": task, "ratio": f"{x:.4f}"} for task, x in ratios.items()]
     REPORT.mkdir(parents=True, exist_ok=True)
     with (REPORT / "checkpoints.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    trained = rows[1:]
-    fit = line(np.array([row["meta_steps"] for row in trained]), np.array([row["ratio"] for row in trained]))
-    draw(trained, fit)
+    means = [row for row in rows if row["task"] == _ALL]
+    fit = line(np.array([row["meta_steps"] for row in means]), np.array([float(row["ratio"]) for row in means]))
+    draw(means, fit)
     print(f"ten times the meta-steps: the ratio times {np.exp(fit[1]):.3f} (slope {fit[1]:.4f} +- {fit[2]:.4f})")
 
 

@@ -23,7 +23,6 @@ _PLAIN = {"rule_kwargs": {}, "suite": "standard", "measure": "relative"}
 _SHORT = replace(_CPU, rule_kwargs={}, particles=4, outer_learning_rate=3e-3, meta_steps=800)
 _SCHEDULER = replace(_SHORT, rule="scheduler", trainable=["scheduler"], told_length=0.7)
 _AUTO = {"base": "celo2", "base_kwargs": {"orthogonalize": True}, "learning_rate": 0.005, "schedule": "cosine"}
-_ADAM = {"base": "adam", "base_kwargs": {"learning_rate": 0.01}, "schedule": "cosine"}
 _LOCAL = replace(
     _CPU,
     rule="outer",
@@ -59,6 +58,8 @@ _LIGHT = replace(
     rule_kwargs={},
     suite="networks",
     meta_steps=600,
+    checkpoint_every=100,
+    keep_checkpoints=6,  # `scripts/checkpoints.py` reads them all
     judged_on="valid",
     judged_from=0.6,
 )
@@ -80,7 +81,6 @@ STAGES: dict[str, list[Config]] = {
     ],
     "flagship": [replace(_CONTROL, rule_kwargs={"direction": "celo2_soap"})],
     "flagship-light": [_LIGHT],
-    "scheduler-adam": [replace(_SCHEDULER, trainable=[], rule_kwargs=_ADAM)],
     "adafac-mlp": [replace(_SHORT, rule="adafac_mlp", meta_steps=1000)],
     "outer": [
         replace(_LOCAL, trainable=["length"], meta_steps=1500, outer_learning_rate=5e-3),

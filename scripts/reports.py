@@ -76,9 +76,18 @@ REPORTS = {
             CELO,
             *bench(
                 "held_out",
-                "flagship-1 flagship-1-auto scheduler-adam adafac-mlp runs/celo",
+                "flagship-1 flagship-1-auto adafac-mlp runs/celo",
                 "--suite held_out --steps 1000 --seeds 5",
             ),
+        ),
+    ),
+    "light": Report(
+        "`flagship-light` on the 18 small tasks, beside tuned optimizers and itself untrained; `checkpoints.csv`: what "
+        "meta-training made of it",
+        (
+            "learned-opt bench flagship-light flagship-light:untrained --suite held_out --out reports/light",
+            *(f"python scripts/pretrain.py flagship-light --seed {seed}" for seed in range(3)),
+            "python scripts/checkpoints.py runs/pretrain/flagship-light-0 runs/pretrain/seed-[12]/flagship-light-0",
         ),
     ),
     "local_sgd": Report(

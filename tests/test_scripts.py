@@ -25,6 +25,7 @@ from support.workload_data import write_tiny_sets
 
 from meta_train.bench.workloads import baselines, protocol, search, training
 from meta_train.train import loop, trainer
+from meta_train.train.config import Config
 from tasks import data, suites
 from tasks.data import sources
 from tasks.families import tabular
@@ -92,6 +93,7 @@ def wine(*_, **sizes):
 
 
 QUADRATIC = suites.VALIDATION["validation"][-1:]
+TINY_ENTRY = suites.Entry("wine/tiny", "logistic_regression", "wine", wine)
 TINY = (Workload(wine, 2, None, name="wine/tiny"),)
 
 
@@ -108,6 +110,14 @@ def a_trial(folder):
     nadamw = baselines.baselines()[0]
     setting, runs = search.settings(nadamw)[0], folder / "reports" / "workloads" / "runs"
     training.run(training.program(TINY[0], nadamw), TINY[0], setting, protocol.TUNING_SEED, runs)
+
+
+def a_run(folder):
+    """Three meta-steps of a rule, with their checkpoints."""
+    settings = Config(
+        rule="light", suite="small", estimator="nres", meta_steps=3, particles=1, unroll=2, bench_suite=""
+    )
+    loop.run(dataclasses.replace(settings, checkpoint_every=1), folder / "run")
 
 
 EMBEDDED = "tasks/data/embedded"
@@ -490,6 +500,12 @@ CASES = {
         "", {"suite": lambda suite: lambda name: [TINY[0]]}, reports("workloads", "trials.csv"), before=a_trial
     ),
     "scripts/workload_sizes.py": Case("", {}, reports("workloads", "sizes.csv")),
+    "scripts/checkpoints.py": Case(
+        "run",
+        {"PLAN": lambda plan: plan._replace(steps=2, seeds=1), "suites.VALIDATION": {"validation": (TINY_ENTRY,)}},
+        reports("light", "checkpoints.csv", "checkpoints.png"),
+        before=a_run,
+    ),
 }
 
 

@@ -31,6 +31,7 @@ GRID = around(10**-2.5)
 REFERENCE = "adam"  # what losses and speed-ups are relative to: tuned, at a constant rate
 FEW = (REFERENCE, "adamw-cosine")  # for the look at the end of a meta-training run
 QUICK = (*FEW, "muon", "soap")  # for `learned-opt bench --quick`
+_UNTRAINED = ":untrained"
 _WEIGHT_DECAY = 1e-4
 # benchmarks/calibrate_adamw.py: the best single setting on the training suite
 CALIBRATED = {"learning_rate": 0.0316, "weight_decay": 1e-2}
@@ -144,14 +145,17 @@ def saved_optimizer(name_or_path: str) -> learned_opt.SavedRule:
 
 
 def pretrained(name_or_path: str) -> Contender:
-    """The contender of a saved rule.
+    """The contender of a saved rule; with ``:untrained`` after its name, of its fresh meta-parameters, the control.
 
     Raises:
         StoreError: as ``learned_opt.load``.
         UserError: it is no optimizer by itself.
     """
-    saved = saved_optimizer(name_or_path)
-    return learned(str(name_or_path).rstrip("/").rsplit("/", 1)[-1], saved.rule, saved.theta, saved.learning_rate)
+    where = str(name_or_path).removesuffix(_UNTRAINED)
+    saved = saved_optimizer(where)
+    theta = saved.theta if where == str(name_or_path) else saved.rule.init(jax.random.key(0))
+    name = str(name_or_path).rstrip("/").rsplit("/", 1)[-1]
+    return learned(name, saved.rule, theta, saved.learning_rate)
 
 
 def fingerprint(contender: Contender, num_steps: int, params: Any) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+import learned_opt
 from meta_train.bench import cache, contenders, measures, timing, tournament
 from meta_train.bench.contenders import Contender
 from meta_train.bench.tournament import Plan, run_suite
@@ -278,3 +279,21 @@ def test_jobs_run_on_every_device_and_an_error_ends_them():
     assert {index: square for index, (square, _) in used.items()} == {i: i * i for i in range(20)}
     with pytest.raises(ZeroDivisionError):
         list(tournament.on_devices(lambda job, device: 1 / job, [1, 0, 2]))
+
+
+def test_the_control_of_a_saved_rule_has_fresh_meta_parameters(tmp_path):
+    rule = learned_opt.RULES["light"]()
+    fresh = rule.init(jax.random.key(0))
+    trained = jax.tree.map(lambda x: x + 0.5, fresh)
+    learned_opt.save(tmp_path / "mine", "light", trained, kwargs={})
+    params = {"w": jnp.ones((3, 2))}
+
+    def first(make):
+        tx = make(None, 10)
+        return tx.update(params, tx.init(params), params)[0]["w"]
+
+    for name, theta in (("mine", trained), ("mine:untrained", fresh)):
+        found = contenders.pretrained(str(tmp_path / name))
+        assert found.name == name
+        expected = first(lambda rate, num_steps, theta=theta: rule.build(theta, num_steps=num_steps))
+        np.testing.assert_allclose(first(found.make), expected, rtol=1e-6)

@@ -267,6 +267,8 @@ def test_another_runs_folder_is_refused(undisturbed, tmp_path):
         ({"trainable": [1]}, "trainable"),
         ({"min_learning_rate": 1.0, "max_learning_rate": np.inf}, "finite"),
         ({"particles": 7}, "multiple of the number of devices"),
+        ({"judged_on": "test"}, "judged_on must be one of train, valid"),
+        ({"judged_from": 1.0}, "judged_from must be at least 0 and below 1"),
         ({"init": "nonesuch"}, "nonesuch"),
     ],
 )
