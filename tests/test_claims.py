@@ -11,6 +11,7 @@ import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from support import ROOT
 
@@ -81,6 +82,34 @@ def test_cards_tables_are_the_committed_ones(path):
         assert clock == interval(found["time"])
         assert score == f"{found['score']:.2f}"
         assert diverged == f"{found['diverged']} of {found['runs']}"
+
+
+def test_the_table_of_flagship_light_is_the_committed_one():
+    folder = ROOT / "reports/light"
+    summary = json.loads((folder / "results.json").read_text())["summary"]
+    with (folder / "validation.csv").open() as file:
+        valid = {row["contender"]: f"{float(row['times_adam']):.2f}" for row in csv.DictReader(file)}
+    rows = table_after((ROOT / "docs/benchmark.md").read_text(), "| row | by the clock |")
+    assert len(rows) == len(summary)
+    for (label, *cells), found in zip(rows, summary, strict=True):
+        name = {"`flagship-light`, untrained, nothing set": "flagship-light:untrained"}.get(label, contender(label))
+        assert name == found["contender"]
+        share, steps = f"{found['at_least_adam']:.0%} of tasks", interval(found["steps"])
+        scores = f"{found['score']:.2f}", f"{found['score_time']:.2f}"
+        assert cells == [f"{found['time'][0]:.2f}", valid[name], share, steps, *scores]
+
+
+def test_the_line_through_the_checkpoints_of_flagship_light():
+    with (ROOT / "reports/light/checkpoints.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["task"] == "geometric mean"]
+    x = np.log10([float(row["meta_steps"]) for row in rows])
+    fit, covariance = np.polyfit(x, np.log([float(row["ratio"]) for row in rows]), 1, cov="unscaled")
+    residual = np.log([float(row["ratio"]) for row in rows]) - np.polyval(fit, x)
+    error = np.sqrt(covariance[0, 0] * np.sum(residual**2) / (len(x) - 2))
+    assert abs(fit[0]) < error
+    assert f"{math.exp(fit[0]):.3f} times for ten times the meta-steps" in " ".join(
+        (ROOT / "docs/benchmark.md").read_text().split()
+    )
 
 
 def committed_clock():
@@ -230,7 +259,11 @@ def is_there(shown: str, known: list[float]) -> bool:
 
 
 README_WORTH = "## What they are worth"
-BENCHMARK_FOUND = ("### What was found on held_out", "### Whole MNIST and CIFAR-10")
+BENCHMARK_FOUND = (
+    "### What was found on held_out",
+    "### What flagship-light is worth on held_out",
+    "### Whole MNIST and CIFAR-10",
+)
 
 
 def test_other_numbers_of_readme_and_benchmark_are_in_the_reports_that_it_links_to():
