@@ -42,11 +42,8 @@ def thetas(run: Path) -> dict[int, dict]:
 
 def line(meta_steps: np.ndarray, ratios: np.ndarray) -> tuple[float, float, float]:
     """Least squares of ``log ratio`` on ``log10 meta_steps``: offset, slope, and the slope's standard error."""
-    x, y = np.log10(meta_steps), np.log(ratios)
-    design = np.stack([np.ones_like(x), x], 1)
-    (offset, slope), *_ = np.linalg.lstsq(design, y, rcond=None)
-    spread = np.sum((y - design @ [offset, slope]) ** 2) / max(len(x) - 2, 1)
-    return offset, slope, float(np.sqrt(spread / np.sum((x - x.mean()) ** 2)))
+    (slope, offset), covariance = np.polyfit(np.log10(meta_steps), np.log(ratios), 1, cov=True)
+    return offset, slope, covariance[0, 0] ** 0.5
 
 
 def draw(rows: list[dict], fit: tuple[float, float, float]) -> None:

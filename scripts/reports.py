@@ -85,7 +85,13 @@ REPORTS = {
         "`flagship-light` on the 18 small tasks, beside tuned optimizers and itself untrained; `checkpoints.csv`: what "
         "meta-training made of it",
         (
-            "learned-opt bench flagship-light flagship-light:untrained --suite held_out --out reports/light",
+            *bench(
+                "light",
+                "flagship-light flagship-light:untrained",
+                "--suite held_out --baselines "
+                "adamw-cosine,nadamw,schedule-free-adamw,muon,prodigy,sgdm,lion,adamw-calibrated",
+            ),
+            "taskset -c 1 python benchmarks/update.py --rounds 7 --rules light --out reports/light/update.json",
             *(f"python scripts/pretrain.py flagship-light --seed {seed}" for seed in range(3)),
             "python scripts/checkpoints.py runs/pretrain/flagship-light-0 runs/pretrain/seed-[12]/flagship-light-0",
         ),

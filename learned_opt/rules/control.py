@@ -208,9 +208,14 @@ def facts(p: jax.Array, seen: jax.Array) -> jax.Array:
         seen: of :class:`Controlled`.
     """
     above = jnp.log(size_of(p) / floor_of(p)) if p.ndim >= 2 else 0.0
-    inputs, outputs = math.log10(fan_in(p.shape)), math.log10(max(p.shape[-1:], default=1))
-    of_shape = jnp.stack([jnp.tanh(above), inputs / 4, outputs / 4, float(p.ndim >= 2)])
-    return jnp.concatenate([seen.reshape(-1), of_shape.astype(seen.dtype)])
+    of_size = jnp.stack([jnp.tanh(above), *shape_facts(p.shape)])
+    return jnp.concatenate([seen.reshape(-1), of_size.astype(seen.dtype)])
+
+
+def shape_facts(shape: tuple[int, ...]) -> tuple[float, float, float]:
+    """What it reads of a shape: fan-in and fan-out, as a quarter of their logarithms to 10, and 1 for a matrix."""
+    inputs, outputs = math.log10(fan_in(shape)), math.log10(max(shape[-1:], default=1))
+    return inputs / 4, outputs / 4, float(len(shape) >= 2)
 
 
 def run_facts(count: jax.Array, total: jax.Array, dtype) -> jax.Array:

@@ -9,9 +9,8 @@ import numpy as np
 
 from ..base import LearnedOptimizer
 from ..features import compute_dtype, ema
-from ..layouts import fan_in
 from ..tensors import common_dtype, one_by_one, rule_transform
-from .control import RUN, control_factors, control_init, run_facts, schedule, size_of
+from .control import RUN, control_factors, control_init, run_facts, schedule, shape_facts, size_of
 
 PAPER = "NAdam: Dozat 2016; cautious decay: arXiv:2510.12402"
 
@@ -152,5 +151,5 @@ def nadam(settings: jax.Array, missing: jax.Array) -> jax.Array:
 
 def facts(shape: tuple[int, ...], entries: int) -> np.ndarray:
     """What the network reads of a tensor of a shape, ``entries`` being those of all tensors: ``[4]``."""
-    sizes = [fan_in(shape), max(shape[-1:], default=1), entries]
-    return np.array([*(math.log10(size) / 4 for size in sizes), float(len(shape) >= 2)])
+    inputs, outputs, matrix = shape_facts(shape)
+    return np.array([inputs, outputs, math.log10(entries) / 4, matrix])

@@ -101,7 +101,7 @@ def pretrained(name_or_path: str) -> list[Optimizer]:
     The controls take the network away and keep the rest: ``identity``, the same direction with Adam in its place, the
     same Newton-Schulz steps, unit RMS and rates; ``untrained``, fresh weights; ``no-newton-schulz``. That of a learned
     schedule is ``over-soap``, the same schedule over SOAP. Those of a control layer are ``untrained``, in which nothing
-    is trained, and, where its network was, ``hand-set``, a fresh one.
+    is trained, and, where both its direction and its network were, ``hand-set``, a fresh network.
 
     Raises:
         StoreError: as ``learned_opt.load``.
@@ -120,11 +120,10 @@ def pretrained(name_or_path: str) -> list[Optimizer]:
             learned(f"{name}:untrained", saved.rule, fresh, rate, "control", "the same rule, fresh weights"),
             learned(f"{name}:no-newton-schulz", plain, saved.theta, rate, "control", "the same weights without it"),
         ]
-    if saved.name == "control":
+    if saved.name in ("control", "light"):
         fresh = saved.rule.init(jax.random.key(0))
-        if jax.tree.leaves(fresh["direction"]):
-            found.append(learned(f"{name}:untrained", saved.rule, fresh, None, "control", "the same, nothing trained"))
-        if np.any(saved.theta["control"]["last"]["w"]):
+        found.append(learned(f"{name}:untrained", saved.rule, fresh, None, "control", "the same, nothing trained"))
+        if jax.tree.leaves(fresh.get("direction")) and np.any(saved.theta["control"]["last"]["w"]):
             hand_set = saved.theta | {"control": fresh["control"]}
             found.append(learned(f"{name}:hand-set", saved.rule, hand_set, None, "control", "a fresh control network"))
     if saved.name == "scheduler":

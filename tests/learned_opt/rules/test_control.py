@@ -35,6 +35,13 @@ def test_nadam_is_optax_s():
         np.testing.assert_allclose(-u, expected, rtol=2e-6, atol=2e-7)
 
 
+def test_a_fresh_state_can_be_donated():
+    """No two of its arrays are one buffer."""
+    tx = RULE.build(THETA)
+    step = jax.jit(lambda state: tx.update(GRADIENTS, state, PARAMS)[1], donate_argnums=0)
+    assert int(step(tx.init(PARAMS)).step) == 1
+
+
 def test_meta_gradients_of_entries_at_rest_are_finite():
     """The root of a second moment of exactly 0 has no derivative."""
 

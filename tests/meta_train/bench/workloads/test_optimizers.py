@@ -107,6 +107,10 @@ def test_a_flagship_brings_its_controls():
     assert kinds == ["learned", "control", "control", "control"]
 
 
+def test_a_light_rule_brings_its_control():
+    assert [optimizer.name for optimizer in optimizers.pretrained("flagship-light")][1:] == ["flagship-light:untrained"]
+
+
 def test_a_control_layer_brings_itself_with_nothing_trained():
     trained, fresh = optimizers.pretrained("flagship")
     assert (fresh.name, fresh.kind, fresh.setting) == ("flagship:untrained", "control", {})
