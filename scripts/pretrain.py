@@ -55,7 +55,6 @@ _CONTROL = Config(
 _LIGHT = replace(
     _CONTROL,
     rule="light",
-    rule_kwargs={},
     suite="networks",
     meta_steps=600,
     checkpoint_every=100,
@@ -79,7 +78,7 @@ STAGES: dict[str, list[Config]] = {
         replace(_SCHEDULER, rule_kwargs=_AUTO, max_length=3000, meta_steps=3000, outer_learning_rate=2e-3),
         replace(_SCHEDULER, rule_kwargs=_AUTO | {"base": "celo2_soap", "base_kwargs": {}}, meta_steps=0),
     ],
-    "flagship": [replace(_CONTROL, rule_kwargs={"direction": "celo2_soap"})],
+    "flagship": [_CONTROL],
     "flagship-light": [_LIGHT],
     "adafac-mlp": [replace(_SHORT, rule="adafac_mlp", meta_steps=1000)],
     "outer": [
@@ -112,10 +111,8 @@ def outer_flagship(folder: Path) -> Path:
 
 def controlled_flagship(folder: Path) -> Path:
     """A fresh control layer over `flagship-1`'s direction, saved."""
-    kwargs = STAGES["flagship"][0].rule_kwargs
-    theta = learned_opt.RULES["control"](**kwargs).init(jax.random.key(0))
-    direction = learned_opt.load_rule("flagship-1").theta
-    return learned_opt.save(folder, "control", theta | {"direction": direction}, kwargs=kwargs)
+    theta = learned_opt.RULES["control"]().init(jax.random.key(0))
+    return learned_opt.save(folder, "control", theta | {"direction": learned_opt.load_rule("flagship-1").theta})
 
 
 # the others start fresh

@@ -1,21 +1,17 @@
 """NAdam with steps relative to the weights' size, under a learned schedule: for small networks."""
 
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ..base import LearnedOptimizer
 from ..features import compute_dtype, ema
-from ..tensors import common_dtype, one_by_one, rule_transform
-from .control import RUN, control_factors, control_init, run_facts, schedule, shape_facts, size_of
+from ..tensors import each, in_order, rule_transform
+from .relative import factors, factors_init, schedule, size_of
 
 PAPER = "NAdam: Dozat 2016; cautious decay: arXiv:2510.12402"
 
-_FACTS = 4  # of a tensor
-_OUTPUTS = 4
 _EPS = 1e-8
 _ROOT = 1e-30  # added where a root of 0 would have no derivative
 
@@ -57,7 +53,7 @@ def light(
     :math:`\max(\mathrm{rms}(x_0), n^{-1/2})` with :math:`n` its fan-in, :math:`\rho` the share of it that it moves by
     in one update (``ratio``), and :math:`\delta` the cautious ``decay``: a step that shortens an entry is longer by a
     share of it. A vector's size counts as .05, whatever it holds; it has no decay. The schedule :math:`s` is that of
-    :func:`learned_opt.rules.control.control`.
+    :func:`~learned_opt.rules.relative.schedule`.
 
     The factors :math:`\kappa = 4^{\tanh(\cdot)}` are a network's with one hidden layer, whose last layer starts at
     zero: fresh meta-parameters are the hand-set values. It reads a tensor's fan-in, fan-out and rank and the number of
@@ -90,7 +86,7 @@ def light(
         raise ValueError("light needs ratio > 0, decay >= 0, warmup in [0, 1), b1 and b2 in (0, 1), hidden_size >= 1")
 
     def init(key):
-        return {"control": control_init(key, _FACTS + RUN, hidden_size, _OUTPUTS)}
+        return {"control": factors_init(key, hidden_size, 4)}
 
     def start(p):
         dtype = compute_dtype(p.dtype)
@@ -110,18 +106,10 @@ def light(
             if not groups:
                 return [], shared
             total = jnp.asarray(0 if num_steps is None else num_steps)
-            dtype = common_dtype([group.param for group in groups])
-            entries = sum(group.param.size for group in groups)
-            counts = [len(group.param) for group in groups]
-            rows = np.repeat([facts(group.param.shape[1:], entries) for group in groups], counts, 0)
-            factors = control_factors(theta["control"], jnp.asarray(rows, dtype), run_facts(count, total, dtype))
-            factors = factors * jnp.stack([ratio * schedule(count, total, warmup, dtype), decay, 1 - b1, 1 - b2])[None]
-            missing = jnp.concatenate([group.tensors.missing.astype(dtype) for group in groups])
-            settings = jnp.split(nadam(factors, missing), np.cumsum(counts)[:-1])
-            return [
-                one_by_one(step, group.gradient, group.param, group.tensors, own)
-                for group, own in zip(groups, settings, strict=True)
-            ], shared
+            own = factors(theta["control"], groups, count, total)
+            own = own * jnp.stack([ratio * schedule(count, total, warmup, own.dtype), decay, 1 - b1, 1 - b2])[None]
+            missing = in_order([group.tensors.missing.astype(own.dtype) for group in groups], groups)
+            return each(step, groups, nadam(own, missing)), shared
 
         return rule_transform("light", start=start, update=update, rest=False, stack=False, layout=layout)
 
@@ -147,9 +135,3 @@ def nadam(settings: jax.Array, missing: jax.Array) -> jax.Array:
     of_m = (1 - add1) / (1 - missing[:, 0] * (1 - add1))
     columns = [of_m, add1 / (1 - missing[:, 0]), 1 / (1 - missing[:, 1])]
     return jnp.concatenate([settings, jnp.stack(columns, 1), missing], 1)
-
-
-def facts(shape: tuple[int, ...], entries: int) -> np.ndarray:
-    """What the network reads of a tensor of a shape, ``entries`` being those of all tensors: ``[4]``."""
-    inputs, outputs, matrix = shape_facts(shape)
-    return np.array([inputs, outputs, math.log10(entries) / 4, matrix])

@@ -11,7 +11,7 @@ from learned_opt.rules import RULES
 LONG = ("adafac_mlp", "celo", "control", "outer", "rnn_mlp", "scheduler", "velo")
 SHORT_BY_DEFAULT = [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in sorted(RULES)]
 
-_SIZES = {"lstm_size": 6, "bank_size": 3, "every": 1000, "direction_kwargs": {"every": 1000}}
+_SIZES = {"lstm_size": 6, "bank_size": 3, "every": 1000}
 _SUMS = 8  # hidden units up to which the default networks are written as sums, which compile slowly
 
 

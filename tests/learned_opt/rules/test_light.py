@@ -6,8 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from learned_opt.rules.control import schedule
 from learned_opt.rules.light import light
+from learned_opt.rules.relative import schedule
 
 PARAMS = {"w": jnp.linspace(-1.0, 2.0, 12).reshape(4, 3), "b": jnp.array([0.5, -2.0, 0.0])}
 SIZES = {"w": float(jnp.sqrt(jnp.mean(PARAMS["w"] ** 2))), "b": 0.05}
@@ -63,6 +63,21 @@ def test_with_a_drawn_network_it_is_the_formula_s():
             update = k[0] * rate * u * (SIZES[name] + matrix * k[1] * 0.2 * (u * x < 0) * np.abs(x))
             np.testing.assert_allclose(found[name], update, rtol=2e-4, atol=1e-6)
             state[name], params[name] = (m, v, missing1, missing2), x + update
+
+
+def test_meta_gradients_of_entries_at_rest_are_finite():
+    """The root of a second moment of exactly 0 has no derivative."""
+
+    def after(theta):
+        tx, p = RULE.build(theta), jnp.zeros((2, 1))
+        state = tx.init(p)
+        for _ in range(2):
+            slope = jax.grad(lambda p: (jnp.array([1.0, 0.0]) @ p[:, 0] - 1) ** 2)(p)
+            updates, state = tx.update(slope, state, p)
+            p = p + updates
+        return jnp.sum(p**2)
+
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(jax.grad(after)(THETA)))
 
 
 def test_the_unit_of_the_loss_does_not_matter():
