@@ -99,8 +99,9 @@ def tensor_step(g: jax.Array, p: jax.Array, moments: Moments, weights: Theta, mu
         mult: its multiplier, a scalar.
         clip: of the gradient's entries.
     """
-    moments = moments_after(moments, jnp.clip(g, -clip, clip), momentum=MOMENTUM, rms=RMS, factored=FACTORED)
-    inputs = column_inputs(jnp.clip(g, -clip, clip), p, moments)
+    g = jnp.clip(g, -clip, clip)
+    moments = moments_after(moments, g, momentum=MOMENTUM, rms=RMS, factored=FACTORED)
+    inputs = column_inputs(g, p, moments)
     apply = functools.partial(column_mlp, eps=_EPS, outputs=2, finish=step_of)
     if p.ndim >= 2:
         (u,) = apply(matrix_columns, inputs, network(weights), squares_of=matrix_squares)

@@ -8,6 +8,7 @@ import numpy as np
 
 from . import measures
 from .contenders import REFERENCE
+from .measures import number
 from .tournament import Result
 
 
@@ -31,19 +32,19 @@ def rows(results: Sequence[Result]) -> list[dict[str, Any]]:
                 "task": result.task,
                 "contender": result.contender,
                 "baseline": result.baseline,
-                "learning_rate": _number(result.learning_rate),
+                "learning_rate": number(result.learning_rate),
                 "on_grid_edge": bool(result.on_edge),
-                "final_loss": _number(float(np.mean(result.final))),
-                "final_loss_stderr": _number(_stderr(result.final)),
-                "valid_loss": _number(float(np.mean(result.valid))),
-                "valid_loss_stderr": _number(_stderr(result.valid)),
+                "final_loss": number(float(np.mean(result.final))),
+                "final_loss_stderr": number(_stderr(result.final)),
+                "valid_loss": number(float(np.mean(result.valid))),
+                "valid_loss_stderr": number(_stderr(result.valid)),
                 "valid_ratio": _valid_ratio(result, reference_of(results, result.task)),
-                "initial_loss": _number(float(np.mean(result.initial))),
+                "initial_loss": number(float(np.mean(result.initial))),
                 **_relative(result, reference_of(results, result.task)),
                 "diverged": result.diverged,
                 "seeds": len(result.final),
-                "milliseconds": None if timing is None else _number(timing.step),
-                "gradient_milliseconds": None if timing is None else _number(timing.gradient),
+                "milliseconds": None if timing is None else number(timing.step),
+                "gradient_milliseconds": None if timing is None else number(timing.gradient),
                 "state_bytes": result.state_bytes,
                 "num_params": result.num_params,
             }
@@ -83,20 +84,20 @@ def summary(results: Sequence[Result]) -> list[dict[str, Any]]:
             "contender": name,
             "baseline": mine[0].baseline,
             "loss": _interval(np.stack(loss)),
-            "at_least_adam": _number(float(np.mean([value is not None and value >= 1 for value in progress.values()]))),
+            "at_least_adam": number(float(np.mean([value is not None and value >= 1 for value in progress.values()]))),
             "steps": _interval(steps),
-            "score": _number(scores[name]),
+            "score": number(scores[name]),
             "valid": _geometric([figures[task, name]["valid_ratio"] for task in tasks]),
             "worst": [worst, progress[worst]],
             "diverged": sum(result.diverged for result in mine),
             "runs": sum(len(result.final) for result in mine),
-            "state_bytes_per_param": _number(float(np.mean([r.state_bytes / max(r.num_params, 1) for r in mine]))),
+            "state_bytes_per_param": number(float(np.mean([r.state_bytes / max(r.num_params, 1) for r in mine]))),
         }
         if timed:
             slower = np.array([_slower(result) for result in mine])
             entry["time"] = _interval(steps / slower[:, None])
-            entry["score_time"] = _number(by_clock[name])
-            entry["step_time"] = _number(float(np.exp(np.mean(np.log(slower)))))  # geometric mean, Adam's being 1
+            entry["score_time"] = number(by_clock[name])
+            entry["step_time"] = number(float(np.exp(np.mean(np.log(slower)))))  # geometric mean, Adam's being 1
         table.append(entry)
     return sorted(table, key=lambda row: -row["score"])
 
@@ -164,12 +165,12 @@ def _valid_ratio(result: Result, reference: Result | None) -> float | None:
     if reference is None or not result.has_data:
         return None
     own, theirs = (float(np.mean(one.valid)) for one in (result, reference))
-    return _number(own / theirs) if own > 0 and theirs > 0 else None
+    return number(own / theirs) if own > 0 and theirs > 0 else None
 
 
 def _geometric(ratios: Sequence[float | None]) -> float | None:
     known = [ratio for ratio in ratios if ratio is not None]
-    return _number(math.exp(sum(map(math.log, known)) / len(known))) if known else None
+    return number(math.exp(sum(map(math.log, known)) / len(known))) if known else None
 
 
 def _slower(result: Result) -> float:
@@ -185,9 +186,9 @@ def _relative(result: Result, reference: Result | None) -> dict[str, float | Non
     means = [np.mean(values) for values in (result.initial, *(np.maximum(r.final, floor) for r in (result, reference)))]
     steps = float(np.median(measures.speed_ups(result.curves, reference.curves, floor)))
     return {
-        "progress": _number(float(measures.normalised(*means))),
-        "speed_up": _number(steps),
-        "speed_up_time": _number(steps / _slower(result)),
+        "progress": number(float(measures.normalised(*means))),
+        "speed_up": number(steps),
+        "speed_up_time": number(steps / _slower(result)),
     }
 
 
@@ -200,7 +201,7 @@ def _per_seed(result: Result, reference: Result) -> np.ndarray:
 
 
 def _interval(values: np.ndarray) -> list[float | None]:
-    return [_number(value) for value in measures.bootstrap(values)]
+    return [number(value) for value in measures.bootstrap(values)]
 
 
 def _worst(table: Sequence[dict[str, Any]], task: str) -> tuple[float, float]:
@@ -212,8 +213,3 @@ def _worst(table: Sequence[dict[str, Any]], task: str) -> tuple[float, float]:
 
 def _stderr(values: np.ndarray) -> float:
     return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
-
-
-def _number(value: float) -> float | None:
-    """A JSON number; ``None`` for what is not finite."""
-    return float(f"{value:.6g}") if math.isfinite(value) else None

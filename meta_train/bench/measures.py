@@ -205,3 +205,8 @@ def profile_scores(ratios: np.ndarray, largest: float = MAX_RATIO) -> np.ndarray
         array([1.  , 0.25])
     """
     return np.mean(np.clip((largest - ratios) / (largest - 1), 0, 1), axis=1)
+
+
+def number(value: float) -> float | None:
+    """A JSON number of six digits; ``None`` for what is not finite."""
+    return float(f"{value:.6g}") if math.isfinite(value) else None

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from .. import measures
+from ..measures import number
 from . import statistics
 from .optimizers import REFERENCE
 from .protocol import Result
@@ -39,30 +40,30 @@ def rows(results: Sequence[Result]) -> list[dict[str, Any]]:
                 "dataset": result.workload.dataset,
                 "optimizer": result.optimizer.name,
                 "kind": result.optimizer.kind,
-                "valid_loss": _number(float(np.mean(result.final))),
-                "train_loss": _number(float(np.mean(train))),
-                "ratio": _number(compared.ratio),
-                "ratio_low": _number(compared.low),
-                "ratio_high": _number(compared.high),
-                "p": _number(compared.p),
+                "valid_loss": number(float(np.mean(result.final))),
+                "train_loss": number(float(np.mean(train))),
+                "ratio": number(compared.ratio),
+                "ratio_low": number(compared.low),
+                "ratio_high": number(compared.high),
+                "p": number(compared.p),
                 "verdict": compared.verdict,
-                "target": _number(float(np.mean(goals))),
-                "steps_to_target": _number(steps),
-                "seconds_to_target": _number(steps * result.milliseconds / 1000),
-                "milliseconds": _number(result.milliseconds),
-                "run_seconds": _number(float(np.mean([curves.seconds for curves in result.curves]))),
-                "compile_seconds": _number(float(np.mean([curves.compile_seconds for curves in result.curves]))),
+                "target": number(float(np.mean(goals))),
+                "steps_to_target": number(steps),
+                "seconds_to_target": number(steps * result.milliseconds / 1000),
+                "milliseconds": number(result.milliseconds),
+                "run_seconds": number(float(np.mean([curves.seconds for curves in result.curves]))),
+                "compile_seconds": number(float(np.mean([curves.compile_seconds for curves in result.curves]))),
                 "diverged": sum(curves.diverged for curves in result.curves),
                 "seeds": len(result.curves),
                 "trials": len(result.trials),
                 "steps_spent": result.steps_spent,
                 "on_edge": sorted(result.edges),
-                "settings": {name: _number(float(value)) for name, value in result.settings.items()},
+                "settings": {name: number(float(value)) for name, value in result.settings.items()},
                 "state_bytes": result.curves[0].state_bytes,
                 "num_params": result.curves[0].num_params,
                 "steps": result.workload.steps,
                 "looks": [int(step) for step in result.curves[0].steps],
-                "valid_curves": [[_number(float(loss)) for loss in curves.valid] for curves in result.curves],
+                "valid_curves": [[number(float(loss)) for loss in curves.valid] for curves in result.curves],
             }
         )
     return sorted(table, key=lambda row: _worst(table, row["workload"]))
@@ -99,18 +100,18 @@ def summary(results: Sequence[Result]) -> list[dict[str, Any]]:
             {
                 "optimizer": name,
                 "kind": mine[0]["kind"],
-                "ratio": _number(compared.ratio),
-                "ratio_low": _number(compared.low),
-                "ratio_high": _number(compared.high),
-                "p": _number(compared.p),
+                "ratio": number(compared.ratio),
+                "ratio_low": number(compared.low),
+                "ratio_high": number(compared.high),
+                "p": number(compared.p),
                 "verdict": compared.verdict,
                 **{verdict: verdicts.count(verdict) for verdict in ("better", statistics.LEVEL, "worse")},
                 "reached": sum(row["steps_to_target"] is not None for row in mine),
                 "workloads": len(mine),
-                "score_steps": _number(scores["steps_to_target"][name]),
-                "score_seconds": _number(scores["seconds_to_target"][name]),
-                "step_time": _number(_mean_slower(found, workloads, name)),
-                "seconds_spent": None if None in spent else _number(sum(value for value in spent if value)),
+                "score_steps": number(scores["steps_to_target"][name]),
+                "score_seconds": number(scores["seconds_to_target"][name]),
+                "step_time": number(_mean_slower(found, workloads, name)),
+                "seconds_spent": None if None in spent else number(sum(value for value in spent if value)),
                 "trials": sum(row["trials"] for row in mine),
                 "on_edge": sum("learning_rate" in row["on_edge"] for row in mine),
                 "diverged": sum(row["diverged"] for row in mine),
@@ -164,8 +165,3 @@ def _worst(table: Sequence[dict[str, Any]], workload: str) -> float:
 
 def _product(steps: int, milliseconds: float | None) -> float | None:
     return None if milliseconds is None else steps * milliseconds / 1000
-
-
-def _number(value: float) -> float | None:
-    """A JSON number; ``None`` for what is not finite."""
-    return float(f"{value:.6g}") if math.isfinite(value) else None
