@@ -42,6 +42,7 @@ SETTINGS = {
     "longest 2": {"longest": 2.0},
     "longest 16": {"longest": 16.0},
     "no brake": {"longest": 1e9},
+    "no rotation": {"max_dim": 0},
 }
 
 

@@ -10,7 +10,7 @@ import optax
 
 from . import eigenbasis
 from .features import compute_dtype
-from .layouts import Layout, as_matrix
+from .layouts import Layout
 from .loaded import Mask, check_rate, decay_weights
 from .newton_schulz import newton_schulz
 from .tensors import each, rule_transform
@@ -61,14 +61,14 @@ def scale_by_soap(
         raise ValueError(f"soap needs every >= 1, got {every}")
 
     def start(p):
-        matrix, dtype = as_matrix(p), compute_dtype(p.dtype)
+        matrix, dtype = eigenbasis.as_matrix(p), compute_dtype(p.dtype)
         m, v = (jnp.zeros_like(matrix, dtype) for _ in range(2))
         return AdamInBasis(m, v, eigenbasis.start(matrix, max_dim=max_dim, max_ratio=max_ratio, dtype=dtype))
 
     def step(count, gradient, p, state):
         del p
         m, v, sides = state
-        g, first = as_matrix(gradient), count == 0
+        g, first = eigenbasis.as_matrix(gradient), count == 0
         seen = eigenbasis.rotate(g, sides)
         m = jnp.where(first, m, b1 * m + (1 - b1) * seen)
         v = jnp.where(first, v, b2 * v + (1 - b2) * seen * seen)

@@ -27,6 +27,11 @@ class Sides(NamedTuple):
     right: jax.Array
 
 
+def as_matrix(x: jax.Array) -> jax.Array:
+    """A tensor of rank >= 2 as the matrix of its last axis against the others; a vector or a scalar as it is."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) if x.ndim > 2 else x
+
+
 def rotated(shape: tuple[int, ...], max_dim: int, max_ratio: float) -> tuple[bool, bool]:
     """Which sides of a matrix are rotated: those of at most ``max_dim``, and of ``max_ratio`` times the other one."""
     if len(shape) != 2:

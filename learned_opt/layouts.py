@@ -103,11 +103,6 @@ def fan_in(shape: tuple[int, ...]) -> int:
     return math.prod(shape[:-1])
 
 
-def as_matrix(x: jax.Array) -> jax.Array:
-    """A tensor of rank >= 2 as the matrix of its last axis against the others; a vector or a scalar as it is."""
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) if x.ndim > 2 else x
-
-
 class View(NamedTuple):
     """How a parameter is seen: layers first, then inputs, then the outputs as one axis.
 

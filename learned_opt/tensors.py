@@ -64,6 +64,23 @@ class Group(NamedTuple):
     rows: np.ndarray
 
 
+class Direction(NamedTuple):
+    """A rule tensor by tensor, from which others are built.
+
+    Attributes:
+        init: ``key -> theta``.
+        start: ``parameter -> accumulators``, a NamedTuple.
+        step: ``(theta, count, gradient, parameter, accumulators) -> (update, accumulators)`` of one tensor, after
+            ``count`` updates; the update points downhill.
+        settle: ``(count, accumulators) -> accumulators``, a list, stacks by group: what is done once for all tensors.
+    """
+
+    init: Callable[[jax.Array], Any]
+    start: Callable[[jax.Array], Any]
+    step: Callable[..., tuple[jax.Array, Any]]
+    settle: Callable[[jax.Array, list], list]
+
+
 def each(step: Callable, groups: Sequence[Group], *rows: Tree) -> list:
     """``step(gradient, param, accumulators, *row)`` of every tensor, compiled once a shape; results by group.
 

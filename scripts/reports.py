@@ -47,11 +47,14 @@ REPORTS = {
     ),
     "compile": Report("how long optimizers compile, by depth", ("python benchmarks/compile.py",)),
     "control": Report(
-        "what the brake of `flagship` is worth in longer runs, on two small networks that it was chosen on",
+        "what parts of `flagship` are worth: the brake on growing weights in longer runs of two small networks that it was "
+        "chosen on, and SOAP's rotation on twelve networks (`rotation.csv`, put together by hand from two reports and the "
+        "second command's losses)",
         (
             "learned-opt data fetch moby_dick",
             "learned-opt data fetch kjv",
             "python benchmarks/control.py --steps 1600 --networks gpt-2x64 lstm-1x128 --settings 'as it is' 'no brake'",
+            "python benchmarks/control.py --settings 'as it is' 'no rotation'",
         ),
     ),
     "direction": Report(

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from .. import eigenbasis
 from ..base import LearnedOptimizer
 from ..features import Moments, compute_dtype, no_moments, unit_rms
-from ..layouts import as_matrix
 from ..newton_schulz import newton_schulz
-from ..tensors import each, rule_transform
-from .celo2 import EPS, after, celo2, direction, in_units
+from ..tensors import Direction, each, rule_transform
+from . import celo2
+from .celo2 import EPS, after, in_units
 
 PAPER = "Celo2, 2026, in the basis of SOAP, Vyas et al. 2024, arXiv:2409.11321"
 
@@ -80,34 +80,58 @@ def celo2_soap(
         >>> print(jax.tree.map(jnp.shape, updates))
         {'b': (2,), 'w': (3, 2)}
     """
-    if every < 1:
-        raise ValueError(f"celo2_soap needs every >= 1, got {every}")
-
-    def start(p):
-        matrix = as_matrix(p)
-        sides = eigenbasis.start(matrix, max_dim=max_dim, max_ratio=max_ratio, dtype=compute_dtype(p.dtype))
-        return Rotated(no_moments(matrix), sides)
-
-    def step(theta, gradient, p, rotated):
-        g, sides = as_matrix(gradient), rotated.sides
-        seen, seen_p = eigenbasis.rotate(jnp.stack([g, as_matrix(p)]), sides)
-        moments = after(rotated.moments, seen)
-        d = eigenbasis.rotate_back(direction(theta, seen_p, *in_units(seen, moments)), sides)
-        d = newton_schulz(d) if orthogonalize and d.ndim >= 2 else d
-        u = -unit_rms(d, EPS, tuple(range(d.ndim)[-2:]))
-        return u.reshape(gradient.shape), Rotated(moments, eigenbasis.observe(sides, g))
+    rotated = direction(
+        hidden_size=hidden_size, orthogonalize=orthogonalize, every=every, max_dim=max_dim, max_ratio=max_ratio
+    )
 
     def build(theta, num_steps=None, layout=None):
         del num_steps
 
         def update(groups, count, shared, value):
             del value
-            results = each(functools.partial(step, theta), groups)
-            stacks = [eigenbasis.Stack(x.sides, x.moments.m, x.moments[1:]) for _, x in results]
-            stacks = eigenbasis.correct(count, stacks, every=every)
-            tensors = [Rotated(Moments(x.turning, *x.squares), x.sides) for x in stacks]
+            results = each(functools.partial(rotated.step, theta, count), groups)
+            tensors = rotated.settle(count, [accumulators for _, accumulators in results])
             return [(u, new) for (u, _), new in zip(results, tensors, strict=True)], shared
 
-        return rule_transform("celo2_soap", start=start, update=update, layout=layout)
+        return rule_transform("celo2_soap", start=rotated.start, update=update, layout=layout)
 
-    return LearnedOptimizer(celo2(hidden_size=hidden_size).init, build, learning_rate=1e-3)
+    return LearnedOptimizer(rotated.init, build, learning_rate=1e-3)
+
+
+def direction(
+    *,
+    hidden_size: int = 8,
+    orthogonalize: bool = True,
+    every: int = 10,
+    max_dim: int = 1024,
+    max_ratio: float = 2.0,
+) -> Direction:
+    """The rule tensor by tensor; the arguments are those of :func:`celo2_soap`.
+
+    Raises:
+        ValueError: likewise.
+    """
+    if every < 1:
+        raise ValueError(f"celo2_soap needs every >= 1, got {every}")
+
+    def start(p):
+        matrix = eigenbasis.as_matrix(p)
+        sides = eigenbasis.start(matrix, max_dim=max_dim, max_ratio=max_ratio, dtype=compute_dtype(p.dtype))
+        return Rotated(no_moments(matrix), sides)
+
+    def step(theta, count, gradient, p, rotated):
+        del count
+        g, sides = eigenbasis.as_matrix(gradient), rotated.sides
+        seen, seen_p = eigenbasis.rotate(jnp.stack([g, eigenbasis.as_matrix(p)]), sides)
+        moments = after(rotated.moments, seen)
+        d = eigenbasis.rotate_back(celo2.direction(theta, seen_p, *in_units(seen, moments)), sides)
+        d = newton_schulz(d) if orthogonalize and d.ndim >= 2 else d
+        u = -unit_rms(d, EPS, tuple(range(d.ndim)[-2:]))
+        return u.reshape(gradient.shape), Rotated(moments, eigenbasis.observe(sides, g))
+
+    def corrected(count, tensors):
+        stacks = [eigenbasis.Stack(x.sides, x.moments.m, x.moments[1:]) for x in tensors]
+        stacks = eigenbasis.correct(count, stacks, every=every)
+        return [Rotated(Moments(x.turning, *x.squares), x.sides) for x in stacks]
+
+    return Direction(celo2.celo2(hidden_size=hidden_size).init, start, step, corrected)

@@ -1,4 +1,4 @@
-"""A learned direction, orthogonalised, in relative steps that a second network sets for each tensor."""
+"""SOAP's direction through the learned network, in relative steps that a second network sets for each tensor."""
 
 import functools
 
@@ -6,11 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from ..base import LearnedOptimizer
-from ..features import no_moments, unit_rms
-from ..layouts import as_matrix
-from ..newton_schulz import newton_schulz
 from ..tensors import each, rule_transform
-from .celo2 import EPS, after, celo2, direction, in_units
+from . import celo2_soap
 from .relative import factors, factors_init, floor_of, rms, schedule, size_of
 
 PAPER = "relative steps: Bernstein et al. 2020, arXiv:2002.03432; cautious decay: arXiv:2510.12402"
@@ -23,22 +20,23 @@ def control(
     warmup: float = 0.05,
     longest: float = 8.0,
     hidden_size: int = 8,
+    every: int = 10,
+    max_dim: int = 1024,
 ) -> LearnedOptimizer:
-    r"""Celo2's direction, with steps and decay that a second small network sets, in units that carry over to any size.
+    r"""``celo2_soap`` with steps and decay that a second small network sets, in units that carry over to any size.
 
-    A tensor of rank >= 2 is a matrix of its last axis against the others. One with weights :math:`x` moves by
+    A tensor with weights :math:`x` and :math:`u` the direction of :func:`~learned_opt.rules.celo2_soap.celo2_soap`
+    moves by
 
     .. math:: \kappa_1\, \rho\, s\,
         \bigl(\max(\mathrm{rms}(x), n^{-1/2})\, u' - \kappa_2\, \delta\, [u' x < 0]\, x\bigr)
 
-    with :math:`u` the direction that Celo2's network gives it (:func:`learned_opt.rules.celo2.direction`), after five
-    Newton-Schulz steps towards the nearest orthogonal matrix and at unit RMS; :math:`\rho` the share of its size that
-    it moves by in one update (``ratio``); :math:`n` its fan-in, the root of which sets a floor to the size; and
-    :math:`\delta` the cautious ``decay``, which only pulls where the step pulls too. :math:`u'` is :math:`u` without a
-    share of what lengthens the weights (:func:`braked`): with steps relative to the weights these would grow
-    exponentially. A vector's size counts as .05, whatever it holds; it has neither decay, brake nor Newton-Schulz
-    steps. :math:`s` is :func:`~learned_opt.rules.relative.schedule`: it rises over the share ``warmup`` of the run and
-    then falls to 0; where ``num_steps`` is not told it rises over 20 updates and stays.
+    with :math:`\rho` the share of its size that it moves by in one update (``ratio``), :math:`n` its fan-in, the root
+    of which sets a floor to the size, and :math:`\delta` the cautious ``decay``, which only pulls where the step pulls
+    too. :math:`u'` is :math:`u` without a share of what lengthens the weights (:func:`braked`): with steps relative to
+    the weights these would grow exponentially. A vector's size counts as .05, whatever it holds; it has neither decay
+    nor brake. :math:`s` is :func:`~learned_opt.rules.relative.schedule`: it rises over the share ``warmup`` of the run
+    and then falls to 0; where ``num_steps`` is not told it rises over 20 updates and stays.
 
     The factors :math:`\kappa = 4^{\tanh(\cdot)}` are a network's with one hidden layer, whose last layer starts at
     zero: fresh meta-parameters are the hand-set values, and no training takes a tensor further than four times from
@@ -51,10 +49,11 @@ def control(
         warmup: a share of the run.
         longest: times its floor is a matrix that no step lengthens, above 1; see :func:`braked`.
         hidden_size: units of the network.
+        every: updates between two corrections of a basis, of ``celo2_soap``.
+        max_dim: a longer side of a matrix is not rotated, likewise; with 0 none is.
 
     Returns:
-        A rule that needs nothing; theta is ``{"direction": ..., "control": ...}``. State: that of
-        :func:`~learned_opt.rules.celo2.celo2`, whose weights fit the direction.
+        A rule that needs nothing; theta is ``{"direction": ..., "control": ...}``. State: that of ``celo2_soap``.
 
     Raises:
         ValueError: a number is out of range.
@@ -69,21 +68,19 @@ def control(
     """
     if not (ratio > 0 and decay >= 0 and 0 <= warmup < 1 and longest > 1 and hidden_size >= 1):
         raise ValueError("control needs ratio > 0, decay >= 0, warmup in [0, 1), longest > 1 and hidden_size >= 1")
+    direction = celo2_soap.direction(every=every, max_dim=max_dim)
 
     def init(key):
         k_direction, k_control = jax.random.split(key)
-        return {"direction": celo2().init(k_direction), "control": factors_init(k_control, hidden_size, 2)}
+        return {"direction": direction.init(k_direction), "control": factors_init(k_control, hidden_size, 2)}
 
-    def step(theta, gradient, p, moments, own):
-        g, x = as_matrix(gradient), as_matrix(p)
-        moments = after(moments, g)
-        d = direction(theta, x, *in_units(g, moments))
-        move, pull = own.astype(x.dtype)
-        if x.ndim < 2:
-            return -move * size_of(x) * unit_rms(d, EPS, tuple(range(x.ndim))), moments
-        u = braked(-unit_rms(newton_schulz(d), EPS, (0, 1)), x, longest)
-        update = move * (size_of(x) * u - pull * jnp.where(u * x < 0, x, 0))
-        return update.reshape(gradient.shape), moments
+    def step(theta, count, g, p, tensor, own):
+        u, tensor = direction.step(theta, count, g, p, tensor)
+        move, pull = own.astype(p.dtype)
+        if p.ndim < 2:
+            return move * size_of(p) * u, tensor
+        u = braked(u, p, longest)
+        return move * (size_of(p) * u - pull * jnp.where(u * p < 0, p, 0)), tensor
 
     def build(theta, num_steps=None, layout=None):
         def update(groups, count, shared, value):
@@ -93,9 +90,11 @@ def control(
             total = jnp.asarray(0 if num_steps is None else num_steps)  # here: of the mesh that the update is under
             own = factors(theta["control"], groups, count, total)
             own = own * jnp.stack([ratio * schedule(count, total, warmup, own.dtype), decay])[None]
-            return each(functools.partial(step, theta["direction"]), groups, own), shared
+            results = each(functools.partial(step, theta["direction"], count), groups, own)
+            tensors = direction.settle(count, [tensor for _, tensor in results])
+            return [(u, new) for (u, _), new in zip(results, tensors, strict=True)], shared
 
-        return rule_transform("control", start=lambda p: no_moments(as_matrix(p)), update=update, layout=layout)
+        return rule_transform("control", start=direction.start, update=update, layout=layout)
 
     return LearnedOptimizer(init, build)
 

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from learned_opt.rules.celo2 import celo2
+from learned_opt.rules import celo2_soap
 from learned_opt.rules.control import braked, control
 from learned_opt.rules.relative import schedule
 
@@ -27,9 +27,8 @@ def updates_of(rule, theta, gradients, params=PARAMS, steps=3, num_steps=None):
 
 
 def first_direction(gradient, p):
-    """Celo2's with Newton-Schulz, of a matrix or a vector."""
-    tx = celo2(orthogonalize=True).build(THETA["direction"])
-    return tx.update(gradient, tx.init(p), p)[0]
+    direction = celo2_soap.direction()
+    return direction.step(THETA["direction"], jnp.int32(0), gradient, p, direction.start(p))[0]
 
 
 def test_a_fresh_state_can_be_donated():
@@ -142,6 +141,7 @@ def test_a_convex_problem_is_solved():
         {"decay": -1.0},
         {"warmup": 1.0},
         {"longest": 1.0},
+        {"every": 0},
     ],
 )
 def test_a_mistake_gets_one_line(arguments):
