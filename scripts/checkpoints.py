@@ -1,11 +1,11 @@
 """What meta-training is worth, checkpoint by checkpoint: validation losses over those of the fresh rule.
 
-Runs every checkpoint of finished runs of one rule, and its fresh meta-parameters, on the suite `validation`, 500 steps
-and three seeds; the ratio is a geometric mean over the tasks with data. A line through the ratio's logarithm against
-that of the meta-steps says what more of them would buy. Writes reports/light/checkpoints.csv and .png:
+Runs every checkpoint of finished runs of one rule, and what they started from, on the suite `validation`, 500 steps and
+three seeds; the ratio is a geometric mean over the tasks with data. A line through the ratio's logarithm against that
+of the meta-steps says what more of them would buy. Writes checkpoints.csv and .png to a report, for `flagship-light`:
 
     for seed in 0 1 2; do python scripts/pretrain.py flagship-light --seed $seed; done
-    python scripts/checkpoints.py runs/pretrain/flagship-light-0 runs/pretrain/seed-[12]/flagship-light-0
+    python scripts/checkpoints.py reports/light runs/pretrain/flagship-light-0 runs/pretrain/seed-[12]/flagship-light-0
 """
 
 import argparse
@@ -19,6 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 import learned_opt
+from learned_opt import store
 from meta_train.bench import tournament
 from meta_train.bench.contenders import learned
 from meta_train.commands import shared
@@ -26,7 +27,6 @@ from meta_train.train import checkpoint
 from meta_train.train import config as configs
 from tasks import suites
 
-REPORT = Path(__file__).parents[1] / "reports" / "light"
 PLAN = tournament.Plan(steps=500, seeds=3)
 _ALL = "geometric mean"
 
@@ -46,7 +46,7 @@ def line(meta_steps: np.ndarray, ratios: np.ndarray) -> tuple[float, float, floa
     return offset, slope, covariance[0, 0] ** 0.5
 
 
-def draw(rows: list[dict], fit: tuple[float, float, float]) -> None:
+def draw(rows: list[dict], fit: tuple[float, float, float], path: Path) -> None:
     """A curve a run, and the line."""
     figure, axes = plt.subplots(figsize=(6, 3.6), constrained_layout=True)
     for run in dict.fromkeys(row["run"] for row in rows):
@@ -57,17 +57,19 @@ def draw(rows: list[dict], fit: tuple[float, float, float]) -> None:
     axes.axhline(1, color="grey", lw=0.8)
     axes.set(xscale="log", xlabel="meta-steps", ylabel="validation loss over the fresh rule's")
     axes.legend(frameon=False)
-    figure.savefig(REPORT / "checkpoints.png", dpi=110)
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
     """Runs what is not kept, and writes the table and the figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("report", type=Path, help="folder to write to")
     parser.add_argument("runs", nargs="+", type=Path, help="folders of `learned-opt train`")
-    runs = parser.parse_args().runs
+    report, runs = vars(parser.parse_args()).values()
     config = configs.read(runs[0] / "config.json")
     rule = learned_opt.RULES[config.rule](**config.rule_kwargs)
-    tried = {("fresh", 0): rule.init(jax.random.key(0))}
+    fresh = store.read(config.init).theta if config.init else rule.init(jax.random.key(0))
+    tried = {("fresh", 0): fresh}
     for number, run in enumerate(runs):
         tried |= {(str(number), step): theta for step, theta in thetas(run).items()}
     entries = [entry for entry in suites.suite("validation", held_out=True) if entry.family != "quadratic"]
@@ -80,14 +82,14 @@ def main() -> None:
         ratios = {e.name: losses[e.name, f"{run}-{step}"] / losses[e.name, "fresh-0"] for e in entries}
         ratios[_ALL] = float(np.exp(np.mean(np.log(list(ratios.values())))))
         rows += [{"run": run, "meta_steps": step, "task": task, "ratio": f"{x:.4f}"} for task, x in ratios.items()]
-    REPORT.mkdir(parents=True, exist_ok=True)
-    with (REPORT / "checkpoints.csv").open("w", newline="") as file:
+    report.mkdir(parents=True, exist_ok=True)
+    with (report / "checkpoints.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     means = [row for row in rows if row["task"] == _ALL]
     fit = line(np.array([row["meta_steps"] for row in means]), np.array([float(row["ratio"]) for row in means]))
-    draw(means, fit)
+    draw(means, fit, report / "checkpoints.png")
     print(f"ten times the meta-steps: the ratio times {np.exp(fit[1]):.3f} (slope {fit[1]:.4f} +- {fit[2]:.4f})")
 
 

@@ -47,9 +47,9 @@ REPORTS = {
     ),
     "compile": Report("how long optimizers compile, by depth", ("python benchmarks/compile.py",)),
     "control": Report(
-        "what parts of `flagship` are worth: the brake on growing weights in longer runs of two small networks that it was "
-        "chosen on, and SOAP's rotation on twelve networks (`rotation.csv`, put together by hand from two reports and the "
-        "second command's losses)",
+        "what parts of `flagship` are worth: the brake on growing weights in longer runs of two small networks that it "
+        "was chosen on, and SOAP's rotation on twelve networks (`rotation.csv`, put together by hand from two reports "
+        "and the second command's losses)",
         (
             "learned-opt data fetch moby_dick",
             "learned-opt data fetch kjv",
@@ -96,7 +96,7 @@ REPORTS = {
             ),
             "taskset -c 1 python benchmarks/update.py --rounds 7 --rules light --out reports/light/update.json",
             *(f"python scripts/pretrain.py flagship-light --seed {seed}" for seed in range(3)),
-            "python scripts/checkpoints.py runs/pretrain/flagship-light-0 runs/pretrain/seed-[12]/flagship-light-0",
+            "python scripts/checkpoints.py reports/light runs/pretrain/flagship-light-0 runs/pretrain/seed-[12]/flagship-light-0",
         ),
     ),
     "local_sgd": Report(
