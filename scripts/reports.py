@@ -96,7 +96,8 @@ REPORTS = {
             ),
             "taskset -c 1 python benchmarks/update.py --rounds 7 --rules light --out reports/light/update.json",
             *(f"python scripts/pretrain.py flagship-light --seed {seed}" for seed in range(3)),
-            "python scripts/checkpoints.py reports/light runs/pretrain/flagship-light-0 runs/pretrain/seed-[12]/flagship-light-0",
+            "python scripts/checkpoints.py reports/light runs/pretrain/flagship-light-0 "
+            "runs/pretrain/seed-[12]/flagship-light-0",
         ),
     ),
     "local_sgd": Report(

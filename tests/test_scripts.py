@@ -501,7 +501,7 @@ CASES = {
     ),
     "scripts/workload_sizes.py": Case("", {}, reports("workloads", "sizes.csv")),
     "scripts/checkpoints.py": Case(
-        "run",
+        "reports/light run",
         {"PLAN": lambda plan: plan._replace(steps=2, seeds=1), "suites.VALIDATION": {"validation": (TINY_ENTRY,)}},
         reports("light", "checkpoints.csv", "checkpoints.png"),
         before=a_run,
