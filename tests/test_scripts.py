@@ -502,7 +502,7 @@ CASES = {
     "scripts/workload_sizes.py": Case("", {}, reports("workloads", "sizes.csv")),
     "scripts/checkpoints.py": Case(
         "reports/light run",
-        {"PLAN": lambda plan: plan._replace(steps=2, seeds=1), "suites.VALIDATION": {"validation": (TINY_ENTRY,)}},
+        {"STEPS": lambda _: 2, "SEEDS": lambda seeds: seeds[:1], "suites.VALIDATION": {"validation": (TINY_ENTRY,)}},
         reports("light", "checkpoints.csv", "checkpoints.png"),
         before=a_run,
     ),
