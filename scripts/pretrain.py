@@ -42,13 +42,16 @@ _CONTROL = Config(
     trainable=["control"],
     suite="kinds",
     estimator="nres",
-    meta_steps=400,
+    meta_steps=100,
     particles=4,
     sigma=0.1,
     told_length=0.8,
     measure="log",
     outer_learning_rate=1e-2,
-    checkpoint_every=20,
+    judged_on="valid",
+    judged_from=0.6,
+    checkpoint_every=25,
+    keep_checkpoints=6,  # `scripts/checkpoints.py` reads them all
     log_every=5,
     bench_suite="",
 )
@@ -58,9 +61,6 @@ _LIGHT = replace(
     suite="networks",
     meta_steps=600,
     checkpoint_every=100,
-    keep_checkpoints=6,  # `scripts/checkpoints.py` reads them all
-    judged_on="valid",
-    judged_from=0.6,
 )
 _FEATURES = replace(preset("unsupervised"), outer_learning_rate=3e-3)
 
