@@ -32,7 +32,7 @@ _ALL = "geometric mean"
 
 
 def thetas(run: Path) -> dict[int, Theta]:
-    """The meta-parameters of every checkpoint of a run."""
+    """The trained meta-parameters of every checkpoint of a run."""
     manager = checkpoint.manager(run, keep=1000)
     return {
         step: manager.restore(step, args=ocp.args.StandardRestore())["state"]["theta"]
@@ -83,7 +83,7 @@ def main() -> None:
     fresh = store.read(config.init).theta if config.init else rule.init(jax.random.key(0))
     tried = {("fresh", 0): fresh}
     for number, run in enumerate(runs):
-        tried |= {(str(number), step): theta for step, theta in thetas(run).items()}
+        tried |= {(str(number), step): fresh | theta for step, theta in thetas(run).items()}
     entries = [entry for entry in suites.suite("validation", held_out=True) if entry.family != "quadratic"]
     found = {entry.name: losses(entry, rule, list(tried.values())) for entry in entries}
     rows = []
