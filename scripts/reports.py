@@ -48,13 +48,15 @@ REPORTS = {
     "compile": Report("how long optimizers compile, by depth", ("python benchmarks/compile.py",)),
     "control": Report(
         "what parts of `flagship` are worth: the brake on growing weights in longer runs of two small networks that it "
-        "was chosen on, and SOAP's rotation on twelve networks (`rotation.csv`, put together by hand from two reports "
-        "and the second command's losses)",
+        "was chosen on, SOAP's rotation on twelve networks (`rotation.csv`, put together by hand from two reports "
+        "and the second command's losses), and meta-training its control layer (`checkpoints.csv`)",
         (
             "learned-opt data fetch moby_dick",
             "learned-opt data fetch kjv",
             "python benchmarks/control.py --steps 1600 --networks gpt-2x64 lstm-1x128 --settings 'as it is' 'no brake'",
             "python benchmarks/control.py --settings 'as it is' 'no rotation'",
+            *(f"python scripts/pretrain.py flagship --seed {seed}" for seed in range(3)),
+            "python scripts/checkpoints.py reports/control runs/pretrain/flagship-0 runs/pretrain/seed-[12]/flagship-0",
         ),
     ),
     "direction": Report(
