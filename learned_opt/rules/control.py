@@ -64,7 +64,7 @@ def control(
         >>> tx = rule.build(rule.init(jax.random.key(0)), num_steps=100)
         >>> updates, state = tx.update(params, tx.init(params), params)  # of five steps of warm-up the first
         >>> print(jnp.round(updates["b"], 4))
-        [-0.0006 -0.0006]
+        [-0.0004 -0.0004]
     """
     if not (ratio > 0 and decay >= 0 and 0 <= warmup < 1 and longest > 1 and hidden_size >= 1):
         raise ValueError("control needs ratio > 0, decay >= 0, warmup in [0, 1), longest > 1 and hidden_size >= 1")
