@@ -70,8 +70,8 @@ class Direction(NamedTuple):
     Attributes:
         init: ``key -> theta``.
         start: ``parameter -> accumulators``, a NamedTuple.
-        step: ``(theta, count, gradient, parameter, accumulators) -> (update, accumulators)`` of one tensor, after
-            ``count`` updates; the update points downhill.
+        step: ``(theta, gradient, parameter, accumulators) -> (update, accumulators)`` of one tensor; the update points
+            downhill.
         settle: ``(count, accumulators) -> accumulators``, a list, stacks by group: what is done once for all tensors.
     """
 

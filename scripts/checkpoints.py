@@ -77,7 +77,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("report", type=Path, help="folder to write to")
     parser.add_argument("runs", nargs="+", type=Path, help="folders of `learned-opt train`")
-    report, runs = vars(parser.parse_args()).values()
+    arguments = parser.parse_args()
+    report, runs = arguments.report, arguments.runs
     config = configs.read(runs[0] / "config.json")
     rule = learned_opt.RULES[config.rule](**config.rule_kwargs)
     fresh = store.read(config.init).theta if config.init else rule.init(jax.random.key(0))

@@ -89,7 +89,7 @@ def celo2_soap(
 
         def update(groups, count, shared, value):
             del value
-            results = each(functools.partial(rotated.step, theta, count), groups)
+            results = each(functools.partial(rotated.step, theta), groups)
             tensors = rotated.settle(count, [accumulators for _, accumulators in results])
             return [(u, new) for (u, _), new in zip(results, tensors, strict=True)], shared
 
@@ -119,8 +119,7 @@ def direction(
         sides = eigenbasis.start(matrix, max_dim=max_dim, max_ratio=max_ratio, dtype=compute_dtype(p.dtype))
         return Rotated(no_moments(matrix), sides)
 
-    def step(theta, count, gradient, p, rotated):
-        del count
+    def step(theta, gradient, p, rotated):
         g, sides = eigenbasis.as_matrix(gradient), rotated.sides
         seen, seen_p = eigenbasis.rotate(jnp.stack([g, eigenbasis.as_matrix(p)]), sides)
         moments = after(rotated.moments, seen)

@@ -1,4 +1,4 @@
-"""SOAP's direction through the learned network, in relative steps that a second network sets for each tensor."""
+"""The learned direction of ``celo2_soap``, in relative steps that a second network sets for each tensor."""
 
 import functools
 
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from ..base import LearnedOptimizer
 from ..tensors import each, rule_transform
 from . import celo2_soap
-from .relative import factors, factors_init, floor_of, rms, schedule, size_of
+from .relative import factors_init, floor_of, rms, settings, size_of
 
 PAPER = "relative steps: Bernstein et al. 2020, arXiv:2002.03432; cautious decay: arXiv:2510.12402"
 
@@ -74,8 +74,8 @@ def control(
         k_direction, k_control = jax.random.split(key)
         return {"direction": direction.init(k_direction), "control": factors_init(k_control, hidden_size, 2)}
 
-    def step(theta, count, g, p, tensor, own):
-        u, tensor = direction.step(theta, count, g, p, tensor)
+    def step(theta, g, p, tensor, own):
+        u, tensor = direction.step(theta, g, p, tensor)
         move, pull = own.astype(p.dtype)
         if p.ndim < 2:
             return move * size_of(p) * u, tensor
@@ -87,10 +87,8 @@ def control(
             del value
             if not groups:
                 return [], shared
-            total = jnp.asarray(0 if num_steps is None else num_steps)  # here: of the mesh that the update is under
-            own = factors(theta["control"], groups, count, total)
-            own = own * jnp.stack([ratio * schedule(count, total, warmup, own.dtype), decay])[None]
-            results = each(functools.partial(step, theta["direction"], count), groups, own)
+            own = settings(theta["control"], groups, count, num_steps, warmup, (ratio, decay))
+            results = each(functools.partial(step, theta["direction"]), groups, own)
             tensors = direction.settle(count, [tensor for _, tensor in results])
             return [(u, new) for (u, _), new in zip(results, tensors, strict=True)], shared
 

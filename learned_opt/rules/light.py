@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from ..base import LearnedOptimizer
 from ..features import compute_dtype, ema
 from ..tensors import each, in_order, rule_transform
-from .relative import factors, factors_init, schedule, size_of
+from .relative import factors_init, settings, size_of
 
 PAPER = "NAdam: Dozat 2016; cautious decay: arXiv:2510.12402"
 
@@ -105,9 +105,7 @@ def light(
             del value
             if not groups:
                 return [], shared
-            total = jnp.asarray(0 if num_steps is None else num_steps)
-            own = factors(theta["control"], groups, count, total)
-            own = own * jnp.stack([ratio * schedule(count, total, warmup, own.dtype), decay, 1 - b1, 1 - b2])[None]
+            own = settings(theta["control"], groups, count, num_steps, warmup, (ratio, decay, 1 - b1, 1 - b2))
             missing = in_order([group.tensors.missing.astype(own.dtype) for group in groups], groups)
             return each(step, groups, nadam(own, missing)), shared
 

@@ -58,24 +58,38 @@ def factors_init(key: jax.Array, hidden_size: int, outputs: int) -> Theta:
     return {"hidden": linear_init(key, _TENSOR + _RUN, hidden_size), "last": last}
 
 
-def factors(theta: Theta, groups: Sequence[Group], count: jax.Array, total: jax.Array) -> jax.Array:
-    r"""Each tensor's factors :math:`4^{\tanh(\cdot)}` of a network with one hidden layer, by its kind and the time.
+def settings(
+    theta: Theta,
+    groups: Sequence[Group],
+    count: jax.Array,
+    num_steps: int | jax.Array | None,
+    warmup: float,
+    hand_set: Sequence[float],
+) -> jax.Array:
+    r"""Each tensor's settings: hand-set ones, the first of them under the schedule, times a network's factors.
+
+    The factors are :math:`4^{\tanh(\cdot)}`, within 1/4 and 4. The network reads the tensor's kind and the time.
 
     Args:
         theta: of :func:`factors_init`.
         groups: all tensors.
         count: updates done.
-        total: of all; 0 stands for unknown.
+        num_steps: of all, where it is known.
+        warmup: a share of these.
+        hand_set: as many numbers as the network has outputs; the first is the step.
 
     Returns:
-        ``[tensors, outputs]`` within 1/4 and 4.
+        ``[tensors, outputs]``.
     """
+    total = jnp.asarray(0 if num_steps is None else num_steps)  # here: of the mesh that the update is under
     dtype = common_dtype([group.param for group in groups])
     entries = sum(group.param.size for group in groups)
     rows = [np.tile(tensor_facts(group.param.shape[1:], entries), (len(group.param), 1)) for group in groups]
     run = jnp.broadcast_to(run_facts(count, total, dtype), (sum(map(len, rows)), _RUN))
     read = jnp.concatenate([in_order([jnp.asarray(x, dtype) for x in rows], groups), run], axis=1)
-    return _LARGEST ** jnp.tanh(linear(theta["last"], jnp.tanh(linear(theta["hidden"], read))))
+    factors = _LARGEST ** jnp.tanh(linear(theta["last"], jnp.tanh(linear(theta["hidden"], read))))
+    step, *others = hand_set
+    return factors * jnp.stack([step * schedule(count, total, warmup, dtype), *others])[None]
 
 
 def tensor_facts(shape: tuple[int, ...], entries: int) -> np.ndarray:

@@ -28,7 +28,7 @@ def updates_of(rule, theta, gradients, params=PARAMS, steps=3, num_steps=None):
 
 def first_direction(gradient, p):
     direction = celo2_soap.direction()
-    return direction.step(THETA["direction"], jnp.int32(0), gradient, p, direction.start(p))[0]
+    return direction.step(THETA["direction"], gradient, p, direction.start(p))[0]
 
 
 def test_a_fresh_state_can_be_donated():
