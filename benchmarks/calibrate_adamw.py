@@ -36,12 +36,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a JSON file")
     options = parser.parse_args()
 
-    def finals(job, device):
+    def finals(job, device, go_on):
         """``[rates]``: mean first and last losses."""
         entry, decay = job
         contender = Contender(
             "adamw", lambda rate, steps: optax.adamw(cosine_schedule(rate, steps), weight_decay=decay), RATES
         )
+        go_on()
         run = execution.compile_run(entry, contender, options.steps, device, 1)
         pairs = list(itertools.product(RATES, range(FIRST_SEED, FIRST_SEED + options.seeds)))
         losses, _ = run.losses(*zip(*pairs, strict=True))

@@ -6,7 +6,7 @@
 
 import importlib
 
-from . import layouts, local_sgd, mup
+from . import layouts, local_sgd, mup, schedules, unsupervised
 from .base import LearnedOptimizer, Params, Theta
 from .directions import soap, soap_muon
 from .muon import hidden_matrices
@@ -42,8 +42,7 @@ __all__ = [
     "unsupervised",
 ]
 
-# Imported on first use: they bring in Haiku or much code that a user who only loads a rule does not need.
-_LAZY = ("schedules", "self_tuning", "unsupervised")
+_LAZY = ("self_tuning",)  # imported on first use: it brings in Haiku
 
 
 def __getattr__(name: str):

@@ -86,7 +86,7 @@ def scale_by_soap(
         tensors = [AdamInBasis(x.turning, x.squares, x.sides) for x in eigenbasis.correct(count, stacks, every=every)]
         return [(u, new) for (u, _), new in zip(results, tensors, strict=True)], shared
 
-    return rule_transform("soap", start=start, update=update, rest=orthogonalize, layout=layout)
+    return rule_transform("soap", start=start, update=update, rest=orthogonalize, reads_params=False, layout=layout)
 
 
 def soap(

@@ -73,11 +73,11 @@ def scale_by_width(base: Tree, *, layout: Layout = outputs_last) -> optax.Gradie
 
     For optimizers whose updates' entries do not depend on the width: Adam and the rules ``adam``, ``nadamw``,
     ``celo_adam``, ``nn_adam``, ``lstm``, ``mlp``, ``rnn_mlp``, ``adafac_mlp`` and ``celo2``. Not for ``sgd`` and
-    ``sgdm``, whose table differs. Hidden matrices want the root of the multiplier under ``velo`` and ``celo``, whose
-    updates are relative to the tensor's own size, which falls with the root of the fan-in already; and under what
-    orthogonalises at unit RMS (``celo2_soap``, which is ``flagship-1``, ``celo2(orthogonalize=True)``, ``soap_muon``,
-    ``outer``), whose updates change outputs with the root of the width. ``control`` (``flagship``), which does both,
-    wants none.
+    ``sgdm``, whose table differs. Hidden matrices want the root of the multiplier under ``velo``, ``celo`` and
+    ``light``, whose updates are relative to the tensor's own size, which falls with the root of the fan-in already; and
+    under what orthogonalises at unit RMS (``celo2_soap``, which is ``flagship-1``, ``celo2(orthogonalize=True)``,
+    ``soap_muon``, ``outer``), whose updates change outputs with the root of the width. ``control`` (``flagship``),
+    which does both, wants none.
 
     What comes before it in the chain is scaled with it, decoupled weight decay too.
 

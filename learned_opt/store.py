@@ -27,7 +27,7 @@ import safetensors.numpy
 from .base import Theta
 from .files import write_folder_atomically
 from .kinds import FEATURES, KNOWN, OPTIMIZER, Kind
-from .layouts import Layout
+from .layouts import Layout, name_of
 from .loaded import Mask, check_rate, decay_weights, late
 
 FORMAT_VERSION = 1
@@ -133,7 +133,8 @@ def load(
             decay of its own.
         mask: which parameters decay, as for ``optax.adamw``: a pytree of bools, a prefix of the parameters', or a
             function of them that gives one. All by default; it does not touch a decay that the rule has of its own.
-        num_steps: the planned number of updates, at least 1, for a rule that wants it; may be traced.
+        num_steps: the planned number of updates, at least 1, for a rule that wants it; may be traced. Steps fall to 0
+            over them: further updates change nothing.
         layout: which axes of a parameter are inputs, which outputs and which index layers. By default
             :func:`~learned_opt.layouts.outputs_last`, for Haiku and Flax; :func:`~learned_opt.layouts.outputs_first` is
             for Equinox, and :func:`~learned_opt.layouts.stacked` for scanned networks, whose parameters are stacks of
@@ -168,7 +169,7 @@ def load(
             said = f"{name_or_path} sets its own steps, and learning_rate={learning_rate:g} is a factor on them"
             warnings.warn(f"{said}: leave it out", stacklevel=2)
     else:
-        learning_rate = saved.learning_rate
+        learning_rate = saved.rule.learning_rate if saved.learning_rate is None else saved.learning_rate
     if learning_rate is not None:
         parts.append(optax.scale_by_learning_rate(learning_rate, flip_sign=False))
     return optax.with_extra_args_support(optax.chain(*parts))
@@ -294,10 +295,14 @@ def read_record(name_or_path: str | os.PathLike[str]) -> dict[str, Any]:
     return _record(_resolve(name_or_path))
 
 
+def _refused(constant: str) -> Any:
+    raise ValueError(f"{constant} is no JSON")
+
+
 def _record(folder: Path) -> dict[str, Any]:
     contents = _read_bytes(folder / _RULE)
     try:
-        record = json.loads(contents)
+        record = json.loads(contents, parse_constant=_refused)
     except (ValueError, RecursionError):
         raise StoreError(f"{folder / _RULE} is damaged: not JSON; export the rule again") from None
     expected = {"rule": str, "kwargs": dict, "theta": dict, "sha256": str}
@@ -367,13 +372,11 @@ def read(name_or_path: str | os.PathLike[str]) -> SavedRule:
     except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
         raise StoreError(f"{folder / _WEIGHTS} is damaged: {error}") from None
     rule = _make(record["rule"], record["kwargs"])
-    try:
-        template = _theta_shapes(record["rule"], rule)
-    except Exception as error:  # whatever wrong arguments make a factory's init raise
-        raise StoreError(f"{folder / _RULE} has kwargs that {record['rule']!r} cannot take: {_line(error)}") from None
+    template = _theta_shapes(record["rule"], rule)
     described = {
-        name: (tuple(spec.get("shape") or ()), spec.get("dtype")) if isinstance(spec, dict) else None
+        name: (tuple(spec["shape"]), spec.get("dtype"))
         for name, spec in record["theta"].items()
+        if isinstance(spec, dict) and isinstance(spec.get("shape"), list)
     }
     stored = {name: (leaf.shape, leaf.dtype.name) for name, leaf in arrays.items()}
     if described != stored:
@@ -396,13 +399,16 @@ def _make(rule: str, kwargs: Mapping[str, Any]) -> Any:
 
 
 def _theta_shapes(name: str, rule: Any) -> Theta:
-    return jax.eval_shape(KNOWN[name].init(rule), jax.eval_shape(jax.random.key, 0))  # of no key, but its shape
+    try:
+        return jax.eval_shape(KNOWN[name].init(rule), jax.eval_shape(jax.random.key, 0))  # of no key, but its shape
+    except Exception as error:  # whatever wrong arguments make a factory's init raise
+        raise StoreError(f"the rule {name!r} cannot be made with its arguments: {_line(error)}") from None
 
 
 def _named(tree: Theta) -> dict[str, Any]:
     """The leaves of a pytree by path, ``a/b/0``, in the tree's order."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/") or "theta": leaf for path, leaf in leaves}
+    return {name_of(path) or "theta": leaf for path, leaf in leaves}
 
 
 def _check_shapes(template: Mapping[str, Any], found: Mapping[str, tuple], what: str) -> None:
@@ -429,13 +435,13 @@ def _read_bytes(path: Path) -> bytes:
 
 def _write_folder(path: Path, files: Mapping[str, bytes]) -> None:
     """Writes the folder beside its place, then renames it there."""
-    if path.exists():  # it is replaced as a whole
-        others = sorted({p.name for p in path.iterdir()} - _FILES) if path.is_dir() else [path.name]
-        if others:
-            raise StoreError(
-                f"cannot save {path}: {others[0]!r} is there, which is no part of a rule; name another folder"
-            )
     try:
+        if path.exists():  # it is replaced as a whole
+            others = sorted({p.name for p in path.iterdir()} - _FILES) if path.is_dir() else [path.name]
+            if others:
+                raise StoreError(
+                    f"cannot save {path}: {others[0]!r} is there, which is no part of a rule; name another folder"
+                )
         write_folder_atomically(path, files)
     except OSError as error:
         raise StoreError(f"cannot save {path}: {error.strerror}; nothing was changed") from None

@@ -9,7 +9,7 @@ from typing import Any
 import optax
 
 from .. import communication, schedules
-from .transform import local_sgd
+from .transform import LocalSGD, local_sgd
 
 
 def diloco(
@@ -19,7 +19,7 @@ def diloco(
     learning_rate: optax.ScalarOrSchedule = 0.7,
     momentum: float = 0.9,
     **options: Any,
-) -> optax.GradientTransformationExtraArgs:
+) -> LocalSGD:
     r"""DiLoCo: AdamW inside, Nesterov momentum on the mean delta.
 
     .. math:: v \leftarrow \mu v + d, \qquad x_0 \leftarrow x_0 - \eta (d + \mu v)
@@ -54,7 +54,7 @@ def muloco(
     learning_rate: optax.ScalarOrSchedule = 0.7,
     momentum: float = 0.6,
     **options: Any,
-) -> optax.GradientTransformationExtraArgs:
+) -> LocalSGD:
     """MuLoCo: :func:`diloco` with Muon inside, and less outer momentum.
 
     The outer constants are the authors' defaults for one worker (``axis_name`` of size 1); for more, they tune them.
@@ -93,7 +93,7 @@ def sparseloco(
     bits: int = 2,
     decay: float = 0.95,
     **options: Any,
-) -> optax.GradientTransformationExtraArgs:
+) -> LocalSGD:
     r"""SparseLoCo: 1 to 3 % of the entries at 2 bits; what was not sent, decayed, takes the outer momentum's place.
 
     .. math:: e_i \leftarrow \beta e_i + d_i, \quad \hat d_i = Q(\mathrm{top}_k(e_i)), \quad
@@ -129,7 +129,7 @@ def sparseloco(
 
 def post_local(
     inner: optax.GradientTransformation, *, switch_step: int, sync_every: int = 16, **options: Any
-) -> optax.GradientTransformationExtraArgs:
+) -> LocalSGD:
     """Post-local SGD: averaging after every step first, and every H steps from ``switch_step`` on.
 
     Args:

@@ -282,7 +282,7 @@ def local_sgd(
             raise ValueError(f"sync_every: a schedule must return one number, got {period.dtype}{list(period.shape)}")
         if not isinstance(period, jax.core.Tracer) and period < 1:
             raise ValueError(f"sync_every must be at least 1, got {period} for round {round_}")
-        return jnp.maximum(period, 1 + overlap).astype(jnp.int32)
+        return jnp.maximum(jnp.nan_to_num(period, nan=1), 1 + overlap).astype(jnp.int32)  # NaN: nothing measured yet
 
     def zeros(params: Params) -> Any:
         return jax.tree.map(lambda p: jnp.zeros(p.shape, wide(p)), params)
@@ -362,9 +362,7 @@ def local_sgd(
         outward, outer_new = step_outer.update(delta, outer_old, anchor, **extra)
         anchor_new = optax.apply_updates(anchor, outward)
         if weighted:  # with nobody left there is nothing to learn from
-            anchor_new, outer_new = jax.tree.map(
-                lambda new, old: jnp.where(flight.total > 0, new, old), (anchor_new, outer_new), (anchor, outer_old)
-            )
+            anchor_new, outer_new = optax.tree.where(flight.total > 0, (anchor_new, outer_new), (anchor, outer_old))
         whole = merge(state.anchor, anchor_new)
         landing = jax.tree.map(lambda a, e: a.astype(e.dtype), anchor_new, ends)
         if mixing:
@@ -377,15 +375,17 @@ def local_sgd(
             worker_sq=flight.scalars[1],
             custom=statistic(whole) if statistic else (),
         )
+        if weighted:
+            statistics = optax.tree.where(flight.total > 0, statistics, state.statistics)
 
         def mean(tree):
             found = mean_of.mean(tree, flight.total)
             if not weighted:
                 return found
-            return jax.tree.map(lambda new, old: jnp.where(flight.total > 0, new, old), found, tree)
+            return optax.tree.where(flight.total > 0, found, tree)
 
         inner_next = policy(state.inner, mean, whole)
-        period = next_period(state.round, state.step, statistics)
+        period = next_period(state.round, state.step - state.since_sync, statistics)  # where the round began
         if tracked & varying(period):
             raise ValueError(
                 "sync_every: the schedule's answer differs across workers; let it read its arguments (round, step, "

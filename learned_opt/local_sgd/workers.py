@@ -31,9 +31,7 @@ def worker_axes(state: Any) -> Any:
         return LocalSGDState(**{name: None if name in REPLICATED else 0 for name in LocalSGDState._fields})  # type: ignore[arg-type]
     found = sum(isinstance(s, LocalSGDState) for s in _parts(state, LocalSGDState))
     if not found:
-        raise ValueError(
-            "worker_axes: no local_sgd state in here; build it with learned_opt.local_sgd(...).init(params)"
-        )
+        raise ValueError("worker_axes: no local_sgd state in here; build it with local_sgd(...).init(params)")
     if type(state) is tuple and isinstance(state[-1], LocalSGDState) and found == 1:
         return (*(0 for _ in state[:-1]), worker_axes(state[-1]))
     if any(isinstance(s, optax.MultiStepsState) and _holds_local_sgd(s) for s in _parts(state, optax.MultiStepsState)):
@@ -167,12 +165,10 @@ def rescue(params: Any, state: LocalSGDState, inner: Any) -> tuple[Any, LocalSGD
             if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
                 sound &= ~jnp.any(bad(leaf))
 
-    def choose(now: Any, fresh: Any) -> Any:
-        return jax.tree.map(lambda x, y: jnp.where(sound, x, y), now, fresh)
-
     blank = {name: jax.tree.map(jnp.zeros_like, getattr(state, name)) for name in ("error", "value_sum", "samples")}
     own = {"inner": inner.init(state.anchor), **blank}
-    return choose(params, state.anchor), state._replace(**{k: choose(getattr(state, k), v) for k, v in own.items()})
+    kept = optax.tree.where(sound, {name: getattr(state, name) for name in own}, own)
+    return optax.tree.where(sound, params, state.anchor), state._replace(**kept)
 
 
 def _place(x: jax.Array, sharding: NamedSharding, copies: int | None) -> jax.Array:

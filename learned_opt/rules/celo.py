@@ -11,7 +11,7 @@ from ..features import no_moments
 from ..tensors import each, rule_transform
 from . import recurrent
 from .recurrent import FRACTIONS, LOSSES, Clock, LossBuffer, LSTMState
-from .velo import CLIP, bank_init, mix, tensor_step, unmix
+from .velo import bank_init, mix, tensor_step, unmix
 
 PAPER = "Moudgil et al. 2025, Celo: training versatile learned optimizers on a compute diet, arXiv:2501.12670"
 
@@ -121,7 +121,7 @@ def celo(
             else:
                 mult, controls = jnp.ones((1,), dtype), jnp.full((1, bank_size), 1 / bank_size, dtype)
             weights = jax.tree.map(lambda w: w[0], unmix(mix(theta["bank"], controls), theta["bank"]))
-            return each(functools.partial(tensor_step, weights=weights, mult=mult[0], clip=CLIP), groups), clock
+            return each(functools.partial(tensor_step, weights=weights, mult=mult[0]), groups), clock
 
         return rule_transform(
             "celo",

@@ -83,6 +83,7 @@ def celo_adam(*, lstm_size: int = 64) -> LearnedOptimizer:
             start_shared=start_shared,
             update=update,
             rest=False,
+            reads_params=False,
             reads_loss=True,
             layout=layout,
         )

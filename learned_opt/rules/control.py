@@ -47,7 +47,7 @@ def control(
         ratio: :math:`\rho`.
         decay: :math:`\delta`.
         warmup: a share of the run.
-        longest: times its floor is a matrix that no step lengthens, above 1; see :func:`braked`.
+        longest: times its floor is a matrix whose steps have no part along its weights, above 1; see :func:`braked`.
         hidden_size: units of the network.
         every: updates between two corrections of a basis, of ``celo2_soap``.
         max_dim: a longer side of a matrix is not rotated, likewise; with 0 none is.

@@ -106,6 +106,7 @@ def light(
             if not groups:
                 return [], shared
             own = settings(theta["control"], groups, count, num_steps, warmup, (ratio, decay, 1 - b1, 1 - b2))
+            own = own.at[:, 2:].min(1)  # a mean takes in no more than all of a gradient
             missing = in_order([group.tensors.missing.astype(own.dtype) for group in groups], groups)
             return each(step, groups, nadam(own, missing)), shared
 

@@ -1,7 +1,6 @@
 """Adam whose hyperparameters an LSTM sets for every tensor at every update."""
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -17,8 +16,7 @@ PAPER = "NNAdam of the library learned_optimization; Metz et al. 2022, arXiv:220
 CONTROLS = ("log_learning_rate", "log_one_minus_b1", "log_one_minus_b2", "log_eps")
 INPUTS = 19
 _START = (1e-3, 1 - 0.9, 1 - 0.999, 1e-8)
-_LOWEST = (1e-8, math.exp(-10), math.exp(-10), 1e-11)
-_HIGHEST = (1e3, 1.0, 1.0, 1e4)
+_RATE_RANGE, _EPS_RANGE = (1e-8, 1e3), (1e-11, 1e4)
 _CLIP = 1000.0
 _STEP = 0.01  # of the LSTM's output
 _ROOT = 1e-10
@@ -43,9 +41,9 @@ class NNAdamTensor(NamedTuple):
 def hyperparameters(controls: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """``(learning rate, b1, b2, eps)`` of ``controls [4]``, each within its bounds."""
     lr, one_minus_b1, one_minus_b2, eps = controls
-    lr = jnp.clip(jnp.exp(10 * lr), _LOWEST[0], _HIGHEST[0])
+    lr = jnp.clip(jnp.exp(10 * lr), *_RATE_RANGE)
     b1, b2 = (1 - jnp.exp(jnp.clip(10 * x, -10, 0)) for x in (one_minus_b1, one_minus_b2))
-    return lr, b1, b2, jnp.clip(jnp.exp(10 * eps), _LOWEST[3], _HIGHEST[3])
+    return lr, b1, b2, jnp.clip(jnp.exp(10 * eps), *_EPS_RANGE)
 
 
 def project(controls: jax.Array) -> jax.Array:

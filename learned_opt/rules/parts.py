@@ -57,7 +57,7 @@ def only(rule: LearnedOptimizer, theta: Theta, names: Sequence[str]) -> Part:
     def init(key):
         return {name: value for name, value in rule.init(key).items() if name in names}
 
-    def build(part, **options):
-        return rule.build(whole(part), **options)
+    def build(part, *args, **options):
+        return rule.build(whole(part), *args, **options)
 
     return Part(rule._replace(init=init, build=build), {name: theta[name] for name in sorted(names)}, whole)

@@ -33,7 +33,7 @@ OUTPUTS = 3  # as published; the third has no effect
 _RANKS = 5  # classes of the number of axes
 _INPUTS = FRACTIONS + LOSSES + 1 + _RANKS + 2 * len(MOMENTUM)
 _THROUGH = 7  # the column m_.9 s
-CLIP = 1000.0
+_CLIP = 1000.0  # of a gradient's entries
 _EPS = 1e-5
 _ROOT_EPS = 1e-6
 _TINY = 1e-20  # of a second moment: below, the derivative of its root may overflow
@@ -88,7 +88,7 @@ def vector_columns(g, p, m, r, R, C, v, col) -> list[jax.Array]:
     ]
 
 
-def tensor_step(g: jax.Array, p: jax.Array, moments: Moments, weights: Theta, mult: jax.Array, *, clip: float):
+def tensor_step(g: jax.Array, p: jax.Array, moments: Moments, weights: Theta, mult: jax.Array):
     """One tensor's update ``-mult .001 sqrt(mean(p^2) + 1e-9) d exp(.001 a)`` and its new moments.
 
     Args:
@@ -97,9 +97,8 @@ def tensor_step(g: jax.Array, p: jax.Array, moments: Moments, weights: Theta, mu
         moments: before the update.
         weights: of the tensor's network.
         mult: its multiplier, a scalar.
-        clip: of the gradient's entries.
     """
-    g = jnp.clip(g, -clip, clip)
+    g = jnp.clip(g, -_CLIP, _CLIP)
     moments = moments_after(moments, g, momentum=MOMENTUM, rms=RMS, factored=FACTORED)
     inputs = column_inputs(g, p, moments)
     apply = functools.partial(column_mlp, eps=_EPS, outputs=2, finish=step_of)
@@ -226,7 +225,7 @@ def velo(
             rows = LSTMState(*(x[:, None] for x in (memory if recurrent_memory else old)))
 
             def step(g, p, tensor, weights, mult, row):
-                u, moments = tensor_step(g, p, tensor.moments, weights, mult, clip=CLIP)
+                u, moments = tensor_step(g, p, tensor.moments, weights, mult)
                 return u, VeloTensor(moments, jax.tree.map(lambda x: x.astype(p.dtype), row))
 
             return each(step, groups, weights, mult, rows), loss

@@ -70,7 +70,8 @@ def micro_steps(sync_every: int | jax.Array | SyncSchedule, every_k: int) -> Syn
     """Count a schedule's delays in steps of k micro-steps each: H'_r = k H_r, for gradients that are accumulated.
 
     With ``local_sgd(optax.MultiSteps(tx, k), sync_every=micro_steps(H, k))`` the workers meet after every H steps of
-    ``tx``, where no gradient is half accumulated. A ``should_skip_update_fn`` shifts that: do without it here.
+    ``tx``, where no gradient is half accumulated. A ``should_skip_update_fn`` and steps of ``samples=0`` shift
+    that: do without.
 
     Args:
         sync_every: H, or a schedule of (round, step, statistics), whose step counts steps of ``tx`` too.
@@ -279,9 +280,9 @@ def quadratic(learning_rate: LearningRate, alpha: float, *, minimum: int = 1, ma
 
     Args:
         learning_rate: eta, a number or a schedule of the step.
-        alpha: to be tuned; the paper's values are of the order of the peak learning rate over the root of H_min.
+        alpha: to be tuned; H leaves H_min where the learning rate falls below alpha over the root of H_min.
         minimum: H_min.
-        maximum: largest H.
+        maximum: largest H; give one where the rate falls to 0, or the last round never ends.
 
     Returns:
         A delay schedule.

@@ -100,7 +100,7 @@ def plan_batches(
         plan: of :func:`make_plan`.
         num_examples: of the data set, at least ``workers``.
         workers: P.
-        seed: of the permutations; batch t depends on (seed, t) alone.
+        seed: of the permutations; with the other arguments it decides every batch.
         buckets: padded sizes to choose from; one, the largest batch, if None.
 
     Yields:

@@ -155,11 +155,11 @@ def cutout(key: jax.Array, images: jax.Array, length: Any, count: Any = 1, max_c
 def _shares(key: jax.Array, images: jax.Array, alpha: Any, probability: Any) -> jax.Array:
     """Return the share [B] that an image keeps: drawn from Beta(alpha, alpha) with the probability, else 1."""
     k_beta, k_used = jax.random.split(key)
-    count = images.shape[:1]
-    strength = jnp.maximum(jnp.broadcast_to(jnp.asarray(alpha, images.dtype), count), 1e-3)
-    share = jax.random.beta(k_beta, strength, strength, count, images.dtype)
-    used = jax.random.uniform(k_used, count, images.dtype) < jnp.asarray(probability, images.dtype)
-    return jnp.where(used, share, 1)
+    count, dtype = images.shape[:1], jnp.promote_types(images.dtype, jnp.float32)
+    strength = jnp.maximum(jnp.broadcast_to(jnp.asarray(alpha, dtype), count), 1e-3)
+    share = jax.random.beta(k_beta, strength, strength, count, dtype)
+    used = jax.random.uniform(k_used, count, dtype) < jnp.asarray(probability, dtype)
+    return jnp.where(used, share, 1).astype(images.dtype)
 
 
 def mixup(

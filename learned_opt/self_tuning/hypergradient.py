@@ -69,7 +69,8 @@ def advance(
         return jax.jvp(floats_of_step, (_floats(moving), point), (kept, direction), has_aux=True)
 
     _, trace, (new, aux) = jax.vmap(along, out_axes=(None, 0, None))(trace, directions)
-    return new, aux, trace
+    # Adam's root of a second moment that is 0 yet, as of a dead unit, has no derivative: such an entry does not move
+    return new, aux, [jnp.where(jnp.isnan(z), 0, z) for z in trace]
 
 
 def along_trace(gradient: Any, trace: Trace) -> jax.Array:

@@ -1,7 +1,7 @@
 r"""Hyperparameters of the training loss that work out of the box, one value for all examples or one an example.
 
 A rate, strength or amount is a float scalar, or floats [B] for the B examples of the arrays' leading axis: what
-:func:`~learned_opt.self_tuning.values` gives.
+:func:`~learned_opt.self_tuning.values` gives. Weight drop takes a scalar alone.
 """
 
 from collections.abc import Collection, Mapping, Sequence

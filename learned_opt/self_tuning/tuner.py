@@ -117,10 +117,6 @@ def _carried(state: TunerState | Best) -> dict[str, Any]:
     return {name: getattr(state, name) for name in Best._fields if name != "loss"}
 
 
-def _where(condition: jax.Array, yes: Any, no: Any) -> Any:
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
-
-
 def copied(tree: Any) -> Any:
     """Copies of a state's arrays: were two of them one buffer, or one the caller's, it could not be donated."""
     return jax.tree.map(lambda x: jnp.array(x, copy=True), tree)
@@ -359,11 +355,13 @@ def tuner(
                 responding(mean), response_grads, response_opt, response, perturbed, state.damping
             )
         good, good_response = _finite(loss, grads), _finite(perturbed, response_grads)
-        params, net_state, weights_opt = _where(
+        params, net_state, weights_opt = optax.tree.where(
             good, (params, net_state, weights_opt), (state.params, state.net_state, state.weights_opt)
         )
-        trace = _where(good & _finite(loss, trace), trace, jax.tree.map(jnp.zeros_like, trace))
-        response, response_opt = _where(good_response, (response, response_opt), (state.response, state.response_opt))
+        trace = optax.tree.where(good & _finite(loss, trace), trace, jax.tree.map(jnp.zeros_like, trace))
+        response, response_opt = optax.tree.where(
+            good_response, (response, response_opt), (state.response, state.response_opt)
+        )
         state = state._replace(
             params=params,
             net_state=net_state,
@@ -401,7 +399,7 @@ def tuner(
         scale = scale.at[jnp.asarray(through)].set(old.scale[jnp.asarray(through)]) if through else scale
         good = _finite(loss, (grads, step, scale))
         mean = jnp.clip(old.mean + step, *span(specs))
-        new = _where(good, (Hyper(mean, scale), hyper_opt), (old, state.hyper_opt))
+        new = optax.tree.where(good, (Hyper(mean, scale), hyper_opt), (old, state.hyper_opt))
         return state._replace(hyper=new[0], hyper_opt=new[1]), ~good
 
     def guarded(state: TunerState, best: Best, reference: jax.Array, bad: jax.Array) -> TunerState:
@@ -414,7 +412,7 @@ def tuner(
             cycle=state.cycle,
         )
         onward = state._replace(damping=jnp.minimum(1.0, 1.02 * state.damping), best=best, reference=reference)
-        return _where(bad, back, onward)
+        return optax.tree.where(bad, back, onward)
 
     def cycle(state: TunerState, key: jax.Array, data: Data) -> tuple[TunerState, CycleInfo]:
         k_train, k_valid, k_check = jax.random.split(key, 3)
@@ -446,7 +444,7 @@ def tuner(
             limit = lowest + guard * (jnp.abs(reference) + jnp.abs(lowest))
             bad = ~(jnp.isfinite(excess) & jnp.isfinite(losses[-1])) | (jnp.isfinite(limit) & (excess > limit))
         # never a diverged state: in the centred form a response can diverge while the parameters' loss falls
-        best = _where(better & ~bad, Best(valid, **_carried(trained)), state.best)
+        best = optax.tree.where(better & ~bad, Best(valid, **_carried(trained)), state.best)
         if guard is not None:
             state = guarded(state, best, reference, bad)
         else:

@@ -12,7 +12,7 @@ import optax
 from rich.console import Console
 
 from learned_opt.files import write_atomically
-from tasks import manifest, suites
+from tasks import data, manifest, suites
 from tasks.suites import Entry
 
 from .. import claim
@@ -27,17 +27,18 @@ __all__ = ["FEW", "QUICK", "choose_contenders", "choose_tasks", "run"]
 
 
 def choose_tasks(suite: str | None, own: Sequence[Entry] = ()) -> list[Entry]:
-    """The tasks of a held-out suite and the user's user_code.
+    """The tasks of a held-out suite and the user's own.
 
     Args:
         suite: its name; ``None`` for the user's own tasks alone.
         own: of :func:`meta_train.bench.user_code.task`.
 
     Raises:
-        ConfigError: no such suite, or two tasks of one name.
+        ConfigError: no such suite, a data set of it is not here, or two tasks of one name.
     """
     try:
         entries = list(suites.suite(suite, held_out=True)) if suite else []
+        data.require(entry.dataset for entry in entries)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     return user_code.distinct([*entries, *own], "task")

@@ -61,8 +61,8 @@ def summary(results: Sequence[Result]) -> list[dict[str, Any]]:
     Returns:
         Dicts. ``loss``, ``steps`` and ``time`` are ``[interquartile mean, low, high]``; ``at_least_adam`` is the share
         of tasks whose ``progress`` is at least 1; ``valid`` is the geometric mean of the validation loss over tuned
-        Adam's, over the tasks with data; ``score`` and ``score_time`` are areas under the performance
-        profiles; ``worst`` is the task with the least progress and that.
+        Adam's, over the tasks with data, ``None`` where it has none on one of them; ``score`` and ``score_time`` are
+        areas under the performance profiles; ``worst`` is the task with the least progress and that.
     """
     tasks, names = tasks_and_contenders(results)
     figures = {(row["task"], row["contender"]): row for row in rows(results)}
@@ -71,6 +71,7 @@ def summary(results: Sequence[Result]) -> list[dict[str, Any]]:
     scores = dict(zip(names, measures.profile_scores(ratios), strict=True))
     timed = all(result.timing for result in results)
     by_clock = dict(zip(names, measures.profile_scores(profiles(results, by_clock=True)), strict=True)) if timed else {}
+    with_data = [task for task in tasks if figures[task, REFERENCE]["valid_ratio"] is not None]
     table = []
     for name in names:
         mine = [found[task, name] for task in tasks]
@@ -87,7 +88,7 @@ def summary(results: Sequence[Result]) -> list[dict[str, Any]]:
             "at_least_adam": number(float(np.mean([value is not None and value >= 1 for value in progress.values()]))),
             "steps": _interval(steps),
             "score": number(scores[name]),
-            "valid": _geometric([figures[task, name]["valid_ratio"] for task in tasks]),
+            "valid": _geometric([figures[task, name]["valid_ratio"] for task in with_data]),
             "worst": [worst, progress[worst]],
             "diverged": sum(result.diverged for result in mine),
             "runs": sum(len(result.final) for result in mine),
@@ -170,7 +171,7 @@ def _valid_ratio(result: Result, reference: Result | None) -> float | None:
 
 def _geometric(ratios: Sequence[float | None]) -> float | None:
     known = [ratio for ratio in ratios if ratio is not None]
-    return number(math.exp(sum(map(math.log, known)) / len(known))) if known else None
+    return number(math.exp(sum(map(math.log, known)) / len(known))) if known and len(known) == len(ratios) else None
 
 
 def _slower(result: Result) -> float:

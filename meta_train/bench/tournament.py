@@ -3,8 +3,9 @@
 import functools
 import math
 import queue
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -126,16 +127,25 @@ def run_key(entry: Entry, contender: Contender, plan: Plan) -> str:
     )
 
 
-def on_devices(function: Callable[[Any, jax.Device], Any], jobs: Sequence[Any]) -> Iterator[tuple[int, Any]]:
-    """Calls a function of ``(job, device)`` for every job, a thread a local device; so compiling is parallel too.
+def on_devices(
+    function: Callable[[Any, jax.Device, Callable[[], None]], Any], jobs: Sequence[Any]
+) -> Iterator[tuple[int, Any]]:
+    """Calls a function for every job, a thread a local device; so compiling is parallel too.
 
     Args:
-        function: called once a job.
+        function: called once a job, with the job, a device and ``go_on``, which it calls now and then: it raises once
+            another job has failed or Ctrl-C has ended it all, since nobody can end a thread from outside.
         jobs: any.
 
     Yields:
         ``(the job's index, its result)`` as they come. An exception of a job ends it all.
     """
+    over = threading.Event()
+
+    def go_on() -> None:
+        if over.is_set():
+            raise CancelledError
+
     devices: queue.SimpleQueue[jax.Device] = queue.SimpleQueue()
     for device in jax.local_devices():
         devices.put(device)
@@ -143,7 +153,7 @@ def on_devices(function: Callable[[Any, jax.Device], Any], jobs: Sequence[Any]) 
     def run(job):
         device = devices.get()
         try:
-            return function(job, device)
+            return function(job, device, go_on)
         finally:
             devices.put(device)
 
@@ -155,6 +165,7 @@ def on_devices(function: Callable[[Any, jax.Device], Any], jobs: Sequence[Any]) 
                 for future in done:
                     yield pending.pop(future), future.result()
         finally:
+            over.set()
             pool.shutdown(cancel_futures=True)
 
 
@@ -169,7 +180,7 @@ def _outcomes(entry: Entry, contenders: Sequence[Contender], plan: Plan) -> Iter
     untimed = [c for c in contenders if plan.timed and cache.load(plan.folder, _timing_key(entry, c)) is None]
     to_time = {contender.name for contender in untimed} | ({REFERENCE, FLOOR.name} if untimed else set())
 
-    def work(contender: Contender, device: jax.Device) -> _Outcome:
+    def work(contender: Contender, device: jax.Device, go_on: Callable[[], None]) -> _Outcome:
         def compiled() -> Run:
             width = 1 if device.platform == "cpu" else max(len(contender.grid), plan.seeds)
             return compile_run(entry, contender, steps, device, width)
@@ -180,7 +191,7 @@ def _outcomes(entry: Entry, contenders: Sequence[Contender], plan: Plan) -> Iter
         key = run_key(entry, contender, plan)
         arrays = cache.load(plan.folder, key)
         if arrays is None:
-            arrays = _tune_and_report(run or compiled(), contender, plan)
+            arrays = _tune_and_report(run or compiled(), contender, plan, go_on)
             cache.store(plan.folder, key, arrays)
         return _Outcome(arrays, run)
 
@@ -233,33 +244,39 @@ def _results(
     ]
 
 
-def _tune_and_report(run: Run, contender: Contender, plan: Plan) -> dict[str, np.ndarray]:
+def _tune_and_report(run: Run, contender: Contender, plan: Plan, go_on: Callable[[], None]) -> dict[str, np.ndarray]:
     """Chooses the rate on the tuning seeds; the chosen one's and the default's losses on the reporting seeds."""
 
     def losses(rates: Sequence[float], first: int, seeds: int) -> tuple[np.ndarray, np.ndarray]:
         """``[rates, seeds, steps]`` in training and ``[rates, seeds]`` in validation."""
         pairs = [(rate, first + seed) for rate in rates for seed in range(seeds)]
+        go_on()
         train, valid = run.losses(*zip(*pairs, strict=True))
         return train.reshape(len(rates), seeds, -1), valid.reshape(len(rates), seeds).astype(np.float64)
 
+    def validations(rates: Sequence[float], first: int, seeds: int) -> np.ndarray:
+        """``[rates, seeds]``, ``inf`` for a run that diverged."""
+        found = losses(rates, first, seeds)[1]
+        return np.where(np.isfinite(found), found, np.inf)
+
     grid, best, scores = list(contender.grid), 0, np.zeros((0, 1))
     if grid:
-        _, scores = losses(grid, _TUNING, 1)
+        scores = validations(grid, _TUNING, 1)
         for _ in range(_EXTENSIONS):
-            best = int(np.argmin(np.nan_to_num(scores[:, 0], nan=np.inf)))
+            best = int(np.argmin(scores[:, 0]))
             beyond = _beyond(grid, best)
             if not beyond:
                 break
-            _, more = losses(beyond, _TUNING, 1)
+            more = validations(beyond, _TUNING, 1)
             order = np.argsort([*grid, *beyond])
             grid = [float(rate) for rate in np.array([*grid, *beyond])[order]]
             scores = np.concatenate([scores, more])[order]
+        ahead = np.argsort(scores[:, 0], kind="stable")[:_AHEAD]
         if plan.tuning_seeds > 1:
-            ahead = np.argsort(np.nan_to_num(scores[:, 0], nan=np.inf), kind="stable")[:_AHEAD]
-            _, more = losses([grid[i] for i in ahead], _TUNING + 1, plan.tuning_seeds - 1)
+            more = validations([grid[i] for i in ahead], _TUNING + 1, plan.tuning_seeds - 1)
             scores = np.concatenate([scores, np.full((len(scores), plan.tuning_seeds - 1), np.inf)], axis=1)
             scores[ahead, 1:] = more
-        best = int(np.argmin(np.nan_to_num(scores, nan=np.inf).mean(axis=1)))
+        best = int(ahead[np.argmin(scores[ahead].mean(axis=1))])
     rates = [grid[best] if grid else math.nan]
     if contender.default is not None:
         rates.append(contender.default)

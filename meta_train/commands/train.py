@@ -27,20 +27,23 @@ _PROCESSES = ("coordinator", "num_processes", "process_id")  # any of them makes
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; returns the exit code."""
     config = _config(arguments)
-    if config.bench_suite and KNOWN.get(config.rule, OPTIMIZER) is not OPTIMIZER:
-        raise UsageError(f"{config.rule!r} is no optimizer, so there is nothing to benchmark: --set bench_suite=")
-    if config.bench_suite:
-        benchmark.choose_tasks(config.bench_suite)  # a mistake there must not wait for the end of the run
+    if config.bench_suite:  # a mistake there must not wait for the end of the run
+        if config.rule == "outer" or KNOWN.get(config.rule, OPTIMIZER) is not OPTIMIZER:
+            raise UsageError(f"{config.rule!r} is no optimizer, so there is nothing to benchmark: --set bench_suite=")
+        benchmark.choose_tasks(config.bench_suite)
     workdir = arguments.workdir or Path("runs") / f"{arguments.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     shared.use_cores(arguments.devices, config.particles // max(arguments.num_processes or 1, 1))
     xla_flags.widest_vectors()
     xla_flags.no_softmax_kernels()
     shared.keep_compiled()
-    if arguments.distributed or any(getattr(arguments, name) is not None for name in _PROCESSES):
+    several = arguments.distributed or any(getattr(arguments, name) is not None for name in _PROCESSES)
+    if several:
         _join(arguments)
     console = Console(stderr=True)
     leader = jax.process_index() == 0
     outcome = loop.run(config, workdir, resume=arguments.resume, console=console)
+    if several:  # the others must not wait for the leader's benchmark: after five minutes JAX would abort all
+        jax.distributed.shutdown()
     result: dict[str, Any] = {"workdir": str(workdir), "meta_steps": outcome.step, "finished": outcome.finished}
     if not outcome.finished:
         again = f"learned-opt train --resume --workdir {shlex.quote(str(workdir))}"

@@ -11,7 +11,7 @@ Fetched sets lie as ``NAME.npz`` in the data folder: ``$LEARNED_OPT_DATA``, else
 """
 
 from .files import read_npz, write_npz
-from .library import available, fetch, load
+from .library import available, fetch, load, require
 from .registry import SETS, VOCABULARY, DataSet, data_dir
 from .sources import DataError
 
@@ -25,5 +25,6 @@ __all__ = [
     "fetch",
     "load",
     "read_npz",
+    "require",
     "write_npz",
 ]

@@ -2,6 +2,7 @@
 
 import functools
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 
 from . import sklearn_sets, sources
@@ -38,7 +39,7 @@ def _load(name: str, folder: Path | None) -> Splits:
     elif (path := folder / f"{file_name(name)}.npz").exists():
         splits = read_npz(path)
     elif known:
-        raise DataError(f"the data set {name!r} is not here yet: run `learned-opt data fetch {shlex.quote(name)}`")
+        raise _not_here(name)
     else:
         from . import tfds_io  # imports tensorflow-datasets
 
@@ -47,6 +48,28 @@ def _load(name: str, folder: Path | None) -> Splits:
         for array in arrays.values():
             array.setflags(write=False)
     return splits
+
+
+def require(names: Iterable[str]) -> None:
+    """Check that data sets are here before the work that needs them begins.
+
+    Args:
+        names: of data sets; other names pass.
+
+    Raises:
+        DataError: one is not fetched yet.
+
+    Example:
+        >>> require(["digits", "quadratic"])
+    """
+    statuses = available()
+    for name in names:
+        if name in statuses and statuses[name][0] == "to fetch":
+            raise _not_here(name)
+
+
+def _not_here(name: str) -> DataError:
+    return DataError(f"the data set {name!r} is not here yet: run `learned-opt data fetch {shlex.quote(name)}`")
 
 
 def fetch(name: str, source: str | Path | None = None) -> Path:

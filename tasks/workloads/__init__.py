@@ -7,9 +7,7 @@ anything was run on any of them. None of their data is in a training suite.
 """
 
 import functools
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from ..base import TaskFamily, Workload
@@ -23,19 +21,11 @@ from .words import embeddings
 
 __all__ = ["SUITES", "VALID_BATCHES", "Workload", "suite", "valid_keys"]
 
-_TARGETS = Path(__file__).parent / "targets.json"
-
 
 def _on(dataset: str, label: str, factory: Callable[..., TaskFamily], steps: int, **options: Any) -> Workload:
     name = f"{dataset}/{label}"
     make = functools.partial(factory, dataset, **options)
-    return Workload(make, steps, _targets().get(name), name=name, network=factory.__name__, dataset=dataset)
-
-
-@functools.cache
-def _targets() -> dict[str, float]:
-    """Validation losses to reach, where they are set: NAdamW's at the end of its budget."""
-    return json.loads(_TARGETS.read_text()) if _TARGETS.exists() else {}
+    return Workload(make, steps, None, name=name, network=factory.__name__, dataset=dataset)
 
 
 _SMALL = (

@@ -9,6 +9,13 @@ import pytest
 from learned_opt import soap, soap_muon
 
 
+def test_no_parameters_are_needed():
+    gradients = {"w": jnp.ones((3, 2)), "b": jnp.ones(2)}
+    for tx in (soap(0.1), soap_muon(0.1)):
+        updates, _ = tx.update(gradients, tx.init(gradients))
+        assert jax.tree.map(jnp.shape, updates) == {"w": (3, 2), "b": (2,)}
+
+
 def run(transform, gradients):
     params = jax.tree.map(jnp.zeros_like, gradients[0])
     state, update, trail = transform.init(params), jax.jit(transform.update), []

@@ -167,6 +167,9 @@ def _edit(folder, **changes):
         ({"kwargs": {"hidden_size": 8}}, "has shape"),
         ({"kwargs": {"size": 8}}, "cannot be made"),
         ({"theta": {}}, "describes another theta"),
+        ({"theta": {"b0": {"shape": 5, "dtype": "float32"}}}, "describes another theta"),
+        ({"kwargs": {"hidden_size": 4.5}}, "cannot be made"),
+        ({"learning_rate": float("inf")}, "not JSON"),
         ({"sha256": "0" * 64}, "sha256"),
         ({"learning_rate": -1}, "learning_rate -1"),
     ],
@@ -176,6 +179,14 @@ def test_a_wrong_record(copy, changes, message):
     with pytest.raises(StoreError, match=message) as raised:
         learned_opt.load(copy)
     assert "\n" not in str(raised.value)
+
+
+def test_a_free_step_without_a_recorded_rate_takes_the_rules_own(copy, saved):
+    _edit(copy, learning_rate=None)
+    gradients = {"w": jnp.ones((3, 2))}
+    one, other = (learned_opt.load(folder, learning_rate=rate) for folder, rate in ((copy, None), (saved, 1e-3)))
+    found, wanted = (tx.update(gradients, tx.init(gradients), gradients)[0] for tx in (one, other))
+    np.testing.assert_array_equal(found["w"], wanted["w"])
 
 
 def test_missing_files_and_names(copy):

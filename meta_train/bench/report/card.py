@@ -93,6 +93,8 @@ def own_results(results: Mapping[str, Any], name: str) -> dict[str, Any]:
     """
     if "summary" not in results:
         raise ConfigError("the benchmark's results are of an earlier version: run `learned-opt bench` again")
+    if "contender" not in results["summary"][0]:
+        raise ConfigError("a card shows a benchmark on small tasks, and this one is on workloads")
     learned = dict.fromkeys(row["contender"].partition("@")[0] for row in results["summary"] if not row["baseline"])
     called = name if name in learned else "rule" if "rule" in learned else next(iter(learned), None)
     if called is None or (called not in (name, "rule") and len(learned) > 1):

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from rich.console import Console
 
-from tasks import workloads
+from tasks import data, workloads
 from tasks.base import Workload
 from tasks.workloads import manifest
 
@@ -32,10 +32,11 @@ def choose_workloads(suite: str | None, own: Sequence[Workload] = ()) -> list[Wo
     """The workloads of a suite and the user's own.
 
     Raises:
-        ConfigError: no such suite, or two workloads of one name.
+        ConfigError: no such suite, a data set of it is not here, or two workloads of one name.
     """
     try:
         chosen = list(workloads.suite(suite)) if suite else []
+        data.require(workload.dataset for workload in chosen)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     return user_code.distinct([*chosen, *own], "workload")

@@ -103,12 +103,16 @@ def run_suite(
         programs: dict[str, Program] = {}
 
         def one(
-            optimizer: Optimizer, device: jax.Device, workload: Workload = workload, programs: dict = programs
+            optimizer: Optimizer,
+            device: jax.Device,
+            go_on: Callable[[], None],
+            workload: Workload = workload,
+            programs: dict = programs,
         ) -> Result | None:
             show(f"{workload.name}: {optimizer.name}: tracing")
             made = programs[optimizer.name] = program(workload, optimizer, device)
             try:
-                return _result(workload, optimizer, made, plan, show)
+                return _result(workload, optimizer, made, plan, show, go_on)
             except NotFinishedError:
                 return None
 
@@ -197,9 +201,12 @@ def step_times(
     return times
 
 
-def _result(workload: Workload, optimizer: Optimizer, made: Program, plan: Plan, show: Show) -> Result:
+def _result(
+    workload: Workload, optimizer: Optimizer, made: Program, plan: Plan, show: Show, go_on: Callable[[], None]
+) -> Result:
     def trained(settings: Mapping[str, float], seed: int, label: str) -> Curves:
         def look(done: int, loss: float) -> None:
+            go_on()
             show(f"{workload.name}: {optimizer.name}: {label}: step {done} of {workload.steps}, validation {loss:.4g}")
 
         return run(made, workload, settings, seed, plan.folder, look, plan.only_finished)

@@ -497,6 +497,18 @@ def test_with_no_worker_left_the_anchor_stays():
     np.testing.assert_allclose(state.outer[0].trace, 1.0)
 
 
+def test_a_round_of_nobody_tells_schedules_nothing():
+    schedule = lambda r, t, s: 8 * s.value / s.first_value  # noqa: E731  # NaN before any round
+    opt = local_sgd(optax.sgd(0.1), sync_every=schedule, axis_name=())
+    state, told = opt.init(jnp.zeros(2)), []
+    for weight, value in ((0.0, 3.0), (1.0, 2.0), (0.0, 3.0)):
+        assert int(state.period) == (1 if len(told) < 2 else 8)
+        for _ in range(int(state.period)):
+            _, state = opt.update(jnp.ones(2), state, jnp.zeros(2), worker_weight=jnp.asarray(weight), value=value)
+        told.append((float(state.statistics.value), float(state.statistics.first_value)))
+    np.testing.assert_array_equal(told, [(np.nan, np.nan), (2.0, 2.0), (2.0, 2.0)])
+
+
 # ---- dtypes, trees, chains ----
 
 

@@ -104,6 +104,14 @@ def test_no_network_goes_beyond_four_times(sign):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(4.0**sign * a, b, rtol=1e-5), fresh, found)
 
 
+def test_a_mean_takes_in_no_more_than_all_of_a_gradient():
+    """Four times .5 would be twice: its square's mean would fall below 0."""
+    last = THETA["control"]["last"]
+    bound = {"control": THETA["control"] | {"last": last | {"b": jnp.full_like(last["b"], 1e6)}}}
+    for updates in updates_of(light(b1=0.5, b2=0.5), bound):
+        assert all(bool(jnp.all(jnp.isfinite(u)) & jnp.all(jnp.abs(u) < 5)) for u in updates.values())
+
+
 def test_steps_of_growing_weights_stay_as_they_were():
     """They are relative to the weights at the start: a gradient that always points inward makes none grow by shares."""
     tx, params = RULE.build(THETA), {"w": jnp.ones((4, 3))}

@@ -121,6 +121,18 @@ def test_a_rate_alone_needs_no_response():
     np.testing.assert_allclose(losses.reshape(20, 5)[0].mean(), info.train_loss[0], rtol=1e-2)  # rates in between
 
 
+def test_a_parameter_without_a_gradient_does_not_stop_it():
+    """Adam's second moment stays 0 there, as of a dead unit; the rate's course is that of the run without it."""
+    ended = []
+    for width in (D, D + 1):
+        tuner = made({"rate": through(1e-3)}, lambda h: optax.adam(h["rate"]), hyper=optax.adam(0.05))
+        state = tuner.init(jnp.full(width, 0.1), {})
+        wider = [(jnp.pad(x, [(0, 0), (0, width - D)]), t) for x, t in data(jnp.float32)]
+        ended.append(tuner.run(state, KEY, wider, 20)[0].hyper.mean)
+    np.testing.assert_allclose(*ended, rtol=1e-5)
+    assert ended[0] > np.log(2e-3)
+
+
 def test_mistakes_are_named():
     with pytest.raises(ValueError, match="momentum, rate: tuned by hypergradient, so weights must be a function"):
         made(SPECS, optax.adam(0.1))

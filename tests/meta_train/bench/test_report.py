@@ -273,6 +273,8 @@ def test_results_of_another_rule_are_refused(results):
         card.own_results(two, "nonesuch")
     with pytest.raises(ConfigError, match="earlier version"):
         card.own_results({"about": ABOUT, "figures": []}, "mine")
+    with pytest.raises(ConfigError, match="this one is on workloads"):
+        card.own_results({"about": ABOUT, "summary": [{"optimizer": "mine"}], "figures": []}, "mine")
 
 
 def test_no_target_lies_below_adams_validation_loss():
@@ -287,6 +289,13 @@ def test_no_target_lies_below_adams_validation_loss():
     assert figures["t", "adam"]["speed_up"] == 1.0
     (overall,) = [row for row in comparison.summary([adam, deeper]) if row["contender"] == "deeper"]
     assert overall["valid"] == 2.0
+
+
+def test_who_diverged_on_one_task_has_no_mean_over_all():
+    adam = [made(task, "adam", 0.01)._replace(valid=np.full(3, 0.5)) for task in "tu"]
+    other = [made(task, "other", 0.01)._replace(valid=np.full(3, v)) for task, v in (("t", 0.4), ("u", np.nan))]
+    found = {row["contender"]: row["valid"] for row in comparison.summary([*adam, *other])}
+    assert found == {"adam": 1.0, "other": None}
 
 
 def test_synthetic_functions_have_no_floor_and_no_validation():

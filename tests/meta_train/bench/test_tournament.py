@@ -1,6 +1,8 @@
 """The benchmark's runs against runs by hand; what is kept, and what is computed anew."""
 
 import functools
+import threading
+import time
 from typing import NamedTuple
 
 import jax
@@ -275,10 +277,43 @@ def test_turns_are_taken_by_all_in_each_round():
 
 
 def test_jobs_run_on_every_device_and_an_error_ends_them():
-    used = dict(tournament.on_devices(lambda job, device: (job * job, device), range(20)))
+    used = dict(tournament.on_devices(lambda job, device, go_on: (job * job, device), range(20)))
     assert {index: square for index, (square, _) in used.items()} == {i: i * i for i in range(20)}
     with pytest.raises(ZeroDivisionError):
-        list(tournament.on_devices(lambda job, device: 1 / job, [1, 0, 2]))
+        list(tournament.on_devices(lambda job, device, go_on: 1 / job, [1, 0, 2]))
+
+
+@pytest.mark.skipif(jax.local_device_count() < 2, reason="two jobs at once want two devices")
+def test_an_error_in_one_job_ends_those_that_run():
+    started, steps = threading.Event(), []
+
+    def work(job, device, go_on):
+        if job:
+            started.wait()
+            raise ZeroDivisionError
+        started.set()
+        for step in range(1000):
+            go_on()
+            steps.append(step)
+            time.sleep(0.01)
+
+    with pytest.raises(ZeroDivisionError):
+        list(tournament.on_devices(work, [0, 1]))
+    assert len(steps) < 1000
+
+
+def test_a_rate_that_went_on_and_diverged_is_not_chosen():
+    """Where all three that went on diverge on the second tuning seed, the best on the first seed is as good as any."""
+
+    class Fake:
+        def losses(self, rates, seeds):
+            later = np.nan if self.all_diverge else 5 - 2 * np.array(rates)
+            valid = np.where(np.array(seeds) == 1_000_000, rates, later)
+            return np.zeros((len(rates), 4)), valid
+
+    contender, fake = Contender("x", None, (9.0, 1.0, 2.0, 3.5, 10.0)), Fake()
+    for fake.all_diverge, rate in ((False, 3.5), (True, 1.0)):
+        assert tournament._tune_and_report(fake, contender, Plan(4, 1), lambda: None)["rates"] == [rate]
 
 
 def test_the_control_of_a_saved_rule_has_fresh_meta_parameters(tmp_path):

@@ -38,11 +38,14 @@ def start(*commands):
 
 def test_two_processes_agree_with_one(tmp_path):
     two = [*RUN, "--workdir", str(tmp_path / "two"), "--devices", "2", "--distributed", "--coordinator", free_address()]
+    for setting in ("bench_suite=quick", "bench_steps=2", "bench_seeds=1"):  # one process does it, when all have left
+        two += ["--set", setting]
     commands = [[*two, "--num-processes", "2", "--process-id", str(i)] for i in range(2)]
     commands.append([*RUN, "--workdir", str(tmp_path / "one"), "--devices", "4"])
     running = start(*commands)
     outputs = [process.communicate(timeout=300)[0] for process in running]
     assert [process.returncode for process in running] == [0, 0, 0], "\n".join(outputs)
+    assert (tmp_path / "two" / "bench" / "results.json").exists()
     fresh = learned_opt.RULES["adam"]().init(jax.random.key(0))
     fresh = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(fresh)])
     one, both = flat(tmp_path / "one"), flat(tmp_path / "two")
