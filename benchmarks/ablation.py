@@ -140,6 +140,8 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "results.json"
     report = json.loads(path.read_text()) if path.exists() else {"variants": {}}
+    if report["variants"] and report["inner_steps"] != options.inner_steps:
+        parser.error(f"{path} holds variants of {report['inner_steps']} inner steps: name another --out")
     report |= {
         "inner_steps": options.inner_steps,
         "base": dataclasses.asdict(BASE),

@@ -37,7 +37,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from self_tuning_search import CHUNK, REPORT, Lab, Watch, interval, missing
+from self_tuning_search import CHUNK, REPORT, Lab, Watch, interval, load_optuna, missing
 
 from learned_opt import self_tuning as st
 from meta_train.train.problems import fashion_cnn, make_tuner
@@ -158,15 +158,6 @@ def search(lab, seed, seconds, trial, sampler="random", pruner=None):
 
         level = jnp.log(share) - jnp.log1p(-share)
         study.tell(asked, lab.trial(watch, level, jax.random.fold_in(key, i), trial, report))
-
-
-def load_optuna():
-    try:
-        import optuna
-    except ImportError:
-        raise SystemExit("the searches need Optuna: pip install optuna, or choose other --methods") from None
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna
 
 
 KINDS = {"constant": constant, "delta_stn": delta_stn, "pbt": pbt, "search": search}

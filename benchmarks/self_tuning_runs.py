@@ -12,8 +12,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from self_tuning_peers import at_steps, draw, load_optuna
-from self_tuning_search import CHUNK, Lab, Watch, interval, load_results, missing
+from self_tuning_peers import at_steps, draw
+from self_tuning_search import CHUNK, Lab, Watch, interval, load_optuna, load_results, missing
 
 from learned_opt import self_tuning as st
 from learned_opt.self_tuning.objectives import Hyper

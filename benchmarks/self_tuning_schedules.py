@@ -32,7 +32,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from scipy.stats import t as student
+from self_tuning_search import interval
 
 from learned_opt import self_tuning as st
 from meta_train.train.problems import char_lstm, make_tuner
@@ -163,12 +163,6 @@ class Lab:
 def best_rate(grid, column):
     """The rate of the row that is least in a column: 1 the least loss, 2 the loss at the end."""
     return float(grid[grid[:, column].argmin(), 0])
-
-
-def interval(values):
-    """Return the mean and the half width of its 95 % interval by Student's t."""
-    values = np.asarray(values, float)
-    return values.mean(), student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
 
 
 def shown(values):

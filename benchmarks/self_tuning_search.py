@@ -36,8 +36,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
+import tables
 
 from learned_opt import self_tuning as st
+from learned_opt.files import write_atomically
 from meta_train.train.problems import fashion_cnn, make_tuner, standing
 
 REPORT = Path(__file__).parents[1] / "reports" / "self_tuning"
@@ -196,7 +198,7 @@ class Lab:
         self.trial(Watch(self, seconds), self.level, key, CHUNK)  # compiled
         names = st.names(self.specs)
         if sampler is not None:
-            optuna = _optuna()
+            optuna = load_optuna()
             pruner = optuna.pruners.HyperbandPruner(2, trial // CHUNK, 3) if pruned else optuna.pruners.NopPruner()
             study = optuna.create_study(
                 sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=4), pruner=pruner
@@ -236,11 +238,11 @@ def _in_batches(rows, size):
     return jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), rows)
 
 
-def _optuna():
+def load_optuna():
     try:
         import optuna
     except ImportError:
-        raise SystemExit("TPE and Hyperband need Optuna: pip install optuna, or choose other --methods") from None
+        raise SystemExit("the searches need Optuna: pip install optuna, or choose other --methods") from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
 
@@ -329,12 +331,13 @@ def load_results(name):
 
 
 def save(name, runs, curves):
-    with open(REPORT / f"{name}.csv", "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["method", "seed", "processor_s", "steps", "best_valid"])
-        for (method, seed), curve in curves.items():
-            writer.writerows([method, seed, f"{s:.2f}", steps, f"{best:.4f}"] for s, steps, best in curve)
-    (REPORT / f"{name}.json").write_text("[\n" + ",\n".join(map(json.dumps, runs)) + "\n]\n")
+    points = [(*key, *point) for key, curve in curves.items() for point in curve]
+    rows = [
+        {"method": method, "seed": seed, "processor_s": f"{s:.2f}", "steps": steps, "best_valid": f"{best:.4f}"}
+        for method, seed, s, steps, best in points
+    ]
+    tables.write(REPORT / f"{name}.csv", rows)
+    write_atomically(REPORT / f"{name}.json", ("[\n" + ",\n".join(map(json.dumps, runs)) + "\n]\n").encode())
 
 
 def missing(name, do, seeds, methods, budget, hidden=("chosen",), unit="seconds"):
@@ -356,6 +359,7 @@ def missing(name, do, seeds, methods, budget, hidden=("chosen",), unit="seconds"
     runs, curves = load_results(name)
     done = {(run["method"], run["seed"]) for run in runs if run[unit] == budget}
     runs = [run for run in runs if (run["method"], run["seed"]) in done]
+    curves = {key: curve for key, curve in curves.items() if key in done}
     for seed, method in itertools.product(range(seeds), methods):
         if (method, seed) in done:
             continue
@@ -373,7 +377,7 @@ def main():
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     args = parser.parse_args()
     if {"TPE", "Hyperband"} & set(args.methods):
-        _optuna()
+        load_optuna()
     lab = Lab()
 
     def do(method, seed):

@@ -2,8 +2,8 @@
 
 From 2 layers of 64, batches of 16 x 64 characters of Moby Dick and 300 steps one number at a time is changed. Each
 network is trained with the steps as they are, at half and at twice the size, and by NAdamW (warm-up, cosine) at rates
-a factor two apart until the best has worse neighbours; one seed. Writes reports/sizes/losses.csv and sizes.png.
-Finished runs are kept with the benchmark's; the same command goes on.
+a factor two apart until the best has worse neighbours, six at most; one seed. Writes reports/sizes/losses.csv and
+sizes.png. Finished runs are kept with the benchmark's; the same command goes on.
 
     learned-opt data fetch moby_dick && python benchmarks/sizes.py
 """

@@ -27,6 +27,7 @@ from sklearn.cluster import MiniBatchKMeans
 from sklearn.decomposition import PCA
 
 from learned_opt import unsupervised
+from learned_opt.files import write_atomically
 from learned_opt.store import read_record
 from learned_opt.unsupervised import network
 from tasks.families.representation import labelled_images
@@ -458,7 +459,7 @@ def main():
         print(
             f"{i + 1}/{len(wanted)} {', '.join(cell)}: {row['mean']:.3f} ± {row['interval']:.3f} {chosen}", flush=True
         )
-        path.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+        write_atomically(path, (json.dumps({"about": about, "rows": rows}, indent=1) + "\n").encode())
     place = {c[0]: i for i, c in enumerate(wanted)}
     rows.sort(key=lambda row: place.get(Cell(*(row[k] for k in Cell._fields)), len(place)))
     with (arguments.out / "results.csv").open("w", newline="") as file:

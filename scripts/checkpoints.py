@@ -79,7 +79,9 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, help="folders of `learned-opt train`")
     arguments = parser.parse_args()
     report, runs = arguments.report, arguments.runs
-    config = configs.read(runs[0] / "config.json")
+    config, *others = [configs.read(run / "config.json") for run in runs]
+    if any((other.rule, other.rule_kwargs) != (config.rule, config.rule_kwargs) for other in others):
+        parser.error("the runs are of different rules")
     rule = learned_opt.RULES[config.rule](**config.rule_kwargs)
     fresh = store.read(config.init).theta if config.init else rule.init(jax.random.key(0))
     tried = {("fresh", 0): fresh}

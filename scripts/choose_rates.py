@@ -1,9 +1,10 @@
 """Rates of the ruleset *nothing set*: ``python scripts/choose_rates.py``, after ``learned-opt data fetch`` of three.
 
 On every workload of ``workloads_small`` each baseline runs at its present rate, at half and at twice of it, and on
-beyond whichever end is the best until the best has a neighbour on both sides, one seed. The validation losses at the
-end of the budget are in ``reports/workloads/rates.csv``; what is chosen is the rate of the lowest geometric mean, and
-stands in ``optimizers.py``. Finished runs are kept with the benchmark's own; the same command goes on where it was.
+beyond whichever end is the best until the best has a neighbour on both sides, six rates at most, one seed. The
+validation losses at the end of the budget are in ``reports/workloads/rates.csv``; what is chosen is the rate of the
+lowest geometric mean, and stands in ``baselines.py`` and ``optimizers.py``. Finished runs are kept with the
+benchmark's own; the same command goes on where it was.
 """
 
 import argparse

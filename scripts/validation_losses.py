@@ -22,7 +22,8 @@ def table(figures: list[dict]) -> list[dict]:
     with_data = [task for task in tasks if "(" not in task]  # a synthetic family's name holds its range
     rows = []
     for name in dict.fromkeys(row["contender"] for row in figures):
-        ratios = [found[task, name]["valid_loss"] / found[task, REFERENCE]["valid_loss"] for task in with_data]
+        losses = [(found[task, name]["valid_loss"], found[task, REFERENCE]["valid_loss"]) for task in with_data]
+        ratios = [math.inf if own is None else own / theirs for own, theirs in losses]  # it diverged there
         rows.append(
             {
                 "contender": name,

@@ -21,17 +21,17 @@ def main() -> None:
     nadamw = next(optimizer for optimizer in baselines.baselines() if optimizer.name == protocol.REFERENCE)
     figures = json.loads((REPORT / "test" / "results.json").read_text())["figures"]
     reported = {row["workload"]: row["valid_loss"] for row in figures if row["optimizer"] == nadamw.name}
+    rows = [["workload", "optimizer", "seed_of_the_tables", "seed_of_the_trials"]]
+    for workload in suite("workloads_test"):
+        made = training.program(workload, nadamw)
+        seed = protocol.TUNING_SEED
+        try:
+            other = training.run(made, workload, nadamw.setting, seed, REPORT / "runs", only_finished=True).final
+        except training.NotFinishedError:
+            other = None  # not run, or not kept
+        rows.append([workload.name, nadamw.name, reported[workload.name], other and f"{other:.6g}"])
     with (REPORT / "seeds.csv").open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["workload", "optimizer", "seed_of_the_tables", "seed_of_the_trials"])
-        for workload in suite("workloads_test"):
-            made = training.program(workload, nadamw)
-            seed = protocol.TUNING_SEED
-            try:
-                other = training.run(made, workload, nadamw.setting, seed, REPORT / "runs", only_finished=True).final
-            except training.NotFinishedError:
-                other = None  # not run, or not kept
-            writer.writerow([workload.name, nadamw.name, reported[workload.name], other and f"{other:.6g}"])
+        csv.writer(file, lineterminator="\n").writerows(rows)
 
 
 if __name__ == "__main__":

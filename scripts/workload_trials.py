@@ -19,15 +19,15 @@ SETTINGS = ("learning_rate", "one_minus_b1", "one_minus_b2", "weight_decay", "wa
 
 def main() -> None:
     """Writes the table."""
+    rows = [["workload", "optimizer", "trial", *SETTINGS, "valid_loss"]]
+    for workload in suite("workloads_test"):
+        for optimizer in baselines.baselines():
+            if optimizer.name in ("nadamw", "muon"):
+                for trial, settings, loss in _finished(workload, optimizer):
+                    shown = [settings.get(name, "") for name in SETTINGS]
+                    rows.append([workload.name, optimizer.name, trial, *shown, f"{loss:.6g}"])
     with (REPORT / "trials.csv").open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["workload", "optimizer", "trial", *SETTINGS, "valid_loss"])
-        for workload in suite("workloads_test"):
-            for optimizer in baselines.baselines():
-                if optimizer.name in ("nadamw", "muon"):
-                    for trial, settings, loss in _finished(workload, optimizer):
-                        shown = [settings.get(name, "") for name in SETTINGS]
-                        writer.writerow([workload.name, optimizer.name, trial, *shown, f"{loss:.6g}"])
+        csv.writer(file, lineterminator="\n").writerows(rows)
 
 
 def _finished(workload, optimizer) -> list[tuple[int | str, dict[str, float], float]]:

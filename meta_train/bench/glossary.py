@@ -69,8 +69,8 @@ TERMS = (
     Term(
         "rate*",
         "at the edge of its grid",
-        "The chosen learning rate is at the edge of its grid, which was made longer three times: a wider one might do "
-        "better.",
+        "The chosen learning rate is at the edge of its grid all the same: a wider one might do better. Grids are made "
+        "longer where the best rate of the first tuning seed lies on their edge, three times at most.",
     ),
     Term(
         "lost",

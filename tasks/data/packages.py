@@ -153,7 +153,7 @@ def read_qm9(name: str, folder: Path) -> Splits:
     elements, positions = [], []
     label: list[float] = []
     for path in paths:
-        with path.open(newline="") as file:
+        with path.open(newline="", errors="replace") as file:  # what is no text then fails as a damaged molecule
             for row in csv.DictReader(file):
                 try:
                     kinds = [ELEMENTS[symbol] for symbol in json.loads(row["Elements"].replace("'", '"'))]
@@ -201,6 +201,8 @@ def read_speech(name: str, folder: Path) -> Splits:
     if len(paths) < 2:
         raise DataError(f"{folder}: holds no recordings *.wav")
     heard = [_decibels(_samples(name, path)) for path in paths]
+    if not any(len(frames) for frames in heard):
+        raise DataError(f"{folder}: its recordings are shorter than {WINDOW} samples; fetch {name!r} again")
     top = max(float(frames.max()) for frames in heard if len(frames))
     scaled = [np.round(np.clip((frames - top + 80) * (255 / 80), 0, 255)).astype(np.uint8) for frames in heard]
     parts = {"train": [frames for i, frames in enumerate(scaled) if i % 10], "valid": scaled[::10]}

@@ -12,7 +12,7 @@ from ..data.sources import DataError
 from .batches import cross_entropy, draw, take
 from .networks import log_uniform, scaled_normal, transform
 
-_CORES = ("gru", "lstm", "vanilla")
+_CORES = ("gru", "lstm")
 
 
 def char_rnn(
@@ -29,7 +29,7 @@ def char_rnn(
 
     Args:
         dataset: a data set with ``text``, see :mod:`tasks.data`.
-        core: ``"gru"``, ``"lstm"`` or ``"vanilla"``.
+        core: ``"gru"`` or ``"lstm"``.
         width: units of the recurrent layer.
         embedding: size of the characters' embedding.
         length: characters predicted an example, from a state of zeros.
@@ -133,7 +133,7 @@ def _check_sizes(**sizes: int) -> None:
 def _core(core: str, width: int, inputs: int) -> hk.RNNCore:
     if core == "gru":
         return hk.GRU(width, w_i_init=scaled_normal(1.0, inputs), w_h_init=scaled_normal(1.0, width))
-    return hk.LSTM(width) if core == "lstm" else hk.VanillaRNN(width)
+    return hk.LSTM(width)
 
 
 def _embed(codes: jax.Array, size: int, name: str) -> jax.Array:

@@ -211,7 +211,7 @@ Libraries: {libraries}.
 
 ## What it is worth
 
-{held_out}
+Not measured yet: `python benchmarks/unsupervised_features.py --rule FOLDER` does.
 
 ## Licence
 
@@ -219,13 +219,12 @@ Apache-2.0, as the code. The letters that it was meta-trained on are drawn from 
 """
 
 
-def unsupervised_text(name: str, record: Mapping[str, Any], held_out: str | None = None) -> str:
+def unsupervised_text(name: str, record: Mapping[str, Any]) -> str:
     """The card of an unsupervised rule as Markdown.
 
     Args:
         name: the rule's name.
         record: its ``rule.json``.
-        held_out: what it is worth, as Markdown; ``None`` if nobody has looked yet.
 
     Returns:
         The text.
@@ -240,6 +239,5 @@ def unsupervised_text(name: str, record: Mapping[str, Any], held_out: str | None
         seed=record.get("seed", "unknown"),
         start="" if config.get("init") is None else f", from {config['init']}",
         libraries=libraries or "unknown",
-        held_out=held_out or "Not measured yet: `python benchmarks/unsupervised_features.py --rule FOLDER` does.",
         **{field: config.get(field, 0 if field == "meta_steps" else "unknown") for field in known},
     )

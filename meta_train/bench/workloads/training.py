@@ -37,7 +37,7 @@ class Curves(NamedTuple):
         steps: ``[looks]``, after how many steps the validation loss was looked at.
         valid: ``[looks]``, validation losses, the mean over the same batches for all; likewise ``inf``.
         seconds: of the steps alone, as the machine was then.
-        compile_seconds: from nothing to the first step.
+        compile_seconds: from nothing to the first step; less where JAX's cache held what another process had compiled.
         state_bytes: of the optimizer's state.
         num_params: of the network.
     """

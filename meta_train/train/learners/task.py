@@ -66,7 +66,8 @@ def task_learner(
         max_loss: cap of the loss, in units of the initial loss.
         measure: ``f``; the logarithm weighs what is gained late, where losses are small, like what is gained early.
         told_length: share of the episodes in which the rule is told their length; in the others it is told 0, which
-            the rule ``scheduler`` takes for an unknown length.
+            ``scheduler``, ``control``, ``light`` and ``outer`` take for an unknown length. A rule that needs the
+            length is told it always.
         judged_on: the split that the meta-loss is of, ``"train"`` or ``"valid"``; the latter costs one evaluation of
             the loss a step.
         judged_from: the share of an episode before which meta-losses are 0; later ones are divided by the share that is
@@ -98,7 +99,7 @@ def task_learner(
             cfg=cfg,
             taken=jnp.zeros((), jnp.int32),
             num_steps=num_steps,
-            told=told(key, num_steps, told_length),
+            told=told(key, num_steps, 1.0 if "num_steps" in rule.needs else told_length),
             learning_rate=log_uniform(k_rate, *learning_rates),
             initial_loss=unit_of(loss),
         )
