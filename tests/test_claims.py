@@ -117,23 +117,50 @@ def committed_clock():
         return {(row["workload"], row["optimizer"]): row for row in csv.DictReader(file)}
 
 
-def test_readmes_workloads_are_the_committed_ones():
-    results = json.loads((ROOT / "reports/workloads/test/results.json").read_text())
-    rows = table_after((ROOT / "README.md").read_text(), "| | validation loss, times NAdamW's |")
-    shown, clock = {label.strip("*`"): cells for label, *cells in rows}, committed_clock()
-    assert list(shown) == [row["optimizer"] for row in results["summary"]]
-    for row in results["summary"]:
-        figures = [f for f in results["figures"] if f["optimizer"] == row["optimizer"]]
-        reached = [f["steps_to_target"] for f in figures]
-        ratio = interval([row["ratio"], row["ratio_low"], row["ratio_high"]]) if row["ratio"] != 1 else "1.00"
-        steps = ", ".join(f"{step:.0f}" if step else "–" for step in reached)
-        times = [clock[key] for f in figures if (key := (f["workload"], f["optimizer"])) in clock]
-        time, whole = (
-            ", ".join(f"{float(t[column]):.2f}" for t in times) or "not timed"
-            for column in ("seconds_over_nadamw", "with_compiling_over_nadamw")
-        )
-        assert shown[row["optimizer"]] == [ratio, steps, time, whole, f"{row['score_steps']:.2f}"]
-        assert [float(t["steps_to_target"]) for t in times] in (reached, [])
+NETWORKS = {
+    "mail/embeddings-96-384": "word embeddings, mail",
+    "speech/unet-32-64-128": "U-Net, speech",
+    "cmudict/seq2seq-3x128": "encoder and decoder, pronunciations",
+    "qm9/message-passing-4x160": "message passing, molecules",
+    "sqlite/llama-4x128": "transformer, C source",
+}
+
+
+def test_readmes_losses_are_the_committed_ones():
+    test, tuned = (
+        json.loads((ROOT / "reports/workloads" / folder / "results.json").read_text()) for folder in ("test", "tuned")
+    )
+    head = "| validation loss | **`flagship`** | `flagship-1` | Muon | Muon, tuned | SOAP | NAdamW | NAdamW, tuned | "
+    rows = table_after((ROOT / "README.md").read_text(), head + "`flagship:untrained` |")
+    columns = [(test, "flagship"), (test, "flagship-1"), (test, "muon"), (tuned, "muon"), (test, "soap")]
+    columns += [(test, "nadamw"), (tuned, "nadamw"), (test, "flagship:untrained")]
+    *networks, means = rows
+    assert [label for label, *_ in networks] == list(NETWORKS.values())
+    for (_, *cells), workload in zip(networks, NETWORKS, strict=True):
+        for cell, (results, name) in zip(cells, columns, strict=True):
+            (row,) = [r for r in results["figures"] if (r["workload"], r["optimizer"]) == (workload, name)]
+            assert cell == f"{row['valid_loss']:.{len(cell.partition('.')[2])}f}", (workload, name)
+    for cell, (results, name) in zip(means[1:], columns, strict=True):
+        (row,) = [r for r in results["summary"] if r["optimizer"] == name]
+        ratio = "1.00" if name == "nadamw" else interval([row["ratio"], row["ratio_low"], row["ratio_high"]])
+        assert cell == (ratio if results is test else "")
+
+
+def test_readmes_times_are_the_committed_ones():
+    head = "| time to NAdamW's loss, times NAdamW's | **`flagship`** | `flagship-1` | Muon | SOAP |"
+    rows, clock = table_after((ROOT / "README.md").read_text(), head), committed_clock()
+    assert [label for label, *_ in rows] == list(NETWORKS.values())
+    for (_, *cells), workload in zip(rows, NETWORKS, strict=True):
+        for cell, name in zip(cells, ("flagship", "flagship-1", "muon", "soap"), strict=True):
+            row = clock[workload, name]
+            times = (float(row[column]) for column in ("seconds_over_nadamw", "with_compiling_over_nadamw"))
+            assert cell == "{:.2f} ({:.2f})".format(*times)
+
+
+def test_the_clocks_steps_are_those_of_the_report():
+    figures = json.loads((ROOT / "reports/workloads/test/results.json").read_text())["figures"]
+    steps = {(row["workload"], row["optimizer"]): row["steps_to_target"] for row in figures}
+    assert all(float(row["steps_to_target"]) == steps[key] for key, row in committed_clock().items())
 
 
 TABLES = [

@@ -32,7 +32,7 @@ def floor_of(p: jax.Array) -> float:
 
 def rms(p: jax.Array) -> jax.Array:
     """The root mean square of a tensor."""
-    return jnp.sqrt(jnp.mean(p * p) + _TINY)
+    return jnp.sqrt(jnp.sum(p * p) / max(p.size, 1) + _TINY)
 
 
 def schedule(count: jax.Array, total: jax.Array, warmup: float, dtype) -> jax.Array:
