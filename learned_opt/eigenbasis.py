@@ -19,7 +19,7 @@ class Sides(NamedTuple):
     r"""Both sides of a matrix; the array of a side that is not rotated is ``[2, 1, 1]``.
 
     Attributes:
-        left: ``[2, n, n]``, a running mean of :math:`G G^\top` and its approximate eigenvectors by falling eigenvalue.
+        left: ``[2, n, n]``, a running mean of :math:`G G^\top` and its approximate eigenvectors.
         right: ``[2, m, m]``, the same of :math:`G^\top G`.
     """
 
@@ -85,8 +85,8 @@ class Stack(NamedTuple):
     Attributes:
         sides: their sides, ``[k, 2, n, n]`` and ``[k, 2, m, m]``.
         turning: what is kept in the bases' coordinates, a tree of ``[k, ..., n, m]``: turned to the new ones.
-        squares: what belongs to single directions, a tree of ``[k, ..., n or 1, m or 1]``: moved to those that go on
-            with them; at a matrix's first turn their mean.
+        squares: what belongs to single directions, a tree of ``[k, ..., n or 1, m or 1]``: it stays, since a direction
+            goes on at its place; at a matrix's first turn, which has no directions before it, all become their mean.
     """
 
     sides: Sides
@@ -114,11 +114,13 @@ def correct(step: jax.Array, stacks: list[Stack], *, every: int) -> list[Stack]:
     """
     counts = [jax.tree.leaves(stack)[0].shape[0] for stack in stacks]
     some = [-(-count // every) for count in counts]
-    places = [step % every * n + jnp.arange(n) for n in some]
-    due = [place < count for place, count in zip(places, counts, strict=True)]
+    # the last ones of a stack are taken where fewer are left: those before whose turn it is are not due
+    turns_at = [step % every * n for n in some]
+    places = [jnp.minimum(at, count - n) for at, count, n in zip(turns_at, counts, some, strict=True)]
+    due = [place + jnp.arange(n) >= at for place, at, n in zip(places, turns_at, some, strict=True)]
     old = [
-        jax.tree.map(lambda x, place=place: x.at[place].get(mode="clip"), stack)
-        for stack, place in zip(stacks, places, strict=True)
+        jax.tree.map(lambda x, place=place, n=n: jax.lax.dynamic_slice_in_dim(x, place, n), stack)
+        for stack, place, n in zip(stacks, places, some, strict=True)
     ]
     # sides of one size together, whatever stack they are of
     by_size: dict[Any, list[tuple[int, int]]] = {}
@@ -126,37 +128,32 @@ def correct(step: jax.Array, stacks: list[Stack], *, every: int) -> list[Stack]:
         for j, side in enumerate(stack.sides):
             if turns(side):
                 by_size.setdefault((side.shape[2:], side.dtype), []).append((i, j))
-    found: dict[tuple[int, int], tuple[jax.Array, jax.Array]] = {}
+    found: dict[tuple[int, int], jax.Array] = {}
     for members in by_size.values():
         sides = jax.lax.stop_gradient(jnp.concatenate([old[i].sides[j] for i, j in members]))
         now = jnp.concatenate([due[i] for i, _ in members])
-        bases, orders = _divided(_correct, jnp.broadcast_to(step < every, now.shape), now, sides[:, 0], sides[:, 1])
-        cuts = np.cumsum([some[i] for i, _ in members])[:-1]
-        found |= dict(zip(members, zip(jnp.split(bases, cuts), jnp.split(orders, cuts), strict=True), strict=True))
+        bases = _divided(_correct, jnp.broadcast_to(step < every, now.shape), now, sides[:, 0], sides[:, 1])
+        found |= dict(zip(members, jnp.split(bases, np.cumsum([some[i] for i, _ in members])[:-1]), strict=True))
     new = []
     for i, (stack, part) in enumerate(zip(stacks, old, strict=True)):
         if not any(turns(side) for side in stack.sides):
             new.append(stack)
             continue
         moved = _moved(part, [found.get((i, j)) for j in range(2)], step < every, jnp.any(due[i]))
-        put = functools.partial(lambda place, x, y: x.at[place].set(y, mode="drop"), places[i])
+        put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=places[i], axis=0)
         new.append(jax.tree.map(put, stack, moved))
     return new
 
 
 def _moved(part: Stack, found: list, first: jax.Array, due: jax.Array) -> Stack:
-    """Matrices in their new bases: ``found`` holds the bases and orders of both sides, ``None`` where none turns."""
+    """Matrices in their new bases: ``found`` holds those of both sides, ``None`` where none turns."""
     sides = Sides(
-        *(
-            side if new is None else jnp.stack([side[:, 0], new[0]], 1)
-            for side, new in zip(part.sides, found, strict=True)
-        )
+        *(side if new is None else jnp.stack([side[:, 0], new], 1) for side, new in zip(part.sides, found, strict=True))
     )
-    orders = [new and new[1] for new in found]
 
     def move(turning, squares):
         turned = jax.tree.map(lambda x: jax.vmap(_turn)(x, part.sides, sides), turning)
-        return turned, jax.tree.map(lambda x: jnp.where(first, _mean(x), _permute(x, *orders)), squares)
+        return turned, jax.tree.map(lambda x: jnp.where(first, _mean(x), x), squares)
 
     # lanes of other ages compute it at every step, which costs what rotating anew would
     return Stack(sides, *jax.lax.cond(due, move, lambda *same: same, part.turning, part.squares))
@@ -166,15 +163,6 @@ def _turn(x: jax.Array, old: Sides, new: Sides) -> jax.Array:
     """What :func:`rotate` by the old bases gave, by the new ones."""
     x = (new.left[1].T @ old.left[1]) @ x if turns(old.left) else x
     return x @ (old.right[1].T @ new.right[1]) if turns(old.right) else x
-
-
-def _permute(x: jax.Array, left: jax.Array | None, right: jax.Array | None) -> jax.Array:
-    for axis, order in ((-2, left), (-1, right)):
-        if order is not None and x.shape[axis] > 1:
-            shape = [1] * x.ndim
-            shape[0], shape[axis] = order.shape
-            x = jnp.take_along_axis(x, order.reshape(shape), axis=axis)
-    return x
 
 
 def _mean(x: jax.Array) -> jax.Array:
@@ -222,36 +210,34 @@ def _one_by_one(decompose: Callable, matrices: jax.Array) -> Any:
 
 @jax.custom_batching.custom_vmap
 def _correct(first, due, statistic, basis):
-    """The bases and the orders of a stack of sides, ``[k, n, n]`` and ``[k, n]``.
+    """The bases of a stack of sides, ``[k, n, n]``.
 
     All lanes of all ``vmap`` come here as one stack, so that a decomposition is computed only when one of them is due:
     `cond` under `vmap` would compute it at every step.
     """
-    # made of its arguments, so that inside shard_map it varies over the devices that they vary over
-    same = jnp.arange(basis.shape[-1], dtype=jnp.int32)[None] + jnp.zeros_like((statistic + basis)[..., 0], jnp.int32)
 
     def iterate():
         turned = statistic @ basis
         # The power method pulls the first columns towards the largest eigenvalues: they must be there already, or
         # directions of little curvature would inherit the steps of those of much.
-        order = jnp.argsort(-jnp.sum(basis * turned, axis=-2), axis=-1).astype(jnp.int32)
+        order = jnp.argsort(-jnp.sum(basis * turned, axis=-2), axis=-1)
         found, r = _one_by_one(jnp.linalg.qr, jnp.take_along_axis(turned, order[:, None], axis=-1))
         found = found * _sign(jnp.diagonal(r, axis1=-2, axis2=-1))[:, None]  # the same way round as before
-        return jnp.where(due[:, None, None], found, basis), jnp.where(due[:, None], order, same)
+        found = jnp.take_along_axis(found, jnp.argsort(order)[:, None], axis=-1)  # and at the same place
+        return jnp.where(due[:, None, None], found, basis)
 
-    def decompose(corrected, order):
+    def decompose(corrected):
         found = _one_by_one(jnp.linalg.eigh, statistic)[1][..., ::-1]
         largest = jnp.argmax(jnp.abs(found), axis=-2, keepdims=True)
         found = found * _sign(jnp.take_along_axis(found, largest, axis=-2))  # LAPACK's sign hangs on rounding
-        now = due & first
-        return jnp.where(now[:, None, None], found, corrected), jnp.where(now[:, None], same, order)
+        return jnp.where((due & first)[:, None, None], found, corrected)
 
     def keep():
-        return basis + jnp.zeros_like(statistic), same
+        return basis + jnp.zeros_like(statistic)  # inside shard_map it varies over the devices that both vary over
 
     def change():
         found = jax.lax.cond(jnp.any(due & ~first), iterate, keep)
-        return jax.lax.cond(jnp.any(due & first), decompose, lambda *found: found, *found)
+        return jax.lax.cond(jnp.any(due & first), decompose, lambda found: found, found)
 
     # one condition at most steps: an accelerator waits for the host at each
     return jax.lax.cond(jnp.any(due), change, keep)
@@ -264,7 +250,7 @@ def _correct_lanes(size, batched, *arguments):
         for x, has_lanes in zip(arguments, batched, strict=True)
     ]
     found = _correct(*(x.reshape(-1, *x.shape[2:]) for x in lanes))
-    return tuple(x.reshape(size, -1, *x.shape[1:]) for x in found), (True, True)
+    return found.reshape(size, -1, *found.shape[1:]), True
 
 
 def _sign(x: jax.Array) -> jax.Array:

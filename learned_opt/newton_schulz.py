@@ -1,7 +1,5 @@
 """Newton-Schulz steps towards the nearest orthogonal matrix."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
@@ -56,17 +54,22 @@ def products_dtype(dtype: jnp.dtype) -> jnp.dtype:
 
 
 def _by_steps(x: jax.Array) -> jax.Array:
-    for c1, c3, c5 in COEFFICIENTS:
+    def step(x, coefficients):
+        c1, c3, c5 = coefficients
         a = x @ jnp.swapaxes(x, -1, -2)
-        x = c1 * x + (c3 * a + c5 * (a @ a)) @ x
-    return x
+        return c1 * x + (c3 * a + c5 * (a @ a)) @ x, None
+
+    return jax.lax.scan(step, x, jnp.asarray(COEFFICIENTS, x.dtype))[0]
 
 
 def _by_gram(x: jax.Array) -> jax.Array:
     a = x @ jnp.swapaxes(x, -1, -2)
     one = jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), a.shape)
-    factors = []
-    for c1, c3, c5 in COEFFICIENTS:
-        factors.append(c1 * one + c3 * a + c5 * (a @ a))
-        a = factors[-1] @ a @ factors[-1]
-    return functools.reduce(jnp.matmul, reversed(factors)) @ x
+
+    def step(carry, coefficients):
+        a, product = carry
+        c1, c3, c5 = coefficients
+        factor = c1 * one + c3 * a + c5 * (a @ a)
+        return (factor @ a @ factor, factor @ product), None
+
+    return jax.lax.scan(step, (a, one + 0 * a), jnp.asarray(COEFFICIENTS, x.dtype))[0][1] @ x
