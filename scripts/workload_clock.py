@@ -1,7 +1,8 @@
-"""Validation losses of `workloads_test` against seconds: the curves of test/, at the step times of clock.csv.
+"""What `workloads_test` says by the clock, at the step times of clock.csv.
 
-Each curve begins when its optimizer has compiled. Reads reports/workloads/test/results.json and clock.csv; writes
-clock.png beside them.
+Writes clock.png, the validation losses of test/ against seconds, each curve beginning when its optimizer has compiled;
+and clock_tuned.csv, the time that `flagship` takes to the losses at which NAdamW and Muon end that were tuned on each
+network, over theirs, compiling left out.
 
     python benchmarks/clock.py && python scripts/workload_clock.py
 """
@@ -28,10 +29,36 @@ TITLES = {
 
 
 def main() -> None:
-    """Draws the picture."""
+    """Writes both."""
     with (REPORT / "clock.csv").open() as file:
         clock = {(row["workload"], row["optimizer"]): row for row in csv.DictReader(file)}
-    figures = json.loads((REPORT / "test" / "results.json").read_text())["figures"]
+    figures, tuned = (json.loads((REPORT / name / "results.json").read_text())["figures"] for name in ("test", "tuned"))
+    draw(clock, figures)
+    with (REPORT / "clock_tuned.csv").open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["workload", "tuned", "its_steps", "steps", "time_over_its"])
+        writer.writerows(against(clock, tuned))
+
+
+def against(clock: dict, figures: list[dict]) -> list[list]:
+    """Rows of clock_tuned.csv; no steps where the loss is not reached."""
+    found = {(row["workload"], row["optimizer"]): row for row in figures}
+    rows = []
+    for peer in ("nadamw", "muon"):
+        for workload in dict.fromkeys(row["workload"] for row in figures):
+            target, pair = found[workload, peer]["valid_curves"][0][-1], []
+            for name in (peer, "flagship"):
+                row = found[workload, name]
+                reached = [at for at, loss in zip(row["looks"], row["valid_curves"][0], strict=True) if loss <= target]
+                pair.append((min(reached, default=None), float(clock[workload, name]["milliseconds"])))
+            (theirs, their_time), (own, own_time) = pair
+            ratio = "" if own is None else f"{own * own_time / (theirs * their_time):.3f}"
+            rows.append([workload, peer, theirs, own or "", ratio])
+    return rows
+
+
+def draw(clock: dict, figures: list[dict]) -> None:
+    """The picture: a panel a network."""
     plt.rcParams |= {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}
     figure, panels = plt.subplots(1, len(TITLES), figsize=(13, 2.9), layout="constrained")
     for panel, (dataset, title) in zip(panels, TITLES.items(), strict=True):
