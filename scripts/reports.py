@@ -189,13 +189,14 @@ REPORTS = {
                     ("test", "flagship flagship-1 --suite workloads_test --baselines muon,soap"),
                 )
             ),
-            "learned-opt bench flagship --suite workloads_test --ruleset tuned --baselines nadamw"
+            "learned-opt bench flagship --suite workloads_test --ruleset tuned --baselines nadamw,muon"
             " --runs reports/workloads/runs --out reports/workloads/tuned",
             "python scripts/workload_sizes.py",
             "python scripts/workload_seeds.py",
             "python scripts/workload_trials.py",
             "python benchmarks/step_times.py",
             "python benchmarks/clock.py",
+            "python scripts/workload_clock.py",
         ),
     ),
 }

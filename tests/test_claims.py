@@ -165,7 +165,7 @@ def test_the_clocks_steps_are_those_of_the_report():
 
 TABLES = [
     ("test", "**To judge by**", "| | word embeddings, mail |", ["mail", "speech", "cmudict", "qm9", "sqlite"], 6),
-    ("tuned", "**Under `tuned`**", "| | word embeddings, mail |", ["mail", "speech", "cmudict", "qm9", "sqlite"], 3),
+    ("tuned", "**Under `tuned`**", "| | word embeddings, mail |", ["mail", "speech", "cmudict", "qm9", "sqlite"], 4),
     ("small", "**To choose by**", "| | character transformer, Moby Dick |", ["moby_dick", "kjv", "cifar10"], 6),
 ]
 
