@@ -149,7 +149,7 @@ REPORTS = {
                 for study in ("ridge", "search", "peers", "drawn", "cifar", "meta", "schedules", "cost")
             ),
             "python benchmarks/self_tuning_cifar.py --name cifar_2400 --steps 2400",
-            "python benchmarks/self_tuning_language.py --models lstm",
+            "python benchmarks/self_tuning_language.py",
             "learned-opt tune cifar-cnn --out runs/cifar-cnn",
             "cp runs/cifar-cnn/result.json reports/self_tuning/cifar_cnn.json",
             "cp runs/cifar-cnn/curves.png reports/self_tuning/cifar_cnn.png",
