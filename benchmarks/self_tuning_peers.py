@@ -247,7 +247,7 @@ def plot(name, runs, curves):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", type=int, default=1, help=f"times {SECONDS:g} s of processor time a run")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     args = parser.parse_args()
     lab = Lab(fashion_cnn(width=4, batch_size=32)._replace(specs=SPACE), rows=None)
