@@ -97,10 +97,11 @@ TINY_ENTRY = suites.Entry("wine/tiny", "logistic_regression", "wine", wine)
 TINY = (Workload(wine, 2, None, name="wine/tiny"),)
 
 
-def committed(name):
+def committed(*names):
     def copy(folder):
-        (folder / name).parent.mkdir(parents=True)
-        shutil.copy(ROOT / name, folder / name)
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
 
     return copy
 
@@ -500,6 +501,13 @@ CASES = {
         "", {"suite": lambda suite: lambda name: [TINY[0]]}, reports("workloads", "trials.csv"), before=a_trial
     ),
     "scripts/workload_sizes.py": Case("", {}, reports("workloads", "sizes.csv")),
+    "scripts/workload_clock.py": Case(
+        "",
+        {},
+        reports("workloads", "clock_tuned.csv", "clock.png"),
+        reports("workloads", "clock_tuned.csv"),
+        committed(*reports("workloads", "clock.csv", "test/results.json", "tuned/results.json")),
+    ),
     "scripts/checkpoints.py": Case(
         "reports/light run",
         {"STEPS": lambda _: 2, "SEEDS": lambda seeds: seeds[:1], "suites.VALIDATION": {"validation": (TINY_ENTRY,)}},
