@@ -32,11 +32,10 @@ def choose_workloads(suite: str | None, own: Sequence[Workload] = ()) -> list[Wo
     """The workloads of a suite and the user's own.
 
     Raises:
-        ConfigError: no such suite, a data set of it is not here, or two workloads of one name.
+        ConfigError: no such suite, or two workloads of one name.
     """
     try:
         chosen = list(workloads.suite(suite)) if suite else []
-        data.require(workload.dataset for workload in chosen)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     return user_code.distinct([*chosen, *own], "workload")
@@ -100,7 +99,9 @@ def run(
     Raises:
         ConfigError: nothing is finished, and nothing was to be run; or the reference diverged on all workloads.
         ClaimError: another process holds ``out``.
+        DataError: a data set is not here.
     """
+    data.require(workload.dataset for workload in chosen)  # before hours of those that are here
     with claim.claim(out):
         return _run(label, chosen, optimizers, plan, out, console, command)
 
