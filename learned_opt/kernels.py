@@ -22,6 +22,7 @@ _WIDE = 800  # multiply-adds of a network from which on matrix products beat sum
 _BLOCK = 8192  # elements of a large tensor whose hidden units are in memory at once
 _FEW = 8  # units of which sums are better than products on an accelerator
 _LANES = 8  # of a vector register
+_SHORT = 512  # terms of a sum that may be added one by one: beyond them a float32 loses digits
 _WIDEST = 16  # of any
 _HIGHEST = jax.lax.Precision.HIGHEST
 _PALLAS = os.environ.get("LEARNED_OPT_PALLAS") == "1"  # read before anything is compiled, so that nothing gets stale
@@ -258,10 +259,10 @@ def mean_of_each(xs: list[jax.Array]) -> jax.Array:
     one cost a third of meta-training's throughput (``benchmarks/meta_training.py``).
     """
     size = xs[0].size
-    if not on_cpu():
-        return fenced(jnp.stack([jnp.sum(x) for x in xs])) / size
-    xs = _shrink(xs) if xs[0].ndim >= 2 else xs
-    return jnp.concatenate(_one_pass([x.reshape(-1, 1) for x in xs])) / size  # a loop for each sum compiles for long
+    xs = _shrink(xs) if on_cpu() and xs[0].ndim >= 2 else xs
+    if on_cpu() and xs[0].size <= _SHORT:  # a loop for each sum would compile for long
+        return jnp.concatenate(_one_pass([x.reshape(-1, 1) for x in xs])) / size
+    return fenced(jnp.stack([jnp.sum(x) for x in xs])) / size
 
 
 def _shrink(xs: list[jax.Array]) -> list[jax.Array]:
