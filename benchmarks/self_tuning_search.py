@@ -331,10 +331,10 @@ def load_results(name):
 
 
 def save(name, runs, curves):
-    points = [(*key, *point) for key, curve in curves.items() for point in curve]
     rows = [
         {"method": method, "seed": seed, "processor_s": f"{s:.2f}", "steps": steps, "best_valid": f"{best:.4f}"}
-        for method, seed, s, steps, best in points
+        for (method, seed), curve in curves.items()
+        for s, steps, best in curve
     ]
     tables.write(REPORT / f"{name}.csv", rows)
     write_atomically(REPORT / f"{name}.json", ("[\n" + ",\n".join(map(json.dumps, runs)) + "\n]\n").encode())

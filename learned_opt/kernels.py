@@ -22,8 +22,8 @@ _WIDE = 800  # multiply-adds of a network from which on matrix products beat sum
 _BLOCK = 8192  # elements of a large tensor whose hidden units are in memory at once
 _FEW = 8  # units of which sums are better than products on an accelerator
 _LANES = 8  # of a vector register
-_SHORT = 512  # terms of a sum that may be added one by one: beyond them a float32 loses digits
 _WIDEST = 16  # of any
+_SHORT = 512  # terms of a sum that may be added one by one: beyond them a float32 loses digits
 _HIGHEST = jax.lax.Precision.HIGHEST
 _PALLAS = os.environ.get("LEARNED_OPT_PALLAS") == "1"  # read before anything is compiled, so that nothing gets stale
 _PALLAS_UNITS = 32  # of a layer at most: more do not fit into registers

@@ -40,3 +40,12 @@ FEATURES = Kind(
 )
 KINDS = (OPTIMIZER, FEATURES)
 KNOWN: dict[str, Kind] = {name: kind for kind in KINDS for name in kind.rules}
+
+
+def optimizes(rule: str) -> bool:
+    """Whether a rule trains networks by itself: neither does the outer step of local SGD, which takes what workers did.
+
+    >>> [optimizes(rule) for rule in ("control", "outer", "unsupervised")]
+    [True, False, False]
+    """
+    return KNOWN.get(rule, OPTIMIZER) is OPTIMIZER and rule != "outer"

@@ -359,10 +359,12 @@ def local_sgd(
         anchor = pick(state.anchor, labels, part)
         outer_old = state.outer if count == 1 else state.outer[part]
         delta = jax.tree.map(lambda d, a: d.astype(a.dtype), flight.mean, anchor)
+
+        def learned(new: Any, old: Any) -> Any:  # with nobody left there is nothing to learn from
+            return optax.tree.where(flight.total > 0, new, old) if weighted else new
+
         outward, outer_new = step_outer.update(delta, outer_old, anchor, **extra)
-        anchor_new = optax.apply_updates(anchor, outward)
-        if weighted:  # with nobody left there is nothing to learn from
-            anchor_new, outer_new = optax.tree.where(flight.total > 0, (anchor_new, outer_new), (anchor, outer_old))
+        anchor_new, outer_new = learned((optax.apply_updates(anchor, outward), outer_new), (anchor, outer_old))
         whole = merge(state.anchor, anchor_new)
         landing = jax.tree.map(lambda a, e: a.astype(e.dtype), anchor_new, ends)
         if mixing:
@@ -375,14 +377,10 @@ def local_sgd(
             worker_sq=flight.scalars[1],
             custom=statistic(whole) if statistic else (),
         )
-        if weighted:
-            statistics = optax.tree.where(flight.total > 0, statistics, state.statistics)
+        statistics = learned(statistics, state.statistics)
 
         def mean(tree):
-            found = mean_of.mean(tree, flight.total)
-            if not weighted:
-                return found
-            return optax.tree.where(flight.total > 0, found, tree)
+            return learned(mean_of.mean(tree, flight.total), tree)
 
         inner_next = policy(state.inner, mean, whole)
         period = next_period(state.round, state.step - state.since_sync, statistics)  # where the round began

@@ -10,6 +10,7 @@ import optax.contrib
 
 import learned_opt
 from learned_opt.base import LearnedOptimizer, Theta
+from learned_opt.kinds import optimizes
 from learned_opt.layouts import name_of, outputs_last
 
 from ..errors import UserError
@@ -139,7 +140,7 @@ def saved_optimizer(name_or_path: str) -> learned_opt.SavedRule:
         UserError: it is the outer step of local SGD.
     """
     saved = learned_opt.load_rule(name_or_path)
-    if saved.name == "outer":
+    if not optimizes(saved.name):
         raise UserError(f"{name_or_path} is an outer step of local SGD, which takes what workers did, and no optimizer")
     return saved
 

@@ -10,6 +10,7 @@ from rich.console import Console
 
 import learned_opt
 from learned_opt import store
+from learned_opt.kinds import optimizes
 from tasks import Workload
 from tasks.suites import Entry
 from tasks.workloads import SUITES
@@ -95,5 +96,5 @@ def _on_workloads(arguments: argparse.Namespace, own: Sequence[Workload], tasks:
 
 
 def _optimizers() -> list[str]:
-    """The pretrained rules that optimize by themselves: an outer step of local SGD takes what workers did."""
-    return [name for name in learned_opt.available() if store.read_record(name)["rule"] != "outer"]
+    """The pretrained rules that optimize by themselves."""
+    return [name for name in learned_opt.available() if optimizes(store.read_record(name)["rule"])]

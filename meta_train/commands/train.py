@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from learned_opt.kinds import KNOWN, OPTIMIZER
+from learned_opt.kinds import optimizes
 
 from .. import xla_flags
 from ..bench import benchmark
@@ -28,7 +28,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Runs the command; returns the exit code."""
     config = _config(arguments)
     if config.bench_suite:  # a mistake there must not wait for the end of the run
-        if config.rule == "outer" or KNOWN.get(config.rule, OPTIMIZER) is not OPTIMIZER:
+        if not optimizes(config.rule):
             raise UsageError(f"{config.rule!r} is no optimizer, so there is nothing to benchmark: --set bench_suite=")
         benchmark.choose_tasks(config.bench_suite)
     workdir = arguments.workdir or Path("runs") / f"{arguments.preset}-{time.strftime('%Y%m%d-%H%M%S')}"

@@ -25,7 +25,7 @@ __all__ = ["SUITES", "VALID_BATCHES", "Workload", "suite", "valid_keys"]
 def _on(dataset: str, label: str, factory: Callable[..., TaskFamily], steps: int, **options: Any) -> Workload:
     name = f"{dataset}/{label}"
     make = functools.partial(factory, dataset, **options)
-    return Workload(make, steps, None, name=name, network=factory.__name__, dataset=dataset)
+    return Workload(make, steps, name=name, network=factory.__name__, dataset=dataset)
 
 
 _SMALL = (

@@ -109,10 +109,14 @@ def run_suite(
             workload: Workload = workload,
             programs: dict = programs,
         ) -> Result | None:
-            show(f"{workload.name}: {optimizer.name}: tracing")
+            def told(text: str) -> None:
+                go_on()
+                show(text)
+
+            told(f"{workload.name}: {optimizer.name}: tracing")
             made = programs[optimizer.name] = program(workload, optimizer, device)
             try:
-                return _result(workload, optimizer, made, plan, show, go_on)
+                return _result(workload, optimizer, made, plan, told)
             except NotFinishedError:
                 return None
 
@@ -201,12 +205,9 @@ def step_times(
     return times
 
 
-def _result(
-    workload: Workload, optimizer: Optimizer, made: Program, plan: Plan, show: Show, go_on: Callable[[], None]
-) -> Result:
+def _result(workload: Workload, optimizer: Optimizer, made: Program, plan: Plan, show: Show) -> Result:
     def trained(settings: Mapping[str, float], seed: int, label: str) -> Curves:
         def look(done: int, loss: float) -> None:
-            go_on()
             show(f"{workload.name}: {optimizer.name}: {label}: step {done} of {workload.steps}, validation {loss:.4g}")
 
         return run(made, workload, settings, seed, plan.folder, look, plan.only_finished)
