@@ -16,16 +16,18 @@ from self_tuning_peers import at_steps, draw
 from self_tuning_search import CHUNK, Lab, Watch, interval, load_optuna, load_results, missing
 
 from learned_opt import self_tuning as st
-from learned_opt.self_tuning.objectives import Hyper
+from learned_opt.self_tuning.objectives import Hyper, leading_size
 from meta_train.train.problems import make_tuner
 
 CYCLE = 5  # training steps of a cycle of the tuner
 HYPER_RATES = 0.1, 0.1  # Adam's for l and for sigma, as self_tuning_drawn.py chose them
+JUDGED = 1000  # validation examples, at most, that a population is judged by after a round
 TRIALS = 4  # of a search, in as many training steps as a run has
+MEMBERS, ROUNDS = 4, 12  # of population-based training, in which each takes half of the steps of a run
 OWN = "Delta-STN"
 METHODS = (
-    *("untuned defaults", "untuned defaults, twice as long", "untuned draw", OWN, "search"),
-    *("search's best, trained anew", "replay"),
+    *("untuned defaults", "untuned defaults, twice as long", "untuned draw", OWN, "Delta-STN, from the defaults"),
+    *("PBT", "ASHA", "search", "search's best, trained anew", "replay"),
 )
 
 
@@ -85,15 +87,18 @@ class Runs(Lab):
 
         return jax.lax.scan(step, carry, (path, begin + jnp.arange(self.look)))[0]
 
-    def plain(self, watch, path, k_init, k_run, total):
-        """Train at l, or at a path of them [total, H]; return the least validation loss."""
+    def plain(self, watch, path, k_init, k_run, total, hopeless=lambda loss, look: False):
+        """Train at l, or at a path of them [total, H], until the steps are done; return the least validation loss."""
         path = np.broadcast_to(np.asarray(path, np.float32), (total, len(st.names(self.specs))))
         params, best = self.start(k_init)[0], np.inf
         carry = params, self.moments.init(params)
         for begin in range(0, total, self.look):
             own = path[begin : begin + self.look]
             carry = self.plain_part(carry, own, k_run, begin, total)
-            best = min(best, watch.look(carry[0], own[-1], self.look))
+            loss = watch.look(carry[0], own[-1], self.look)
+            best = min(best, loss)
+            if hopeless(loss, begin // self.look + 1):
+                break
         return best
 
     def compile(self):
@@ -138,8 +143,11 @@ class Comparison:
             "untuned defaults": lambda seed: self.constant(seed, lab.level),
             "untuned defaults, twice as long": lambda seed: self.constant(seed, lab.level, 2 * steps),
             "untuned draw": lambda seed: self.constant(seed, draw(lab, seed)),
-            OWN: lambda seed: (self.tuned(seed)[0], 1),
-            "search": self.search,
+            OWN: lambda seed: (self.tuned(seed, drawn)[0], 1),
+            "Delta-STN, from the defaults": lambda seed: (self.tuned(seed, False)[0], 1),
+            "PBT": self.population,
+            "ASHA": functools.partial(self.search, trial=steps // 2, sampler="random", pruned=True),
+            "search": functools.partial(self.search, trial=steps // TRIALS, sampler="tpe", pruned=False),
             "search's best, trained anew": self.best_anew,
             "replay": self.replay,
         }
@@ -159,32 +167,73 @@ class Comparison:
         return watch, 1
 
     @functools.cache  # noqa: B019
-    def tuned(self, seed):
-        start = draw(self.lab, seed) if self.drawn else self.lab.level
+    def tuned(self, seed, drawn):
+        start = draw(self.lab, seed) if drawn else self.lab.level
         return self.lab.tuned(start, *self.keys(seed), self.steps, *self.rates)
 
-    def search(self, seed):
-        """TPE, trials of a TRIALS-th of a run, in the processor time that Delta-STN took."""
+    @functools.cached_property
+    def members(self):
+        lab = self.lab
+
+        def judged(data, key):
+            count = leading_size(data["valid"])
+            rows = jax.random.choice(key, count, (min(JUDGED, count),), replace=False)
+            return jax.tree.map(lambda x: x[rows], data["valid"])
+
+        return st.population(
+            lab.specs, lab.problem.train_loss, lab.problem.valid_loss,
+            lambda data, key: lab.problem.batch(data["train"], key), judged,
+            weights=optax.chain(lab.moments, optax.scale_by_schedule(lambda i: -lab.rate_at(i, self.steps // 2))),
+            members=MEMBERS, train_steps=self.steps // (2 * ROUNDS),
+        )  # fmt: skip
+
+    def population(self, seed):
+        """MEMBERS that train for half of a run each: about the processor time of Delta-STN, whose steps are dearer."""
+        lab, (k_init, k_run) = self.lab, self.keys(seed)
+        state = self.members.init(k_init, lambda key: lab.problem.init(key)[0])
+        jax.block_until_ready(self.members.run(state, k_run, lab.data, 1))  # compiled
+        watch = Watch(lab, np.inf)
+        for _ in range(ROUNDS):
+            state, _ = self.members.run(state, k_run, lab.data, 1)
+            watch.look(*self.members.best(state), MEMBERS * self.steps // (2 * ROUNDS))
+        return watch, MEMBERS
+
+    def search(self, seed, trial, sampler, pruned):
+        """Trials of so many steps, as many as go into the processor time that Delta-STN took; the first is its start.
+
+        The others are TPE's, the first three of them drawn, or all are drawn. With ``pruned`` they are compared at
+        every look, and two thirds end at the first, the third and the ninth (asynchronous successive halving).
+        """
         optuna = load_optuna()
-        study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=4))
+        samplers = {
+            "tpe": lambda: optuna.samplers.TPESampler(seed=seed, n_startup_trials=4),
+            "random": lambda: optuna.samplers.RandomSampler(seed=seed),
+        }
+        pruner = optuna.pruners.SuccessiveHalvingPruner(1, 3) if pruned else optuna.pruners.NopPruner()
+        study = optuna.create_study(sampler=samplers[sampler](), pruner=pruner)
         first = jax.nn.sigmoid(draw(self.lab, seed) if self.drawn else self.lab.level)
         study.enqueue_trial(dict(zip(st.names(self.lab.specs), map(float, first), strict=True)))
         watch, keys = Watch(self.lab, self.kept(OWN, seed)["processor_s"]), self.keys(seed)
-        for trial in itertools.count():
+        for number in itertools.count():
             if not watch.left():
-                return watch, trial
+                return watch, number
             asked = study.ask()
             # uniform between the bounds, or their logarithms: what self_tuning.draw draws
             share = np.asarray([asked.suggest_float(name, 0.0067, 0.9933) for name in st.names(self.lab.specs)])
-            level, own = np.log(share) - np.log1p(-share), jax.random.fold_in(keys[1], trial)
-            study.tell(asked, self.lab.plain(watch, level, keys[0], own, self.steps // TRIALS))
+            level, own = np.log(share) - np.log1p(-share), jax.random.fold_in(keys[1], number)
+
+            def hopeless(loss, look, asked=asked):
+                asked.report(loss, look)
+                return pruned and asked.should_prune()
+
+            study.tell(asked, self.lab.plain(watch, level, keys[0], own, trial, hopeless))
 
     def best_anew(self, seed):
         return self.constant(seed, self.lab.level_of(self.kept("search", seed)["chosen"]))
 
     def replay(self, seed):
         """The schedule of the seed's run on a network of other initial weights, batches and masks."""
-        path, _ = jax.vmap(functools.partial(st.interpolate, self.tuned(seed)[1]))(np.arange(self.steps))
+        path, _ = jax.vmap(functools.partial(st.interpolate, self.tuned(seed, self.drawn)[1]))(np.arange(self.steps))
         return self.constant(100 + seed, path)
 
     def run(self, method, seed):
@@ -193,7 +242,7 @@ class Comparison:
         columns = {"method": method, "seed": seed, "steps": self.steps, "trials": trials}
         columns |= {f"end_{name}": round(float(x), 4) for name, x in end.items()}
         if method == OWN:
-            columns |= self.tuned(seed)[2]
+            columns |= self.tuned(seed, self.drawn)[2]
         return self.lab.result(watch, **columns), watch.curve
 
     def missing(self, seeds, methods):

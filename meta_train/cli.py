@@ -175,7 +175,10 @@ def _parser() -> argparse.ArgumentParser:
 
     tune = command("tune", "tune a network's hyperparameters while it trains, by a self-tuning network")
     tune.add_argument(
-        "problem", nargs="?", metavar="PRESET", help="char-lstm, cifar-cnn (after `data fetch cifar10`), fashion-cnn"
+        "problem",
+        nargs="?",
+        metavar="PRESET",
+        help="fashion-cnn, char-lstm; after `data fetch`, cifar-cnn (cifar10), fashion-resnet (fashion_mnist)",
     )
     tune.add_argument("--network", metavar="FILE.py:FUNCTION", help="one of your own, instead of a preset")
     tune.add_argument("--dataset", metavar="NAME", help="another data set of the same kind, such as fashion_mnist")

@@ -140,13 +140,13 @@ REPORTS = {
         ),
     ),
     "self_tuning": Report(
-        "self-tuning networks: against a closed form, searches and population-based training, from drawn starts, on "
-        "text and photographs, as schedules, in meta-training, costs",
+        "self-tuning networks: against a closed form, searches and population-based training, from drawn starts, on a "
+        "residual network, text and photographs, as schedules, in meta-training, costs",
         (
             *(f"learned-opt data fetch {name}" for name in ("fashion_mnist", "cifar10", "sotu")),
             *(
                 f"python benchmarks/self_tuning_{study}.py"
-                for study in ("ridge", "search", "peers", "drawn", "cifar", "meta", "schedules", "cost")
+                for study in ("ridge", "search", "peers", "drawn", "resnet", "cifar", "meta", "schedules", "cost")
             ),
             "python benchmarks/self_tuning_cifar.py --name cifar_2400 --steps 2400",
             "python benchmarks/self_tuning_language.py",

@@ -78,6 +78,16 @@ def few_images(make):
     return made
 
 
+def few_blocks(make):
+    """The self-tuning residual network with the fewest channels, on few embedded images."""
+
+    def made():
+        problem = make("fashion_mnist_small", channels=(1,), batch_size=4)
+        return problem._replace(data=jax.tree.map(lambda x: x[:100], problem.data))
+
+    return made
+
+
 def few_characters(make):
     """The self-tuning model of characters with the narrowest layers, on an embedded text."""
 
@@ -371,6 +381,11 @@ CASES = {
         "--budget 2 --seeds 1 --methods 'untuned draw' Delta-STN 'PBT, 4'",
         {"fashion_cnn": few_images, "SECONDS": 0.5},
         reports("self_tuning", "peers_2x.json", "peers_2x.csv", "peers_2x.png"),
+    ),
+    "benchmarks/self_tuning_resnet.py": Case(
+        "--steps 24 --seeds 2 --methods 'untuned defaults, twice as long' Delta-STN PBT",
+        {"fashion_resnet": few_blocks, "LOOK": 6},
+        reports("self_tuning", "resnet.json", "resnet.csv", "resnet.png"),
     ),
     "benchmarks/self_tuning_ridge.py": Case(
         "--cycles 40",

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import haiku as hk
@@ -17,6 +17,7 @@ from tasks.base import Data
 from tasks.data import VOCABULARY, load
 from tasks.data.sources import DataError
 from tasks.families.batches import draw, take
+from tasks.families.networks import residual
 from tasks.families.vision import patches3x3, shrink
 
 _EVALUATED = 256  # examples of a batch of the whole-set evaluation
@@ -198,6 +199,30 @@ def _pooled(x: jax.Array, channels: int, name: str) -> jax.Array:
     return jax.nn.relu(x.reshape(batch, height // 2, 2, width // 2, 2, channels).max((2, 4)))
 
 
+_GREY = {
+    "input_noise": st.interval(0.05, 0.0, 0.5),
+    "brightness": st.interval(0.05, 0.0, 0.8),
+    "contrast": st.interval(0.05, 0.0, 0.8),
+    "translation": st.interval(0.3, 0.0, 5.0),
+    "cutout_length": st.interval(1.0, 0.0, 14.0),
+    "label_smoothing": st.interval(0.02, 0.0, 0.5),
+    "weight_decay": st.log(1e-4, 1e-7, 1e-1),
+}  # of a classifier of grey images
+
+
+def _augmented_grey(key: jax.Array, x: jax.Array, hparams: dict[str, jax.Array]) -> jax.Array:
+    k = jax.random.split(key, 5)
+    x = st.augmentations.brightness(k[0], x, hparams["brightness"])
+    x = st.augmentations.contrast(k[1], x, hparams["contrast"])
+    x = st.augmentations.translation(k[2], x, hparams["translation"])
+    x = st.augmentations.cutout(k[3], x, hparams["cutout_length"])
+    return st.regularisers.input_noise(k[4], x, hparams["input_noise"])
+
+
+def _decay(params: Any, hparams: dict[str, jax.Array]) -> jax.Array:
+    return hparams["weight_decay"] * st.squared_norm(params)
+
+
 def fashion_cnn(dataset: str = "fashion_mnist_small", *, width: int = 8, batch_size: int = 64) -> Problem:
     """A small convolutional net on Fashion-MNIST with ten hyperparameters.
 
@@ -219,13 +244,7 @@ def fashion_cnn(dataset: str = "fashion_mnist_small", *, width: int = 8, batch_s
         "dropout_conv1": st.logit(0.05),
         "dropout_conv2": st.logit(0.05),
         "dropout_dense": st.logit(0.1),
-        "input_noise": st.interval(0.05, 0.0, 0.5),
-        "brightness": st.interval(0.05, 0.0, 0.8),
-        "contrast": st.interval(0.05, 0.0, 0.8),
-        "translation": st.interval(0.3, 0.0, 5.0),
-        "cutout_length": st.interval(1.0, 0.0, 14.0),
-        "label_smoothing": st.interval(0.02, 0.0, 0.5),
-        "weight_decay": st.log(1e-4, 1e-7, 1e-1),
+        **_GREY,
     }
 
     def network(x, hparams, classes):
@@ -234,18 +253,44 @@ def fashion_cnn(dataset: str = "fashion_mnist_small", *, width: int = 8, batch_s
         x = jax.nn.relu(hk.Linear(4 * width, name="dense")(x.reshape(len(x), -1)))
         return hk.Linear(classes, name="logits")(_dropped(x, hparams, "dropout_dense"))
 
-    def augment(key, x, hparams):
-        k = jax.random.split(key, 5)
-        x = st.augmentations.brightness(k[0], x, hparams["brightness"])
-        x = st.augmentations.contrast(k[1], x, hparams["contrast"])
-        x = st.augmentations.translation(k[2], x, hparams["translation"])
-        x = st.augmentations.cutout(k[3], x, hparams["cutout_length"])
-        return st.regularisers.input_noise(k[4], x, hparams["input_noise"])
+    return _classifier(network, _augmented_grey, _decay, specs, _images(dataset), batch_size)
 
-    def penalty(params, hparams):
-        return hparams["weight_decay"] * st.squared_norm(params)
 
-    return _classifier(network, augment, penalty, specs, _images(dataset), batch_size)
+def fashion_resnet(
+    dataset: str = "fashion_mnist", *, channels: Sequence[int] = (16, 32, 64), blocks: int = 1, batch_size: int = 64
+) -> Problem:
+    """A residual network on Fashion-MNIST with ten hyperparameters, of three stages.
+
+    Dropout inside the blocks of each stage, input noise, brightness, contrast, translation, cutout's length, label
+    smoothing and weight decay.
+
+    Args:
+        dataset: a data set of grey images; ``fashion_mnist`` has to be fetched.
+        channels: of each stage; a stage has a rate of dropout of its own.
+        blocks: a stage.
+        batch_size: examples a batch.
+
+    Returns:
+        A :class:`Problem`; the data set's own test images are the test split.
+
+    Raises:
+        DataError: the data set is missing.
+
+    Reference: Zagoruyko & Komodakis, "Wide residual networks", 2016, whose dropout lies between a block's convolutions.
+    """
+    specs = {f"dropout_stage{stage}": st.logit(0.05) for stage in range(len(channels))} | _GREY
+
+    def network(x, hparams, classes):
+        def conv(x, size, stride, kernel, name):
+            if kernel == 1:
+                return hk.Linear(size, False, name=name)(x[:, ::stride, ::stride])
+            if name.startswith("conv") and name.endswith("_1"):  # a block's second
+                x = _dropped(x, hparams, f"dropout_stage{name.split('_')[1]}")
+            return hk.Linear(size, False, name=name)(patches3x3(x, stride))
+
+        return residual(x, classes, channels, blocks, conv)
+
+    return _classifier(network, _augmented_grey, _decay, specs, _images(dataset), batch_size)
 
 
 def cifar_cnn(dataset: str = "cifar10", *, width: int = 16, batch_size: int = 64, shrink: int = 1) -> Problem:
@@ -532,4 +577,5 @@ PROBLEMS: dict[str, Callable[..., Problem]] = {
     "char-lstm": char_lstm,
     "cifar-cnn": cifar_cnn,
     "fashion-cnn": fashion_cnn,
+    "fashion-resnet": fashion_resnet,
 }

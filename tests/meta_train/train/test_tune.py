@@ -183,7 +183,7 @@ def test_mistakes_in_a_file_are_one_line(text, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["tune", "nonsense"], "unknown problem 'nonsense'; known: char-lstm, cifar-cnn, fashion-cnn"),
+        (["tune", "nonsense"], "unknown problem 'nonsense'; known: char-lstm, cifar-cnn, fashion-cnn, fashion-resnet"),
         (["tune"], "name a preset, or one of your own"),
         (["tune", "char-lstm", "--network", "a.py:make"], "name a preset, or one of your own"),
         (["tune", "--network", "a.py:make", "--dataset", "b"], "brings its data"),
