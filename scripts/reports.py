@@ -49,10 +49,11 @@ REPORTS = {
     "control": Report(
         "what parts of `flagship` are worth: the brake on growing weights in longer runs of two small networks that it "
         "was chosen on, SOAP's rotation on twelve networks (`rotation.csv`, put together by hand from two reports "
-        "and the second command's losses), and meta-training its control layer (`checkpoints.csv`)",
+        "and the second command's losses), meta-training its control layer (`checkpoints.csv`), and steps by the "
+        "length of a run (`horizon.csv`)",
         (
-            "learned-opt data fetch moby_dick",
-            "learned-opt data fetch kjv",
+            *(f"learned-opt data fetch {name}" for name in ("moby_dick", "kjv", "cifar10")),
+            "python benchmarks/horizon.py",
             "python benchmarks/control.py --steps 1600 --networks gpt-2x64 lstm-1x128 --settings 'as it is' 'no brake'",
             "python benchmarks/control.py --settings 'as it is' 'no rotation'",
             *(f"python scripts/pretrain.py flagship --seed {seed}" for seed in range(3)),

@@ -205,6 +205,11 @@ CASES = {
         {"gpt": lambda gpt: wine, "STEPS": 2, "FORMS": only("as it is", "Polar Express, 3 steps")},
         reports("direction", "losses.csv"),
     ),
+    "benchmarks/horizon.py": Case(
+        "",
+        {"NETWORKS": lambda networks: dict.fromkeys(networks, (wine, 2)), "STEPS": {2: (0.5, 1.0), 4: (1.0,)}},
+        reports("control", "horizon.csv", "horizon.png"),
+    ),
     "benchmarks/large_update.py": Case(
         "--rounds 1 --models 'transformer 4 x 128'",
         {

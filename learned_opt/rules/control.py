@@ -1,6 +1,7 @@
 """The learned direction of ``celo2_soap``, in relative steps that a second network sets for each tensor."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,9 @@ from . import celo2_soap
 from .relative import factors_init, floor_of, rms, settings, size_of
 
 PAPER = "relative steps: Bernstein et al. 2020, arXiv:2002.03432; cautious decay: arXiv:2510.12402"
+
+_USUAL = 600.0  # updates of a run whose steps have the length that is set
+_SHORTER = 1 / 3  # the power of a run's length that its steps fall with
 
 
 def control(
@@ -28,15 +32,16 @@ def control(
     A tensor with weights :math:`x` and :math:`u` the direction of :func:`~learned_opt.rules.celo2_soap.celo2_soap`
     moves by
 
-    .. math:: \kappa_1\, \rho\, s\,
+    .. math:: \kappa_1\, \rho\, (600 / T)^{1/3}\, s\,
         \bigl(\max(\mathrm{rms}(x), n^{-1/2})\, u' - \kappa_2\, \delta\, [u' x < 0]\, x\bigr)
 
-    with :math:`\rho` the share of its size that it moves by in one update (``ratio``), :math:`n` its fan-in, the root
-    of which sets a floor to the size, and :math:`\delta` the cautious ``decay``, which only pulls where the step pulls
-    too. :math:`u'` is :math:`u` without a share of what lengthens the weights (:func:`braked`): with steps relative to
-    the weights these would grow exponentially. A vector's size counts as .05, whatever it holds; it has neither decay
-    nor brake. :math:`s` is :func:`~learned_opt.rules.relative.schedule`: it rises over the share ``warmup`` of the run
-    and then falls to 0; where ``num_steps`` is not told it rises over 20 updates and stays.
+    with :math:`\rho` the share of its size that it moves by in one update of a run of 600 (``ratio``), :math:`T` the
+    updates of this run, :math:`n` its fan-in, the root of which sets a floor to the size, and :math:`\delta` the
+    cautious ``decay``, which only pulls where the step pulls too. :math:`u'` is :math:`u` without a share of what
+    lengthens the weights (:func:`braked`): with steps relative to the weights these would grow exponentially. A
+    vector's size counts as .05, whatever it holds; it has neither decay nor brake. :math:`s` is
+    :func:`~learned_opt.rules.relative.schedule`: it rises over the share ``warmup`` of the run and then falls to 0.
+    Where ``num_steps`` is not told it rises over 20 updates and stays, and :math:`T` counts as 600.
 
     The factors :math:`\kappa = 4^{\tanh(\cdot)}` are a network's with one hidden layer, whose last layer starts at
     zero: fresh meta-parameters are the hand-set values, and no training takes a tensor further than four times from
@@ -64,7 +69,7 @@ def control(
         >>> tx = rule.build(rule.init(jax.random.key(0)), num_steps=100)
         >>> updates, state = tx.update(params, tx.init(params), params)  # of five steps of warm-up the first
         >>> print(jnp.round(updates["b"], 4))
-        [-0.0004 -0.0004]
+        [-0.0007 -0.0007]
     """
     if not (ratio > 0 and decay >= 0 and 0 <= warmup < 1 and longest > 1 and hidden_size >= 1):
         raise ValueError("control needs ratio > 0, decay >= 0, warmup in [0, 1), longest > 1 and hidden_size >= 1")
@@ -87,7 +92,7 @@ def control(
             del value
             if not groups:
                 return [], shared
-            own = settings(theta["control"], groups, count, num_steps, warmup, (ratio, decay))
+            own = settings(theta["control"], groups, count, num_steps, warmup, (ratio * for_length(num_steps), decay))
             results = each(functools.partial(step, theta["direction"]), groups, own)
             tensors = direction.settle(count, [tensor for _, tensor in results])
             return [(u, new) for (u, _), new in zip(results, tensors, strict=True)], shared
@@ -95,6 +100,20 @@ def control(
         return rule_transform("control", start=direction.start, update=update, layout=layout)
 
     return LearnedOptimizer(init, build)
+
+
+def for_length(num_steps: int | jax.Array | None) -> Any:
+    r"""What steps are multiplied by in a run of :math:`T` updates: :math:`(600 / T)^{1/3}`, or 1 where it is unknown.
+
+    Args:
+        num_steps: :math:`T`, or ``None``.
+
+    Returns:
+        A number, above 0.
+
+    Reference: Bjorck et al., "Scaling optimal LR across token horizons", 2025, arXiv:2409.19913, who find such a power.
+    """
+    return 1.0 if num_steps is None else (_USUAL / num_steps) ** _SHORTER
 
 
 def braked(u: jax.Array, p: jax.Array, longest: float) -> jax.Array:

@@ -36,4 +36,5 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         Console().print(tune.table(result))
         print(f"written:   {out}/result.json, schedule.json, curves.png, report.html")
-    return 0 if result["cycles_done"] == config.cycles else 130
+    done = result["cycles_done"] == config.cycles and (result["constants"] or not config.constants)
+    return 0 if done else 130

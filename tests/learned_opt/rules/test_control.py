@@ -113,6 +113,13 @@ def test_the_schedule():
     np.testing.assert_allclose(untold, [0.05, 0.5, 1.0, 1.0, 1.0], rtol=1e-6)
 
 
+def test_steps_of_longer_runs_are_shorter():
+    """By the third root of the length: 30 updates of warm-up to 240 are a factor of 8, the step is one of 2."""
+    usual, longer = (updates_of(RULE, THETA, GRADIENTS, steps=1, num_steps=n)[0] for n in (600, 4800))
+    np.testing.assert_allclose(usual["b"], 0.04 / 30 * 0.05 * first_direction(GRADIENTS["b"], PARAMS["b"]), rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, 16 * b, rtol=1e-5), usual, longer)
+
+
 def test_a_length_that_is_told_late_is_the_same():
     """Traced, as in meta-training, and a Python number."""
     told = updates_of(RULE, THETA, GRADIENTS, num_steps=7)

@@ -1,0 +1,72 @@
+"""Which steps are best in shorter and longer runs: the evidence for the power that steps of `control` fall with.
+
+The four networks of control.py, in runs of so many updates, with so many times the step that the rule has in a run of
+600 (STEPS). One seed. Writes reports/control/horizon.csv and horizon.png. Finished runs are kept with the benchmark's;
+the same command goes on.
+
+    learned-opt data fetch moby_dick && learned-opt data fetch kjv && learned-opt data fetch cifar10
+    python benchmarks/horizon.py
+"""
+
+import argparse
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import tables
+from control import NETWORKS
+from sizes import scaled
+
+from learned_opt.rules.control import for_length
+from meta_train.bench.workloads.training import program, run
+from meta_train.commands import shared
+from tasks.base import Workload
+
+STEPS = {
+    150: (0.5, 0.71, 1.0, 1.41, 2.0),
+    600: (0.5, 0.71, 1.0, 1.41, 2.0),
+    1600: (0.35, 0.5, 0.71, 1.0, 1.41),
+}
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Losses over the best of their length, against the step; a tick where the rule's own step lies."""
+    figure, panels = plt.subplots(1, len(NETWORKS), figsize=(11, 3), sharey=True, layout="constrained")
+    for panel, network in zip(panels, NETWORKS, strict=True):
+        for length, colour in zip(STEPS, plt.cm.viridis(np.linspace(0, 0.8, len(STEPS))), strict=True):
+            own = [row for row in rows if (row["network"], row["updates"]) == (network, length)]
+            losses = np.array([float(row["loss"]) for row in own])
+            panel.plot([row["step"] for row in own], losses / losses.min(), "o-", ms=3, color=colour, label=length)
+            panel.axvline(for_length(length), color=colour, lw=0.8, ls=":")
+        panel.set(title=network, xscale="log", yscale="log", xlabel="step, times that of 600 updates")
+        ticks = sorted(set().union(*STEPS.values()))
+        panel.set_xticks(ticks, [f"{step:g}" for step in ticks])
+        panel.minorticks_off()
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("validation loss / the best")
+    panels[0].set_yticks(ticks := (1, 1.05, 1.1, 1.2, 1.3), ticks)
+    panels[0].legend(title="updates", frameon=False, fontsize=8, title_fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("reports/control"))
+    out, rows, own = parser.parse_args().out, [], scaled()
+    for network, (make, _) in NETWORKS.items():
+        for length, steps in STEPS.items():
+            workload = Workload(make, length, None, name=network, network=network, dataset=network)
+            made = program(workload, own)
+            for step in steps:
+                final = run(made, workload, {"factor": step / for_length(length)}, 0, shared.cache("bench")).final
+                rows.append({"network": network, "updates": length, "step": step, "loss": f"{final:.4f}"})
+            print(*rows[-len(steps) :], sep="\n", flush=True)
+            tables.write(out / "horizon.csv", rows)
+    plot(rows, out / "horizon.png")
+
+
+if __name__ == "__main__":
+    main()
