@@ -1,9 +1,9 @@
 """One setting at every size: `flagship` on a character transformer of other width, depth, batch and horizon.
 
 From 2 layers of 64, batches of 16 x 64 characters of Moby Dick and 300 steps one number at a time is changed. Each
-network is trained with the steps as they are, at half and at twice the size, and by NAdamW (warm-up, cosine) at rates
-a factor two apart until the best has worse neighbours, six at most; one seed. Writes reports/sizes/losses.csv and
-sizes.png. Finished runs are kept with the benchmark's; the same command goes on.
+network is trained with the steps as they are, at half and at twice the size, and by NAdamW, Muon and SOAP (warm-up,
+cosine) at rates a factor two apart until the best has worse neighbours, six at most; one seed. Writes
+reports/sizes/losses.csv and sizes.png. Finished runs are kept with the benchmark's; the same command goes on.
 
     learned-opt data fetch moby_dick && python benchmarks/sizes.py
 """
@@ -29,12 +29,12 @@ from tasks.workloads.language import gpt
 
 USUAL = {"width": 64, "layers": 2, "batch_size": 16, "steps": 300}
 AXES = {
+    "steps": (100, 300, 1000, 3000, 10000),
     "width": (16, 32, 64, 128, 256),
     "layers": (1, 2, 4, 8),
     "batch_size": (4, 16, 64),
-    "steps": (100, 300, 1000, 3000),
 }
-RULE, PEER = "flagship", "nadamw"
+RULE, PEERS = "flagship", ("nadamw", "muon", "soap")
 FACTORS = (0.5, 1.0, 2.0)
 
 
@@ -47,26 +47,31 @@ def scaled() -> Optimizer:
     return Optimizer(RULE, make, {"factor": 1.0}, {}, RULE, "learned")
 
 
-def losses(peer: Optimizer, steps: int, **sizes: int) -> dict[str, float]:
-    """Validation losses at the end: of each factor, and NAdamW's least with its rate."""
+def losses(peers: list[Optimizer], steps: int, **sizes: int) -> dict[str, float]:
+    """Validation losses at the end: of each factor, and the peers' least, each with its rate."""
     workload = Workload(functools.partial(gpt, "moby_dick", length=64, **sizes), steps, None, name=str(sizes))
 
     def at(made: Program, settings: Settings) -> float:
         return run(made, workload, settings, 0, shared.cache("bench")).final
 
-    own, other = program(workload, scaled()), program(workload, peer)
+    own = program(workload, scaled())
     found = {f"x{factor:g}": at(own, {"factor": factor}) for factor in FACTORS}
-    tried = climb(lambda rate: at(other, {**peer.setting, "learning_rate": rate}), peer.setting["learning_rate"])
-    rate = min(tried, key=tried.__getitem__)
-    return found | {"over_best": found["x1"] / min(found.values()), PEER: tried[rate], "rate": rate}
+    found["over_best"] = found["x1"] / min(found.values())
+    for peer in peers:
+        made, usual = program(workload, peer), peer.setting
+        tried = climb(lambda rate: at(made, {**usual, "learning_rate": rate}), usual["learning_rate"])  # noqa: B023
+        rate = min(tried, key=tried.__getitem__)
+        found |= {peer.name: tried[rate], f"{peer.name}_rate": rate}
+    return found
 
 
 def plot(rows: list[dict], path: Path) -> None:
     figure, panels = plt.subplots(1, len(AXES), figsize=(11, 3.2), sharey=True, layout="constrained")
     for panel, (axis, values) in zip(panels, AXES.items(), strict=True):
         own = [next(r for r in rows if all(r[k] == v for k, v in (USUAL | {axis: value}).items())) for value in values]
-        tuned = [float(r[PEER]) for r in own]
-        panel.plot(values, tuned, "o-", color="tab:gray", ms=3, label="NAdamW, tuned at each size")
+        for peer, colour in zip(PEERS, ("tab:gray", "tab:orange", "tab:green"), strict=True):
+            tuned = [float(r[peer]) for r in own]
+            panel.plot(values, tuned, "o-", color=colour, ms=3, lw=1, label=f"{peer}, tuned at each size")
         for factor, style in zip(FACTORS, (":", "-", "--"), strict=True):
             label = RULE if factor == 1 else f"{RULE}, steps x {factor:g}"
             panel.plot(
@@ -79,7 +84,7 @@ def plot(rows: list[dict], path: Path) -> None:
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("validation loss")
     handles = panels[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside upper center", ncols=4, fontsize=8, frameon=False)
+    figure.legend(*handles, loc="outside upper center", ncols=6, fontsize=8, frameon=False)
     figure.savefig(path, dpi=120)
 
 
@@ -87,11 +92,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("reports/sizes"))
     arguments = parser.parse_args()
-    peer = next(optimizer for optimizer in baselines() if optimizer.name == PEER)
+    peers = [optimizer for optimizer in baselines() if optimizer.name in PEERS]
     every = [USUAL | {axis: value} for axis, values in AXES.items() for value in values]
     rows: list[dict] = []
     for sizes in {tuple(sizes.values()): sizes for sizes in every}.values():
-        rows.append(sizes | tables.shortened([losses(peer, **sizes)], 4)[0])
+        rows.append(sizes | tables.shortened([losses(peers, **sizes)], 4)[0])
         print(rows[-1], flush=True)
         tables.write(arguments.out / "losses.csv", rows)
     plot(rows, arguments.out / "sizes.png")
