@@ -1,8 +1,9 @@
-"""Which steps are best in shorter and longer runs: the evidence for the power that steps of `control` fall with.
+"""Which steps are best in shorter and longer runs, and what it costs not to tell the length: of the rule `control`.
 
 The four networks of control.py, in runs of so many updates, with so many times the step that the rule has in a run of
-600 (STEPS). One seed. Writes reports/control/horizon.csv and horizon.png. Finished runs are kept with the benchmark's;
-the same command goes on.
+600 (STEPS): the evidence for the power that steps fall with, reports/control/horizon.csv and horizon.png. Then runs of
+some lengths that `flagship` is told and is not told (TOLD), untold.csv. One seed. Finished runs are kept with the
+benchmark's; the same command goes on.
 
     learned-opt data fetch moby_dick && learned-opt data fetch kjv && learned-opt data fetch cifar10
     python benchmarks/horizon.py
@@ -20,8 +21,10 @@ import tables
 from control import NETWORKS
 from sizes import scaled
 
+import learned_opt
 from learned_opt.rules.control import for_length
-from meta_train.bench.workloads.training import program, run
+from meta_train.bench.workloads.optimizers import Optimizer
+from meta_train.bench.workloads.training import Program, program, run
 from meta_train.commands import shared
 from tasks.base import Workload
 
@@ -30,10 +33,25 @@ STEPS = {
     600: (0.5, 0.71, 1.0, 1.41, 2.0),
     1600: (0.35, 0.5, 0.71, 1.0, 1.41),
 }
+TOLD = {"gpt-2x64": (500, 2000, 6000), "lstm-1x128": (2000,), "resnet-16-32-64": (2000,)}
+
+
+def at_length(told: bool) -> Optimizer:
+    """`flagship`, which is told the length of the run or is not."""
+
+    def make(_, num_steps):
+        return learned_opt.load("flagship", num_steps=num_steps if told else None)
+
+    return Optimizer(f"flagship, {told=}", make, {}, {}, "flagship", "learned")
+
+
+def final(made: Program, workload: Workload, **settings: float) -> str:
+    """The validation loss at the end of a run."""
+    return f"{run(made, workload, settings, 0, shared.cache('bench')).final:.4f}"
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """Losses over the best of their length, against the step; a tick where the rule's own step lies."""
+    """Losses over the best of their length, against the step; a line where the rule's own step lies."""
     figure, panels = plt.subplots(1, len(NETWORKS), figsize=(11, 3), sharey=True, layout="constrained")
     for panel, network in zip(panels, NETWORKS, strict=True):
         for length, colour in zip(STEPS, plt.cm.viridis(np.linspace(0, 0.8, len(STEPS))), strict=True):
@@ -52,20 +70,42 @@ def plot(rows: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("reports/control"))
-    out, rows, own = parser.parse_args().out, [], scaled()
-    for network, (make, _) in NETWORKS.items():
+def on(network: str, length: int) -> Workload:
+    """A network, to be trained for so long."""
+    return Workload(NETWORKS[network][0], length, None, name=network, network=network, dataset=network)
+
+
+def by_step(out: Path) -> None:
+    """Every length with every step."""
+    rows, own = [], scaled()
+    for network in NETWORKS:
         for length, steps in STEPS.items():
-            workload = Workload(make, length, None, name=network, network=network, dataset=network)
+            workload = on(network, length)
             made = program(workload, own)
             for step in steps:
-                final = run(made, workload, {"factor": step / for_length(length)}, 0, shared.cache("bench")).final
-                rows.append({"network": network, "updates": length, "step": step, "loss": f"{final:.4f}"})
+                loss = final(made, workload, factor=step / for_length(length))
+                rows.append({"network": network, "updates": length, "step": step, "loss": loss})
             print(*rows[-len(steps) :], sep="\n", flush=True)
             tables.write(out / "horizon.csv", rows)
     plot(rows, out / "horizon.png")
+
+
+def by_what_is_told(out: Path) -> None:
+    """Every length, told and not told."""
+    rows = []
+    for network, lengths in TOLD.items():
+        for workload in (on(network, length) for length in lengths):
+            losses = [final(program(workload, at_length(told)), workload) for told in (True, False)]
+            rows.append({"network": network, "updates": workload.steps, "told": losses[0], "untold": losses[1]})
+            tables.write(out / "untold.csv", rows)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("reports/control"))
+    out = parser.parse_args().out
+    by_step(out)
+    by_what_is_told(out)
 
 
 if __name__ == "__main__":

@@ -207,8 +207,9 @@ CASES = {
     ),
     "benchmarks/horizon.py": Case(
         "",
-        {"NETWORKS": lambda networks: dict.fromkeys(networks, (wine, 2)), "STEPS": {2: (0.5, 1.0), 4: (1.0,)}},
-        reports("control", "horizon.csv", "horizon.png"),
+        {"NETWORKS": lambda networks: dict.fromkeys(networks, (wine, 2)), "STEPS": {2: (0.5, 1.0), 4: (1.0,)}}
+        | {"TOLD": {"gpt-2x64": (2,)}},
+        reports("control", "horizon.csv", "horizon.png", "untold.csv"),
     ),
     "benchmarks/large_update.py": Case(
         "--rounds 1 --models 'transformer 4 x 128'",

@@ -14,6 +14,7 @@ from .relative import factors_init, floor_of, rms, settings, size_of
 PAPER = "relative steps: Bernstein et al. 2020, arXiv:2002.03432; cautious decay: arXiv:2510.12402"
 
 _USUAL = 600.0  # updates of a run whose steps have the length that is set
+_FULL = 200  # updates, in a run of unknown length, after which steps fall as 1 / t
 _SHORTER = 1 / 3  # the power of a run's length that its steps fall with
 
 
@@ -41,7 +42,8 @@ def control(
     lengthens the weights (:func:`braked`): with steps relative to the weights these would grow exponentially. A
     vector's size counts as .05, whatever it holds; it has neither decay nor brake. :math:`s` is
     :func:`~learned_opt.rules.relative.schedule`: it rises over the share ``warmup`` of the run and then falls to 0.
-    Where ``num_steps`` is not told it rises over 20 updates and stays, and :math:`T` counts as 600.
+    Where ``num_steps`` is not told it rises over 20 updates and stays, and in place of the root of the length there is
+    :math:`\min(1, 200 / t)`, with :math:`t` the number of the update.
 
     The factors :math:`\kappa = 4^{\tanh(\cdot)}` are a network's with one hidden layer, whose last layer starts at
     zero: fresh meta-parameters are the hand-set values, and no training takes a tensor further than four times from
@@ -92,7 +94,9 @@ def control(
             del value
             if not groups:
                 return [], shared
-            own = settings(theta["control"], groups, count, num_steps, warmup, (ratio * for_length(num_steps), decay))
+            own = settings(
+                theta["control"], groups, count, num_steps, warmup, (ratio * for_length(num_steps, count), decay)
+            )
             results = each(functools.partial(step, theta["direction"]), groups, own)
             tensors = direction.settle(count, [tensor for _, tensor in results])
             return [(u, new) for (u, _), new in zip(results, tensors, strict=True)], shared
@@ -102,18 +106,24 @@ def control(
     return LearnedOptimizer(init, build)
 
 
-def for_length(num_steps: int | jax.Array | None) -> Any:
-    r"""What steps are multiplied by in a run of :math:`T` updates: :math:`(600 / T)^{1/3}`, or 1 where it is unknown.
+def for_length(num_steps: int | jax.Array | None, count: int | jax.Array = 0) -> Any:
+    r"""What steps are multiplied by: :math:`(600 / T)^{1/3}` in a run of :math:`T` updates.
+
+    Where the length is not told, :math:`\min(1, 200 / t)` with :math:`t` the number of the update, so that a run may be
+    stopped anywhere.
 
     Args:
         num_steps: :math:`T`, or ``None``.
+        count: :math:`t - 1`, the updates done.
 
     Returns:
         A number, above 0.
 
     Reference: Bjorck et al., "Scaling optimal LR across token horizons", 2025, arXiv:2409.19913, who find such a power.
     """
-    return 1.0 if num_steps is None else (_USUAL / num_steps) ** _SHORTER
+    if num_steps is None:
+        return jnp.minimum(1.0, _FULL / (count + 1.0))
+    return (_USUAL / num_steps) ** _SHORTER
 
 
 def braked(u: jax.Array, p: jax.Array, longest: float) -> jax.Array:

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from learned_opt.rules import celo2_soap
-from learned_opt.rules.control import braked, control
+from learned_opt.rules.control import braked, control, for_length
 from learned_opt.rules.relative import schedule
 
 PARAMS = {"w": jnp.linspace(-1.0, 2.0, 12).reshape(4, 3), "b": jnp.array([0.5, -2.0, 0.0])}
@@ -118,6 +118,11 @@ def test_steps_of_longer_runs_are_shorter():
     usual, longer = (updates_of(RULE, THETA, GRADIENTS, steps=1, num_steps=n)[0] for n in (600, 4800))
     np.testing.assert_allclose(usual["b"], 0.04 / 30 * 0.05 * first_direction(GRADIENTS["b"], PARAMS["b"]), rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, 16 * b, rtol=1e-5), usual, longer)
+
+
+def test_steps_fall_where_the_length_is_not_told():
+    found = [float(for_length(None, jnp.int32(t))) for t in (0, 199, 399, 9_999)]
+    np.testing.assert_allclose(found, [1.0, 1.0, 0.5, 0.02], rtol=1e-6)
 
 
 def test_a_length_that_is_told_late_is_the_same():
