@@ -50,7 +50,7 @@ REPORTS = {
         "what parts of `flagship` are worth: the brake on growing weights in longer runs of two small networks that it "
         "was chosen on, SOAP's rotation on twelve networks (`rotation.csv`, put together by hand from two reports "
         "and the second command's losses), meta-training its control layer (`checkpoints.csv`), and steps by the "
-        "length of a run (`horizon.csv`)",
+        "length of a run (`horizon.csv`) and without it (`untold.csv`)",
         (
             *(f"learned-opt data fetch {name}" for name in ("moby_dick", "kjv", "cifar10")),
             "python benchmarks/horizon.py",
@@ -222,9 +222,9 @@ def index() -> str:
         "This page: `python scripts/reports.py --index`.",
         "",
         "Before commit e00fe36 `flagship-1` was called `flagship`, `flagship-1-auto` `flagship-auto`, and `flagship` "
-        "`flagship-2`. Before commit 10fb643 its steps did not depend on the length of the run; at 600 updates, the length "
-        "in `workloads/test` and in `workloads/tuned`, they are what they were. In `workloads/small`, of 500 updates, they "
-        "would be longer by 6 % now, in `local_sgd`, of 512 to 768, by 5 %, or shorter by 8 %.",
+        "`flagship-2`. Before commit 10fb643 its steps did not depend on the length of the run; at 600 updates, the "
+        "length in `workloads/test` and in `workloads/tuned`, they are what they were. In `workloads/small`, of 500 "
+        "updates, they would be longer by 6 % now, in `local_sgd`, of 512 to 768, by 5 %, or shorter by 8 %.",
         "",
         "| folder | is the evidence for | last change |",
         "|---|---|---|",
