@@ -111,8 +111,8 @@ def flagship(rate, total):
 
 
 INNER = {  # and usual rates
-    "AdamW": (falling(LOCAL_OPTIMIZERS["adamw"]()), 0.008),
-    "Muon": (falling(LOCAL_OPTIMIZERS["muon"]()), 0.016),
+    "AdamW": (falling(LOCAL_OPTIMIZERS["adamw"](None)), 0.008),
+    "Muon": (falling(LOCAL_OPTIMIZERS["muon"](None)), 0.016),
     "flagship": (flagship, 1.0),
 }
 

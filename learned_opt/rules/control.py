@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ..base import LearnedOptimizer
-from ..tensors import each, rule_transform
+from ..tensors import common_dtype, each, rule_transform
 from . import celo2_soap
 from .relative import factors_init, floor_of, rms, settings, size_of
 
@@ -94,9 +94,9 @@ def control(
             del value
             if not groups:
                 return [], shared
-            own = settings(
-                theta["control"], groups, count, num_steps, warmup, (ratio * for_length(num_steps, count), decay)
-            )
+            dtype = common_dtype([group.param for group in groups])
+            usual = ratio * for_length(0 if num_steps is None else num_steps, count, dtype)
+            own = settings(theta["control"], groups, count, num_steps, warmup, (usual, decay))
             results = each(functools.partial(step, theta["direction"]), groups, own)
             tensors = direction.settle(count, [tensor for _, tensor in results])
             return [(u, new) for (u, _), new in zip(results, tensors, strict=True)], shared
@@ -106,24 +106,25 @@ def control(
     return LearnedOptimizer(init, build)
 
 
-def for_length(num_steps: int | jax.Array | None, count: int | jax.Array = 0) -> Any:
+def for_length(total: int | jax.Array, count: int | jax.Array = 0, dtype: Any = float) -> jax.Array:
     r"""What steps are multiplied by: :math:`(600 / T)^{1/3}` in a run of :math:`T` updates.
 
-    Where the length is not told, :math:`\min(1, 200 / t)` with :math:`t` the number of the update, so that a run may be
+    Where the length is unknown, :math:`\min(1, 200 / t)` with :math:`t` the number of the update, so that a run may be
     stopped anywhere.
 
     Args:
-        num_steps: :math:`T`, or ``None``.
+        total: :math:`T`; 0 stands for unknown.
         count: :math:`t - 1`, the updates done.
+        dtype: of the result.
 
     Returns:
-        A number, above 0.
+        A number above 0.
 
     Reference: Bjorck et al., "Scaling optimal LR across token horizons", 2025, arXiv:2409.19913, who find such a power.
     """
-    if num_steps is None:
-        return jnp.minimum(1.0, _FULL / (count + 1.0))
-    return (_USUAL / num_steps) ** _SHORTER
+    length, number = jnp.asarray(total, dtype), jnp.asarray(count, dtype) + 1
+    told = (_USUAL / jnp.maximum(length, 1)) ** _SHORTER
+    return jnp.where(length > 0, told, jnp.minimum(1, _FULL / number))
 
 
 def braked(u: jax.Array, p: jax.Array, longest: float) -> jax.Array:

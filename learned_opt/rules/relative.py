@@ -64,7 +64,7 @@ def settings(
     count: jax.Array,
     num_steps: int | jax.Array | None,
     warmup: float,
-    hand_set: Sequence[float],
+    hand_set: Sequence[float | jax.Array],
 ) -> jax.Array:
     r"""Each tensor's settings: hand-set ones, the first of them under the schedule, times a network's factors.
 

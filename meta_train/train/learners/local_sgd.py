@@ -15,15 +15,15 @@ from tasks.families.networks import log_uniform
 
 from .base import MEASURES, Learner, default_rates, drawn_length, meta_loss_of, told, unit_of
 
-# What workers may step by, at a rate of 1. Muon's matrices and kernels move as far as Adam's (an RMS of 0.2);
-# `flagship` sets its own steps, and a rate multiplies them.
-LOCAL_OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
-    "adamw": lambda: optax.adamw(1.0, b2=0.99, weight_decay=0.05),
-    "flagship": lambda: load("flagship"),
-    "muon": lambda: optax.contrib.muon(
+# What workers may step by, at a rate of 1, by the number of their steps. Muon's matrices and kernels move as far as
+# Adam's (an RMS of 0.2); `flagship` sets its own steps, which fall over the run, and a rate multiplies them.
+LOCAL_OPTIMIZERS: dict[str, Callable[[jax.Array | None], optax.GradientTransformation]] = {
+    "adamw": lambda _: optax.adamw(1.0, b2=0.99, weight_decay=0.05),
+    "flagship": lambda num_steps: load("flagship", num_steps=num_steps),
+    "muon": lambda _: optax.contrib.muon(
         1.0, consistent_rms=0.2, weight_decay=0.05, muon_weight_dimension_numbers=hidden_matrices
     ),
-    "sgd": lambda: optax.sgd(1.0),
+    "sgd": lambda _: optax.sgd(1.0),
 }
 
 
@@ -92,10 +92,12 @@ def local_sgd_learner(
         Joseph et al., "Meta-learning optimizers for communication-efficient learning" (LOpt-A), 2024.
     """
     learning_rates = learning_rates or default_rates(outer)
-    locals_ = [LOCAL_OPTIMIZERS[name]() for name in local_optimizers]
     lows, highs = (jnp.asarray(ends, jnp.float32) for ends in zip(*local_optimizers.values(), strict=True))
 
-    def local_update(optimizer, grads, states, params):
+    def locals_of(num_steps):
+        return [LOCAL_OPTIMIZERS[name](num_steps) for name in local_optimizers]
+
+    def local_update(locals_, optimizer, grads, states, params):
         """One step of the episode's optimizer, whose state alone goes on."""
 
         def branch(i):
@@ -115,11 +117,11 @@ def local_sgd_learner(
         anchor = task.init(k_params)
         num_rounds = drawn_length(k_rounds, rounds, multiple_of)
         loss, _ = task.loss(anchor, k_loss, task.batch(k_loss, "train"))
-        optimizer = jax.random.randint(k_optimizer, (), 0, len(locals_))
+        optimizer = jax.random.randint(k_optimizer, (), 0, len(local_optimizers))
         everyone = jax.tree.map(lambda x: jnp.broadcast_to(x, (max_workers, *x.shape)), anchor)
         return LocalSGDLearnerState(
             anchor=anchor,
-            inner=tuple(jax.vmap(local.init)(everyone) for local in locals_),
+            inner=tuple(jax.vmap(local.init)(everyone) for local in locals_of(None)),
             outer=outer.build(theta, num_steps=num_rounds).init(anchor),
             cfg=cfg,
             workers=jax.random.randint(k_workers, (), 1, max_workers + 1),
@@ -138,6 +140,7 @@ def local_sgd_learner(
         task = family.task(family.data, state.cfg)
         left = 0.5 * (1 + jnp.cos(jnp.pi * state.taken / state.num_rounds))
         rate = state.local_rate * jnp.where(state.falls, left, 1)
+        locals_ = locals_of(state.num_rounds * state.delay)
 
         def worker(key: jax.Array, inner: tuple[optax.OptState, ...]):
             def local_step(i: jax.Array, carry):
@@ -145,7 +148,7 @@ def local_sgd_learner(
                 k_batch, k_loss = jax.random.split(jax.random.fold_in(key, i))
                 batch = task.batch(k_batch, "train")
                 loss, grads = jax.value_and_grad(lambda p: task.loss(p, k_loss, batch)[0])(params)
-                updates, inner = local_update(state.optimizer, grads, inner, params)
+                updates, inner = local_update(locals_, state.optimizer, grads, inner, params)
                 params = jax.tree.map(lambda p, u: p + rate.astype(p.dtype) * u, params, updates)
                 return params, inner, jnp.where(i == 0, loss, first)
 

@@ -67,7 +67,7 @@ def test_the_brake_takes_off_what_lengthens_a_matrix(times, share):
 
 
 def test_weights_do_not_grow_without_bound_where_the_loss_wants_them_to():
-    """A gradient that always points inward: unbraked, the matrix doubles every eighteen steps."""
+    """A gradient that always points inward: unbraked, the matrix doubles every thirty-three steps."""
     tx = RULE.build(THETA, num_steps=4000)
 
     def step(carry, _):
@@ -114,15 +114,19 @@ def test_the_schedule():
 
 
 def test_steps_of_longer_runs_are_shorter():
-    """By the third root of the length: 30 updates of warm-up to 240 are a factor of 8, the step is one of 2."""
+    """By the cube root of the length: 30 updates of warm-up to 240 are a factor of 8, the step is one of 2."""
     usual, longer = (updates_of(RULE, THETA, GRADIENTS, steps=1, num_steps=n)[0] for n in (600, 4800))
     np.testing.assert_allclose(usual["b"], 0.04 / 30 * 0.05 * first_direction(GRADIENTS["b"], PARAMS["b"]), rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, 16 * b, rtol=1e-5), usual, longer)
 
 
 def test_steps_fall_where_the_length_is_not_told():
-    found = [float(for_length(None, jnp.int32(t))) for t in (0, 199, 399, 9_999)]
+    """And 0, by which meta-training means the same, is no length."""
+    found = [float(for_length(0, t)) for t in (0, 199, 399, 9_999)]
     np.testing.assert_allclose(found, [1.0, 1.0, 0.5, 0.02], rtol=1e-6)
+    with jax.numpy_dtype_promotion("strict"):
+        none, zero = (updates_of(RULE, THETA, GRADIENTS, num_steps=n) for n in (None, jnp.int32(0)))
+    jax.tree.map(np.testing.assert_array_equal, none, zero)
 
 
 def test_a_length_that_is_told_late_is_the_same():

@@ -51,7 +51,9 @@ def test_a_round_is_the_transform_s_round(workers, delay, name, falls):
         "sgd": optax.sgd(rate),
         "adamw": optax.adamw(rate, b2=0.99, weight_decay=0.05),
         "muon": optax.contrib.muon(rate, consistent_rms=0.2, weight_decay=0.05),
-        "flagship": optax.chain(learned_opt.load("flagship"), optax.scale_by_schedule(rate)),
+        "flagship": optax.chain(
+            learned_opt.load("flagship", num_steps=state.num_rounds * delay), optax.scale_by_schedule(rate)
+        ),
     }
     transform = learned_opt.local_sgd.local_sgd(inner[name], rule.build(theta), sync_every=delay)
     opt_state = transform.init(state.anchor)
