@@ -87,7 +87,7 @@ class Runs(Lab):
 
         return jax.lax.scan(step, carry, (path, begin + jnp.arange(self.look)))[0]
 
-    def plain(self, watch, path, k_init, k_run, total, hopeless=lambda loss, look: False):
+    def plain(self, watch, path, k_init, k_run, total, stop=lambda loss, look: False):
         """Train at l, or at a path of them [total, H], until the steps are done; return the least validation loss."""
         path = np.broadcast_to(np.asarray(path, np.float32), (total, len(st.names(self.specs))))
         params, best = self.start(k_init)[0], np.inf
@@ -97,7 +97,7 @@ class Runs(Lab):
             carry = self.plain_part(carry, own, k_run, begin, total)
             loss = watch.look(carry[0], own[-1], self.look)
             best = min(best, loss)
-            if hopeless(loss, begin // self.look + 1):
+            if stop(loss, begin // self.look + 1):
                 break
         return best
 
@@ -134,7 +134,7 @@ class Comparison:
         lab: :class:`Runs`.
         steps: of a run.
         rates: Adam's for l and for sigma.
-        drawn: whether Delta-STN and the search start at a draw of the seed's own instead of the defaults.
+        drawn: whether Delta-STN and the searches start at a draw of the seed's own, as PBT does, or at the defaults.
     """
 
     def __init__(self, name, lab, steps, rates, drawn):
@@ -199,10 +199,10 @@ class Comparison:
         return watch, MEMBERS
 
     def search(self, seed, trial, sampler, pruned):
-        """Trials of so many steps, as many as go into the processor time that Delta-STN took; the first is its start.
+        """Trials of so many steps, the last begun in Delta-STN's processor time; the first is at its start.
 
-        The others are TPE's, the first three of them drawn, or all are drawn. With ``pruned`` they are compared at
-        every look, and two thirds end at the first, the third and the ninth (asynchronous successive halving).
+        The others are TPE's, the first three of them drawn, or all are drawn. With ``pruned`` two thirds of them end at
+        the first look, the third, the ninth and so on (asynchronous successive halving).
         """
         optuna = load_optuna()
         samplers = {
@@ -222,11 +222,11 @@ class Comparison:
             share = np.asarray([asked.suggest_float(name, 0.0067, 0.9933) for name in st.names(self.lab.specs)])
             level, own = np.log(share) - np.log1p(-share), jax.random.fold_in(keys[1], number)
 
-            def hopeless(loss, look, asked=asked):
+            def stop(loss, look, asked=asked):
                 asked.report(loss, look)
                 return pruned and asked.should_prune()
 
-            study.tell(asked, self.lab.plain(watch, level, keys[0], own, trial, hopeless))
+            study.tell(asked, self.lab.plain(watch, level, keys[0], own, trial, stop))
 
     def best_anew(self, seed):
         return self.constant(seed, self.lab.level_of(self.kept("search", seed)["chosen"]))
@@ -241,8 +241,8 @@ class Comparison:
         end = jax.device_get(self.lab.judge(watch.last, self.lab.data["test"]))
         columns = {"method": method, "seed": seed, "steps": self.steps, "trials": trials}
         columns |= {f"end_{name}": round(float(x), 4) for name, x in end.items()}
-        if method == OWN:
-            columns |= self.tuned(seed, self.drawn)[2]
+        if method.startswith(OWN):
+            columns |= self.tuned(seed, self.drawn and method == OWN)[2]
         return self.lab.result(watch, **columns), watch.curve
 
     def missing(self, seeds, methods):
@@ -296,9 +296,9 @@ def plot(axes, runs, curves, name, title, unit):
     for method, own in found.items():
         paths = [np.asarray(curves[method, run["seed"]]) for run in own]
         length = min(map(len, paths))
-        _, steps, best = np.mean([path[:length] for path in paths], 0).T
-        left.plot(steps, best, color=colours[method], lw=2.4 if method == OWN else 1.2, label=method)
-    left.set(xlabel="training steps", ylabel="best validation loss so far, mean", yscale="log")
+        seconds, _, best = np.mean([path[:length] for path in paths], 0).T
+        left.plot(seconds, best, color=colours[method], lw=2.4 if method == OWN else 1.2, label=method)
+    left.set(xlabel="processor time, s", ylabel="best validation loss so far, mean", yscale="log")
     left.yaxis.set_major_formatter("{x:.2g}")
     left.yaxis.set_minor_formatter("{x:.2g}")
     tests = {method: [run[name] / unit for run in own] for method, own in found.items()}

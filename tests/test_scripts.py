@@ -542,6 +542,7 @@ SEARCHES = {
     "benchmarks/self_tuning_cifar.py": "--steps 40 --seeds 1 --methods Delta-STN search",
     "benchmarks/self_tuning_language.py": "--steps 40 --seeds 1 --methods Delta-STN search",
     "benchmarks/self_tuning_peers.py": "--budget 2 --seeds 1 --methods Delta-STN 'TPE, 8' 'Hyperband, TPE'",
+    "benchmarks/self_tuning_resnet.py": "--steps 24 --seeds 1 --methods Delta-STN ASHA search",
     "benchmarks/self_tuning_search.py": "--seconds 1 --seeds 1 --methods implicit TPE Hyperband",
 }
 
