@@ -134,7 +134,8 @@ def load(
         mask: which parameters decay, as for ``optax.adamw``: a pytree of bools, a prefix of the parameters', or a
             function of them that gives one. All by default; it does not touch a decay that the rule has of its own.
         num_steps: the planned number of updates, at least 1, for a rule that wants it; may be traced. The steps of the
-            shipped rules that take it fall to 0 over them, and later updates change nothing.
+            shipped rules that take it fall to 0 over them, and later updates change nothing; those of ``flagship`` are
+            also shorter in longer runs, and without it they fall as 1/t after 200 updates.
         layout: which axes of a parameter are inputs, which outputs and which index layers. By default
             :func:`~learned_opt.layouts.outputs_last`, for Haiku and Flax; :func:`~learned_opt.layouts.outputs_first` is
             for Equinox, and :func:`~learned_opt.layouts.stacked` for scanned networks, whose parameters are stacks of
