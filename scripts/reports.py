@@ -222,9 +222,10 @@ def index() -> str:
         "This page: `python scripts/reports.py --index`.",
         "",
         "Before commit e00fe36 `flagship-1` was called `flagship`, `flagship-1-auto` `flagship-auto`, and `flagship` "
-        "`flagship-2`. Before commit 10fb643 the steps of today's `flagship` did not depend on the length of the run. At "
-        "600 updates, the length in `workloads/test` and `workloads/tuned`, nothing changed; `workloads/small`, of 500, "
-        "`local_sgd`, of 256 to 768, and `rotation.csv` and `checkpoints.csv` of `control` are of the earlier steps.",
+        "`flagship-2`. Before commit 10fb643 the steps of today's `flagship` did not depend on the length of the run. "
+        "At 600 updates, the length in `workloads/test` and `workloads/tuned`, nothing changed; `workloads/small`, of "
+        "500, `local_sgd`, of 256 to 768, and `rotation.csv` and `checkpoints.csv` of `control` are of the earlier "
+        "steps.",
         "",
         "| folder | is the evidence for | last change |",
         "|---|---|---|",
