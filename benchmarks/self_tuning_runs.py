@@ -139,6 +139,7 @@ class Comparison:
 
     def __init__(self, name, lab, steps, rates, drawn):
         self.name, self.lab, self.steps, self.rates, self.drawn = name, lab, steps, rates, drawn
+        self.each = steps // (2 * ROUNDS)  # steps of a member in a round
         self.methods = {
             "untuned defaults": lambda seed: self.constant(seed, lab.level),
             "untuned defaults, twice as long": lambda seed: self.constant(seed, lab.level, 2 * steps),
@@ -184,7 +185,7 @@ class Comparison:
             lab.specs, lab.problem.train_loss, lab.problem.valid_loss,
             lambda data, key: lab.problem.batch(data["train"], key), judged,
             weights=optax.chain(lab.moments, optax.scale_by_schedule(lambda i: -lab.rate_at(i, self.steps // 2))),
-            members=MEMBERS, train_steps=self.steps // (2 * ROUNDS),
+            members=MEMBERS, train_steps=self.each,
         )  # fmt: skip
 
     def population(self, seed):
@@ -195,7 +196,7 @@ class Comparison:
         watch = Watch(lab, np.inf)
         for _ in range(ROUNDS):
             state, _ = self.members.run(state, k_run, lab.data, 1)
-            watch.look(*self.members.best(state), MEMBERS * self.steps // (2 * ROUNDS))
+            watch.look(*self.members.best(state), MEMBERS * self.each)
         return watch, MEMBERS
 
     def search(self, seed, trial, sampler, pruned):
