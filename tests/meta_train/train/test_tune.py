@@ -231,6 +231,19 @@ def test_the_lstm_can_be_deeper_and_tune_some_of_its_hyperparameters():
     assert info.mean.shape == (1,)
 
 
+def test_every_stage_of_the_residual_network_has_dropout_of_its_own():
+    problem = problems.fashion_resnet("fashion_mnist_small", channels=(2, 3, 4), batch_size=4)
+    names = st.names(problem.specs)
+    assert len(names) == 10
+    params, _ = jax.jit(problem.init)(jax.random.key(0))
+    batch = problem.batch(jax.device_put(problem.data["train"]), jax.random.key(1))
+    start = st.values(problem.specs, st.start(problem.specs)[0])
+    loss = jax.jit(lambda hparams: problem.train_loss(params, hparams, jax.random.key(2), batch))
+    dropout = [name for name in names if name.startswith("dropout")]
+    losses = [loss(start), *(loss(start | {name: jnp.float32(0.9)}) for name in dropout)]
+    assert len({f"{x.sum():.4f}" for x in losses}) == 1 + 3  # none acts for another
+
+
 def test_all_of_the_transformer_responds():
     problem = problems.char_transformer(width=8, layers=1, heads=2, length=6)
     params, response = problem.init(jax.random.key(0))
