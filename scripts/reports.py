@@ -157,7 +157,8 @@ REPORTS = {
         ),
     ),
     "sizes": Report(
-        "one setting of `flagship` at every width, depth, batch and horizon, beside tuned NAdamW",
+        "one setting of `flagship` at every width, depth, batch and length, beside NAdamW, Muon and SOAP, whose "
+        "rates were tuned",
         ("learned-opt data fetch moby_dick", "python benchmarks/sizes.py"),
     ),
     "unsupervised": Report(

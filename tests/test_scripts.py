@@ -429,7 +429,7 @@ CASES = {
             "USUAL": {"width": 8, "layers": 1, "batch_size": 2, "steps": 2},
             "AXES": {"width": (8,), "layers": (1,), "batch_size": (2,), "steps": (2,)},
         },
-        reports("sizes", "losses.csv", "sizes.png"),
+        reports("sizes", "losses.csv", "seeds.csv", "sizes.png"),
     ),
     "benchmarks/step_times.py": Case(
         "--steps 2 --optimizers nadamw,adamw --workloads wine/tiny",
