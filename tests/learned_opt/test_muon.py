@@ -57,7 +57,7 @@ def test_heads_of_flax_s_attention_are_outputs_of_queries_and_inputs_of_the_last
 @pytest.mark.parametrize(
     "muon",
     [
-        LOCAL_OPTIMIZERS["muon"](),
+        LOCAL_OPTIMIZERS["muon"](None),
         optax.contrib.muon(1.0, muon_weight_dimension_numbers=hidden_matrices, consistent_rms=0.2),
     ],
     ids=["workers'", "optax's"],
