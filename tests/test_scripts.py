@@ -82,7 +82,7 @@ def few_blocks(make):
     """The self-tuning residual network with the fewest channels, on few embedded images."""
 
     def made():
-        problem = make("fashion_mnist_small", channels=(1,), batch_size=4)
+        problem = make("fashion_mnist_small", channels=(1, 1, 1), batch_size=4)
         return problem._replace(data=jax.tree.map(lambda x: x[:100], problem.data))
 
     return made
