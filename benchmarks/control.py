@@ -46,6 +46,12 @@ SETTINGS = {
 }
 
 
+def on(network: str, length: int | None = None) -> Workload:
+    """A network, to be trained for so many steps or for its own."""
+    make, steps = NETWORKS[network]
+    return Workload(make, length or steps, None, name=network, network=network, dataset=network)
+
+
 def optimizer(name: str) -> Optimizer:
     """A peer at its one setting for all workloads, a setting of the layer, or the folder of one that was trained."""
     if name in SETTINGS:
@@ -67,8 +73,7 @@ def main():
     for name in arguments.settings:
         losses = {}
         for network in arguments.networks:
-            make, steps = NETWORKS[network]
-            workload = Workload(make, arguments.steps or steps, None, name=network, network=network, dataset=network)
+            workload = on(network, arguments.steps)
             chosen = optimizer(name)
             losses[network] = run(program(workload, chosen), workload, chosen.setting, 0, shared.cache("bench")).final
         ratios = [losses[network] / float((rows or [losses])[0][network]) for network in losses]

@@ -18,15 +18,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import tables
-from control import NETWORKS
-from sizes import scaled
+from control import NETWORKS, on
+from sizes import final, scaled
 
 import learned_opt
 from learned_opt.rules.control import for_length
 from meta_train.bench.workloads.optimizers import Optimizer
-from meta_train.bench.workloads.training import Program, program, run
-from meta_train.commands import shared
-from tasks.base import Workload
+from meta_train.bench.workloads.training import program
 
 STEPS = {
     150: (0.5, 0.71, 1.0, 1.41, 2.0),
@@ -43,11 +41,6 @@ def at_length(told: bool) -> Optimizer:
         return learned_opt.load("flagship", num_steps=num_steps if told else None)
 
     return Optimizer(f"flagship, {told=}", make, {}, {}, "flagship", "learned")
-
-
-def final(made: Program, workload: Workload, **settings: float) -> str:
-    """The validation loss at the end of a run."""
-    return f"{run(made, workload, settings, 0, shared.cache('bench')).final:.4f}"
 
 
 def plot(rows: list[dict], path: Path) -> None:
@@ -70,11 +63,6 @@ def plot(rows: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def on(network: str, length: int) -> Workload:
-    """A network, to be trained for so long."""
-    return Workload(NETWORKS[network][0], length, None, name=network, network=network, dataset=network)
-
-
 def by_step(out: Path) -> None:
     """Every length with every step."""
     rows, own = [], scaled()
@@ -83,8 +71,8 @@ def by_step(out: Path) -> None:
             workload = on(network, length)
             made = program(workload, own)
             for step in steps:
-                loss = final(made, workload, factor=step / for_length(length))
-                rows.append({"network": network, "updates": length, "step": step, "loss": loss})
+                loss = final(made, workload, {"factor": step / for_length(length)})
+                rows.append({"network": network, "updates": length, "step": step, "loss": f"{loss:.4f}"})
             print(*rows[-len(steps) :], sep="\n", flush=True)
             tables.write(out / "horizon.csv", rows)
     plot(rows, out / "horizon.png")
@@ -95,8 +83,9 @@ def by_what_is_told(out: Path) -> None:
     rows = []
     for network, lengths in TOLD.items():
         for workload in (on(network, length) for length in lengths):
-            losses = [final(program(workload, at_length(told)), workload) for told in (True, False)]
-            rows.append({"network": network, "updates": workload.steps, "told": losses[0], "untold": losses[1]})
+            told, untold = (final(program(workload, at_length(told)), workload, {}) for told in (True, False))
+            row = {"network": network, "updates": workload.steps}
+            rows.append(row | {"told": f"{told:.4f}", "untold": f"{untold:.4f}"})
             tables.write(out / "untold.csv", rows)
 
 

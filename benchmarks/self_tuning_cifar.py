@@ -18,10 +18,9 @@ Finished runs are kept and not repeated; delete the .json to start afresh.
 """
 
 import argparse
-import dataclasses
 
 import matplotlib.pyplot as plt
-from self_tuning_runs import HYPER_RATES, METHODS, Comparison, Runs, less, plot, summary
+from self_tuning_runs import HYPER_RATES, METHODS, Comparison, Runs, less, plot, summary, within
 from self_tuning_search import REPORT, interval
 
 from meta_train.train.problems import cifar_cnn
@@ -34,14 +33,8 @@ BOUNDS = {"translation": (0.0, 3.0), "cutout_length": (0.0, 8.0)}  # half of the
 
 def problem():
     made = cifar_cnn(width=WIDTH, batch_size=32, shrink=2)
-    bounds = {name: (0.0, 0.8) for name in made.specs if name.startswith("dropout")} | BOUNDS
-    specs = {
-        name: dataclasses.replace(spec, kind="interval", low=low, high=high)
-        for name, spec in made.specs.items()
-        for low, high in [bounds.get(name, (spec.low, spec.high))]
-    }
     valid = {name: rows[:VALID] for name, rows in made.data["valid"].items()}
-    return made._replace(specs=specs, data=made.data | {"valid": valid})
+    return made._replace(specs=within(made.specs, BOUNDS), data=made.data | {"valid": valid})
 
 
 def main():

@@ -40,7 +40,7 @@ import optax
 from self_tuning_search import CHUNK, REPORT, Lab, Watch, interval, load_optuna, missing
 
 from learned_opt import self_tuning as st
-from meta_train.train.problems import fashion_cnn, make_tuner
+from meta_train.train.problems import GREY, fashion_cnn, make_tuner
 
 SECONDS = 20.0  # processor time a run
 STEPS = 4000  # that a plain run takes in it, about: what the lengths of trials are parts of
@@ -48,13 +48,7 @@ SPACE = {
     "dropout_conv1": st.interval(0.05, 0.0, 0.8),
     "dropout_conv2": st.interval(0.05, 0.0, 0.8),
     "dropout_dense": st.interval(0.1, 0.0, 0.8),
-    "input_noise": st.interval(0.05, 0.0, 0.5),
-    "brightness": st.interval(0.05, 0.0, 0.8),
-    "contrast": st.interval(0.05, 0.0, 0.8),
-    "translation": st.interval(0.3, 0.0, 5.0),
-    "cutout_length": st.interval(1.0, 0.0, 14.0),
-    "label_smoothing": st.interval(0.02, 0.0, 0.5),
-    "weight_decay": st.log(1e-4, 1e-7, 1e-1),
+    **GREY,
 }
 METHODS = {
     "untuned defaults": {"kind": "constant", "drawn": False},

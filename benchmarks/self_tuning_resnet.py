@@ -20,10 +20,9 @@ Half an hour of one core a seed. Finished runs are kept and not repeated; delete
 """
 
 import argparse
-import dataclasses
 
 import matplotlib.pyplot as plt
-from self_tuning_runs import HYPER_RATES, METHODS, Comparison, Runs, plot, summary
+from self_tuning_runs import HYPER_RATES, METHODS, Comparison, Runs, plot, summary, within
 from self_tuning_search import REPORT
 
 from meta_train.train.problems import fashion_resnet
@@ -42,11 +41,7 @@ RATE, LOOK = 3e-3, 500
 
 def problem():
     made = fashion_resnet()
-    specs = {
-        name: dataclasses.replace(spec, kind="interval", low=0.0, high=0.8) if name.startswith("dropout") else spec
-        for name, spec in made.specs.items()
-    }
-    return made._replace(specs=specs)
+    return made._replace(specs=within(made.specs))
 
 
 def main():

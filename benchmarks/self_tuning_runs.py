@@ -31,6 +31,17 @@ METHODS = (
 )
 
 
+def within(specs, bounds=None):
+    """Specs between other bounds, by name; rates of dropout, which have none, lie between 0 and 0.8."""
+    bounds = {name: (0.0, 0.8) for name in specs if name.startswith("dropout")} | (bounds or {})
+    return {
+        name: dataclasses.replace(spec, kind="interval", low=bounds[name][0], high=bounds[name][1])
+        if name in bounds
+        else spec
+        for name, spec in specs.items()
+    }
+
+
 def cosine(share):
     """From 1 to 0 while ``share`` goes from 0 to 1."""
     return (1 + jnp.cos(jnp.pi * jnp.minimum(share, 1))) / 2

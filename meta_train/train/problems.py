@@ -199,7 +199,7 @@ def _pooled(x: jax.Array, channels: int, name: str) -> jax.Array:
     return jax.nn.relu(x.reshape(batch, height // 2, 2, width // 2, 2, channels).max((2, 4)))
 
 
-_GREY = {
+GREY = {
     "input_noise": st.interval(0.05, 0.0, 0.5),
     "brightness": st.interval(0.05, 0.0, 0.8),
     "contrast": st.interval(0.05, 0.0, 0.8),
@@ -244,7 +244,7 @@ def fashion_cnn(dataset: str = "fashion_mnist_small", *, width: int = 8, batch_s
         "dropout_conv1": st.logit(0.05),
         "dropout_conv2": st.logit(0.05),
         "dropout_dense": st.logit(0.1),
-        **_GREY,
+        **GREY,
     }
 
     def network(x, hparams, classes):
@@ -278,7 +278,7 @@ def fashion_resnet(
 
     Reference: Zagoruyko & Komodakis, "Wide residual networks", 2016, whose dropout lies between a block's convolutions.
     """
-    specs = {f"dropout_stage{stage}": st.logit(0.05) for stage in range(len(channels))} | _GREY
+    specs = {f"dropout_stage{stage}": st.logit(0.05) for stage in range(len(channels))} | GREY
 
     def network(x, hparams, classes):
         def conv(x, size, stride, kernel, name):
