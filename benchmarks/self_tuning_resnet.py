@@ -15,8 +15,10 @@ processor time of Delta-STN, which is that of one plain run of twice its steps.
 
     learned-opt data fetch fashion_mnist
     python benchmarks/self_tuning_resnet.py    # writes reports/self_tuning/resnet{.csv,.json,.png}; needs Optuna
+    python benchmarks/self_tuning_resnet.py --budget 4    # runs of four times the steps: resnet_4x.*
 
-Half an hour of one core a seed. Finished runs are kept and not repeated; delete the .json to start afresh.
+Half an hour of one core a seed, and at four times the steps two hours. Finished runs are kept and not repeated; delete
+the .json to start afresh.
 """
 
 import argparse
@@ -36,7 +38,7 @@ COMPARED = (
     "search",
     "search's best, trained anew",
 )
-RATE, LOOK = 3e-3, 500
+STEPS, RATE, LOOK = 4000, 3e-3, 500
 
 
 def problem():
@@ -46,24 +48,25 @@ def problem():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=4000, help=f"of a run: a multiple of {4 * LOOK}")
+    parser.add_argument("--budget", type=int, default=1, help=f"times {STEPS} steps a run")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--methods", nargs="+", default=COMPARED, choices=METHODS)
     args = parser.parse_args()
     lab = Runs(problem(), None, RATE, LOOK)
     lab.compile()
-    study = Comparison("resnet", lab, args.steps, HYPER_RATES, drawn=True)
+    name = "resnet" if args.budget == 1 else f"resnet_{args.budget}x"
+    study = Comparison(name, lab, args.budget * STEPS, HYPER_RATES, drawn=True)
     runs, curves = study.missing(args.seeds, args.methods)
     fig, axes = plt.subplots(1, 2, figsize=(11, 4.4), width_ratios=(3, 2), layout="constrained")
-    for name, title, unit, digits in (
+    for column, title, unit, digits in (
         ("test_error", "test error, %", 0.01, 2),
         ("end_error", "test error at the end, %", 0.01, 2),
         ("test_loss", "test loss", 1, 3),
     ):
-        summary(runs, curves, name, title, unit, digits)
+        summary(runs, curves, column, title, unit, digits)
     plot(axes, runs, curves, "test_loss", "test loss", 1)
     axes[0].legend(frameon=False, fontsize=8)
-    fig.savefig(REPORT / "resnet.png", dpi=110)
+    fig.savefig(REPORT / f"{name}.png", dpi=110)
 
 
 if __name__ == "__main__":

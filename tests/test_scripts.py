@@ -389,9 +389,9 @@ CASES = {
         reports("self_tuning", "peers_2x.json", "peers_2x.csv", "peers_2x.png"),
     ),
     "benchmarks/self_tuning_resnet.py": Case(
-        "--steps 24 --seeds 2 --methods 'untuned defaults, twice as long' Delta-STN PBT",
-        {"fashion_resnet": few_blocks, "LOOK": 6},
-        reports("self_tuning", "resnet.json", "resnet.csv", "resnet.png"),
+        "--budget 2 --seeds 2 --methods 'untuned defaults, twice as long' Delta-STN PBT",
+        {"fashion_resnet": few_blocks, "STEPS": 12, "LOOK": 6},
+        reports("self_tuning", "resnet_2x.json", "resnet_2x.csv", "resnet_2x.png"),
     ),
     "benchmarks/self_tuning_ridge.py": Case(
         "--cycles 40",
@@ -542,7 +542,7 @@ SEARCHES = {
     "benchmarks/self_tuning_cifar.py": "--steps 40 --seeds 1 --methods Delta-STN search",
     "benchmarks/self_tuning_language.py": "--steps 40 --seeds 1 --methods Delta-STN search",
     "benchmarks/self_tuning_peers.py": "--budget 2 --seeds 1 --methods Delta-STN 'TPE, 8' 'Hyperband, TPE'",
-    "benchmarks/self_tuning_resnet.py": "--steps 24 --seeds 1 --methods Delta-STN ASHA search",
+    "benchmarks/self_tuning_resnet.py": "--budget 2 --seeds 1 --methods Delta-STN ASHA search",
     "benchmarks/self_tuning_search.py": "--seconds 1 --seeds 1 --methods implicit TPE Hyperband",
 }
 
