@@ -18,6 +18,7 @@ Layout = Callable[[str, tuple[int, ...]], MuonDimensionNumbers]
 
 _HEADS = re.compile(r"(^|/)(query|key|value)/(kernel|bias)$")
 _EMBEDDING = re.compile(r"embed(ding|der)?s?(/[^/]*)?$")
+_TABLE = re.compile(r"((embed|position)[^/]*(/value)?|embed(ding|der)?s?/weight)$")
 
 
 def outputs_last(path: str, shape: tuple[int, ...]) -> MuonDimensionNumbers:
@@ -111,12 +112,14 @@ class View(NamedTuple):
         layers: how many of them index layers.
         shape: the shape that is seen.
         own: the parameter's own shape.
+        table: whether it is a matrix of embeddings (:func:`is_table`).
     """
 
     order: tuple[int, ...]
     layers: int
     shape: tuple[int, ...]
     own: tuple[int, ...]
+    table: bool
 
 
 def view_of(layout: Layout, path: tuple, leaf: Any) -> View:
@@ -135,7 +138,27 @@ def view_of(layout: Layout, path: tuple, leaf: Any) -> View:
     shape = [own[axis] for axis in layers + inputs]
     if outputs:
         shape.append(math.prod(own[axis] for axis in outputs))
-    return View(layers + inputs + outputs, len(layers), tuple(shape), own)
+    return View(layers + inputs + outputs, len(layers), tuple(shape), own, is_table(name, tuple(shape)[len(layers) :]))
+
+
+def is_table(path: str, shape: tuple[int, ...]) -> bool:
+    """Whether a parameter is a matrix whose rows are looked up, of tokens or of positions.
+
+    It is one if its own name has ``embed`` or ``position`` in it, as in Haiku's and Flax's layers, or if it is the
+    ``weight`` of a module whose name ends in ``embed``, ``embedding`` or ``embedder``, as in Equinox's.
+
+    Args:
+        path: the parameter's names, joined by ``/``.
+        shape: its shape, or that of one layer of a stack.
+
+    Returns:
+        The answer.
+
+    Example:
+        >>> is_table("encoder/token_embed/embedding", (512, 64)), is_table("patch_embed/kernel", (48, 64))
+        (True, False)
+    """
+    return len(shape) == 2 and _TABLE.search(path.lower()) is not None
 
 
 def seen(x: jax.Array, view: View) -> jax.Array:

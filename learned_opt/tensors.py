@@ -55,6 +55,7 @@ class Group(NamedTuple):
         tensors: the rule's accumulators, each ``[k, ...]``.
         idle: ``[k, *shape]``, or ``()``.
         rows: which of all tensors these are, ``k`` places.
+        tables: ``[k]``, which of them are embeddings.
     """
 
     gradient: jax.Array
@@ -62,6 +63,7 @@ class Group(NamedTuple):
     tensors: Any
     idle: Any
     rows: np.ndarray
+    tables: np.ndarray
 
 
 class Direction(NamedTuple):
@@ -280,10 +282,11 @@ def _gather(given, at, columns, struct, views: dict[int, View], stack: bool) -> 
         g, p, *state = (stacked(column, where) for column in (given, at, *columns))
         dtype, state = compute_dtype(p.dtype), struct.unflatten(state)
         numbers = np.concatenate([rows[i] for i in where])
+        tables = np.concatenate([np.full(counts[i], views[i].table) for i in where])
         tensors, idle = state
         g = clean(g, _LIMIT, dtype)
         g = jnp.where(jnp.abs(g) < _LEAST, jnp.zeros((), dtype), g)
-        groups.append(Group(g, p.astype(dtype), tensors, idle, numbers))
+        groups.append(Group(g, p.astype(dtype), tensors, idle, numbers, tables))
     return groups, list(by_kind.values())
 
 

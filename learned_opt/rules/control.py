@@ -1,13 +1,14 @@
 """The learned direction of ``celo2_soap``, in relative steps that a second network sets for each tensor."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from ..base import LearnedOptimizer
-from ..tensors import common_dtype, each, rule_transform
+from ..tensors import Group, common_dtype, each, in_order, rule_transform
 from . import celo2_soap
 from .relative import factors_init, floor_of, rms, settings, size_of
 
@@ -37,11 +38,12 @@ def control(
         \bigl(\max(\mathrm{rms}(x), n^{-1/2})\, u' - \kappa_2\, \delta\, [u' x < 0]\, x\bigr)
 
     with :math:`\rho` the share of its size that it moves by in one update of a run of 600 (``ratio``), :math:`T` the
-    updates of this run, :math:`n` its fan-in, the root of which sets a floor to the size, and :math:`\delta` the
-    cautious ``decay``, which only pulls where the step pulls too. :math:`u'` is :math:`u` without a share of what
-    lengthens the weights (:func:`braked`): with steps relative to the weights these would grow exponentially. A
-    vector's size counts as .05, whatever it holds; it has neither decay nor brake. :math:`s` is
-    :func:`~learned_opt.rules.relative.schedule`: it rises over the share ``warmup`` of the run and then falls to 0.
+    updates of this run, :math:`n` its fan-in, the root of which sets a floor to the size (of embeddings it is higher in
+    longer runs, :func:`floors`), and :math:`\delta` the cautious ``decay``, which only pulls where the step pulls too.
+    :math:`u'` is :math:`u` without a share of what lengthens the weights (:func:`braked`): with steps relative to the
+    weights these would grow exponentially. A vector's size counts as .05, whatever it holds; it has neither decay nor
+    brake. :math:`s` is :func:`~learned_opt.rules.relative.schedule`: it rises over the share ``warmup`` of the run and
+    then falls to 0.
     Where ``num_steps`` is not told it rises over 20 updates and stays, and in place of the root of the length there is
     :math:`\min(1, 200 / t)`, with :math:`t` the number of the update.
 
@@ -81,13 +83,13 @@ def control(
         k_direction, k_control = jax.random.split(key)
         return {"direction": direction.init(k_direction), "control": factors_init(k_control, hidden_size, 2)}
 
-    def step(theta, g, p, tensor, own):
+    def step(theta, g, p, tensor, own, floor):
         u, tensor = direction.step(theta, g, p, tensor)
-        move, pull = own.astype(p.dtype)
+        move, pull, floor = (x.astype(p.dtype) for x in (*own, floor))
         if p.ndim < 2:
-            return move * size_of(p) * u, tensor
-        u = braked(u, p, longest)
-        return move * (size_of(p) * u - pull * jnp.where(u * p < 0, p, 0)), tensor
+            return move * size_of(p, floor) * u, tensor
+        u = braked(u, p, floor, longest)
+        return move * (size_of(p, floor) * u - pull * jnp.where(u * p < 0, p, 0)), tensor
 
     def build(theta, num_steps=None, layout=None):
         def update(groups, count, shared, value):
@@ -95,9 +97,11 @@ def control(
             if not groups:
                 return [], shared
             dtype = common_dtype([group.param for group in groups])
-            usual = ratio * for_length(0 if num_steps is None else num_steps, count, dtype)
+            total = 0 if num_steps is None else num_steps
+            usual = ratio * for_length(total, count, dtype)
             own = settings(theta["control"], groups, count, num_steps, warmup, (usual, decay))
-            results = each(functools.partial(step, theta["direction"]), groups, own)
+            least = floors(groups, jnp.where(jnp.asarray(total) > 0, total, count + 1).astype(dtype))
+            results = each(functools.partial(step, theta["direction"]), groups, own, least)
             tensors = direction.settle(count, [tensor for _, tensor in results])
             return [(u, new) for (u, _), new in zip(results, tensors, strict=True)], shared
 
@@ -127,7 +131,29 @@ def for_length(total: int | jax.Array, count: int | jax.Array = 0, dtype: Any = 
     return jnp.where(length > 0, told, jnp.minimum(1, _FULL / number))
 
 
-def braked(u: jax.Array, p: jax.Array, longest: float) -> jax.Array:
+def floors(groups: Sequence[Group], length: jax.Array) -> jax.Array:
+    r"""The least size that a matrix's steps are relative to: :math:`n^{-1/2}`, and of embeddings a higher one.
+
+    .. math:: \min\bigl(1, n^{-1/2} \max(1, T / 600)\bigr)
+
+    with :math:`n` the fan-in, which of a table of embeddings is its rows. A row is looked up alone, so that its natural
+    size is 1; but in short runs tables that stay small end at lower losses (reports/control/tables.csv).
+
+    Args:
+        groups: all tensors.
+        length: :math:`T`, or the updates done where it is unknown.
+
+    Returns:
+        ``[tensors]``; nothing of a vector is meant.
+    """
+
+    def of(group):
+        return floor_of(group.param.shape[1:]) * jnp.where(group.tables, jnp.maximum(1, length / _USUAL), 1)
+
+    return jnp.minimum(1, in_order([of(group) for group in groups], groups))
+
+
+def braked(u: jax.Array, p: jax.Array, floor: float | jax.Array, longest: float) -> jax.Array:
     r"""A matrix's direction less a share of its part along the weights, where that lengthens them.
 
     .. math:: u' = u - b \max(\langle u, x\rangle, 0)\, x / \langle x, x\rangle
@@ -137,6 +163,7 @@ def braked(u: jax.Array, p: jax.Array, longest: float) -> jax.Array:
     Args:
         u: the direction, ``[*shape]``.
         p: the weights, likewise.
+        floor: of their size.
         longest: see above.
 
     Returns:
@@ -145,5 +172,5 @@ def braked(u: jax.Array, p: jax.Array, longest: float) -> jax.Array:
     Reference: weights of fixed norm, "Hyperball", 2026, arXiv:2606.16899.
     """
     size = rms(p)
-    share = jnp.clip((size / floor_of(p) - 1) / (longest - 1), 0, 1)
+    share = jnp.clip((size / floor - 1) / (longest - 1), 0, 1)
     return u - share * jnp.maximum(jnp.mean(u * p), 0) / size**2 * p

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from ..base import LearnedOptimizer
 from ..features import compute_dtype, ema
 from ..tensors import each, in_order, rule_transform
-from .relative import factors_init, settings, size_of
+from .relative import factors_init, floor_of, settings, size_of
 
 PAPER = "NAdam: Dozat 2016; cautious decay: arXiv:2510.12402"
 
@@ -91,7 +91,7 @@ def light(
     def start(p):
         dtype = compute_dtype(p.dtype)
         m, v = (jnp.zeros_like(p, dtype) for _ in range(2))  # two buffers: a step may donate them
-        return Light(m, v, jnp.ones(2, dtype), size_of(p.astype(dtype)))
+        return Light(m, v, jnp.ones(2, dtype), size_of(p.astype(dtype), floor_of(p.shape)))
 
     def step(g, p, tensor, settings):
         rate, pull, add1, add2, of_m, of_g, of_v, *missing = settings.astype(p.dtype)

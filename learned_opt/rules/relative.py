@@ -20,14 +20,14 @@ _POWER = 1.2  # of the share that is left, to which steps are proportional
 _TINY = 1e-20
 
 
-def size_of(p: jax.Array) -> jax.Array:
-    """What a tensor's steps are relative to."""
-    return jnp.maximum(rms(p), floor_of(p)) if p.ndim >= 2 else jnp.asarray(_VECTOR, p.dtype)
+def size_of(p: jax.Array, floor: float | jax.Array) -> jax.Array:
+    """What a tensor's steps are relative to; the floor is a matrix's."""
+    return jnp.maximum(rms(p), floor) if p.ndim >= 2 else jnp.asarray(_VECTOR, p.dtype)
 
 
-def floor_of(p: jax.Array) -> float:
+def floor_of(shape: tuple[int, ...]) -> float:
     """The least size of a matrix: the root mean square of weights that keep the size of their inputs."""
-    return max(fan_in(p.shape), 1) ** -0.5
+    return max(fan_in(shape), 1) ** -0.5
 
 
 def rms(p: jax.Array) -> jax.Array:

@@ -2,6 +2,7 @@
 
 import equinox as eqx
 import flax.linen as nn
+import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,7 +39,39 @@ def test_what_is_no_attention_keeps_its_shape():
     params |= {"attention": {"query": {"kernel": (1, 1, 64, 8), "bias": (8,)}, "key": {"kernel": (64, 8)}}}
     params = jax.tree.map(jnp.zeros, params, is_leaf=lambda x: isinstance(x, tuple))
     for path, leaf in jax.tree.leaves_with_path(params):
-        assert view_of(outputs_last, path, leaf) == (tuple(range(leaf.ndim)), 0, leaf.shape, leaf.shape)
+        assert view_of(outputs_last, path, leaf) == (tuple(range(leaf.ndim)), 0, leaf.shape, leaf.shape, False)
+
+
+def tables_of(layout, params):
+    return {
+        name_of(path)
+        for path, leaf in jax.tree.leaves_with_path(params)
+        if view_of(layout, path, jnp.asarray(leaf)).table
+    }
+
+
+def test_tables_are_known_in_every_library():
+    """Of the embeddings of tokens and positions, and of no other layer that is called so."""
+    key, codes = jax.random.key(0), jnp.zeros((1, 9), jnp.int32)
+
+    class Linen(nn.Module):
+        @nn.compact
+        def __call__(self, codes):
+            positions = self.param("positions", nn.initializers.normal(), (9, 4))
+            return nn.Dense(4, name="embed")(nn.Embed(7, 4)(codes) + positions[None])
+
+    def haiku(codes):
+        positions = hk.get_parameter("position_table", (9, 4), init=jnp.zeros)
+        return hk.Linear(4, name="embed")(hk.Embed(7, 4)(codes) + positions[None])
+
+    equinox = {"token_embedding": eqx.nn.Embedding(7, 4, key=key), "patch_embed": eqx.nn.Conv2d(3, 4, 2, key=key)}
+    assert tables_of(outputs_last, Linen().init(key, codes)["params"]) == {"Embed_0/embedding", "positions"}
+    assert tables_of(outputs_last, hk.transform(haiku).init(key, codes)) == {"embed_1/embeddings", "~/position_table"}
+    assert tables_of(outputs_first, eqx.filter(equinox, eqx.is_array)) == {"token_embedding/weight"}
+    nnx_s = nnx.state({"embed": nnx.Embed(7, 4, rngs=nnx.Rngs(0))}, nnx.Param)
+    scanned = {"embed": {"embedding": jnp.zeros((3, 7, 4))}}
+    assert tables_of(outputs_last, nnx_s) == {"embed/embedding/value"}
+    assert tables_of(stacked(lambda path: True), scanned) == {"embed/embedding"}
 
 
 def test_equinox_s_layers_have_their_outputs_last():

@@ -7,8 +7,9 @@ import optax
 import pytest
 
 from learned_opt.rules import celo2_soap
-from learned_opt.rules.control import braked, control, for_length
+from learned_opt.rules.control import braked, control, floors, for_length
 from learned_opt.rules.relative import schedule
+from learned_opt.tensors import Group
 
 PARAMS = {"w": jnp.linspace(-1.0, 2.0, 12).reshape(4, 3), "b": jnp.array([0.5, -2.0, 0.0])}
 GRADIENTS = jax.tree.map(lambda p: jnp.cos(3 * p), PARAMS)
@@ -56,14 +57,31 @@ def test_small_weights_move_by_the_floor():
     np.testing.assert_allclose(jnp.sqrt(jnp.mean(updates["w"] ** 2)), 0.04 / 20 * 0.5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("total", "floor"), [(600, 0.25), (1800, 0.75), (9000, 1.0), (None, 0.25)])
+def test_embeddings_have_a_higher_floor_in_longer_runs(total, floor):
+    """A table of 16 rows, beside a matrix of that shape: at 600 updates both have the root of the fan-in."""
+    params = {"embed": 1e-3 * jnp.cos(jnp.arange(48.0)).reshape(16, 3)}
+    params = params | {"w": params["embed"]}
+    gradients = jax.tree.map(lambda p: 1e3 * p, params)
+    (updates,) = updates_of(control(decay=0.0), THETA, gradients, params, steps=1, num_steps=total)
+    found = jnp.sqrt(jnp.mean(updates["embed"] ** 2) / jnp.mean(updates["w"] ** 2))
+    np.testing.assert_allclose(found, floor / 0.25, rtol=1e-5)
+
+
+def test_the_floor_of_embeddings_grows_where_the_length_is_not_told():
+    groups = [Group((), jnp.zeros((2, 16, 3)), (), (), np.arange(2), np.array([True, False]))]
+    for done, floor in ((599, 0.25), (1199, 0.5), (10**6, 1.0)):
+        np.testing.assert_allclose(floors(groups, jnp.asarray(done + 1.0)), [floor, 0.25], rtol=1e-6)
+
+
 @pytest.mark.parametrize(("times", "share"), [(0.5, 0.0), (1.0, 0.0), (4.5, 0.5), (8.0, 1.0), (20.0, 1.0)])
 def test_the_brake_takes_off_what_lengthens_a_matrix(times, share):
     """Times the floor, which is a half here: by the closed form, and nothing of what shortens it."""
     p = PARAMS["w"] * times * 0.5 / jnp.sqrt(jnp.mean(PARAMS["w"] ** 2))
     outward = p + 0.3 * GRADIENTS["w"]
     along = jnp.sum(outward * p) / jnp.sum(p * p)
-    np.testing.assert_allclose(braked(outward, p, 8.0), outward - share * along * p, atol=1e-5 * times)
-    np.testing.assert_array_equal(braked(-outward, p, 8.0), -outward)
+    np.testing.assert_allclose(braked(outward, p, 0.5, 8.0), outward - share * along * p, atol=1e-5 * times)
+    np.testing.assert_array_equal(braked(-outward, p, 0.5, 8.0), -outward)
 
 
 def test_weights_do_not_grow_without_bound_where_the_loss_wants_them_to():
