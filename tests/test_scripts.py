@@ -205,6 +205,11 @@ CASES = {
         {"gpt": lambda gpt: wine, "STEPS": 2, "FORMS": only("as it is", "Polar Express, 3 steps")},
         reports("direction", "losses.csv"),
     ),
+    "benchmarks/embeddings.py": Case(
+        "",
+        {"NETWORKS": lambda networks: dict.fromkeys(networks, wine), "LENGTHS": {"gpt-2x64": (2,)}, "LONG": 2},
+        reports("control", "embeddings.csv"),
+    ),
     "benchmarks/horizon.py": Case(
         "",
         {"NETWORKS": lambda networks: dict.fromkeys(networks, (wine, 2)), "STEPS": {2: (0.5, 1.0), 4: (1.0,)}}

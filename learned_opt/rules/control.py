@@ -137,7 +137,7 @@ def floors(groups: Sequence[Group], length: jax.Array) -> jax.Array:
     .. math:: \min\bigl(1, n^{-1/2} \max(1, T / 600)\bigr)
 
     with :math:`n` the fan-in, which of a table of embeddings is its rows. A row is looked up alone, so that its natural
-    size is 1; but in short runs tables that stay small end at lower losses (reports/control/tables.csv).
+    size is 1; but in short runs tables that stay small end at lower losses (reports/control/embeddings.csv).
 
     Args:
         groups: all tensors.

@@ -1,0 +1,94 @@
+"""What the steps of embeddings are relative to at least, in short and long runs: of the rule `control`.
+
+Character transformers (16 x 64 characters) under `flagship` with other floors to the size of their tables of tokens and
+of positions: the root of the fan-in, as other matrices have it, or one number; as it is; and Muon (warm-up, cosine) at
+two rates. One seed. Writes the validation losses at the end, reports/control/embeddings.csv. Finished runs are kept
+with the benchmark's; the same command goes on.
+
+    learned-opt data fetch moby_dick && learned-opt data fetch kjv
+    python benchmarks/embeddings.py
+"""
+
+import argparse
+import functools
+from pathlib import Path
+from unittest import mock
+
+import jax.numpy as jnp
+import optax
+import tables
+from sizes import final
+
+import learned_opt
+from learned_opt.rules import control
+from meta_train.bench.workloads.baselines import baselines
+from meta_train.bench.workloads.optimizers import Optimizer
+from meta_train.bench.workloads.training import program
+from tasks.base import Workload
+from tasks.workloads.language import gpt, llama
+
+NETWORKS = {
+    "gpt-2x64": functools.partial(gpt, "moby_dick", layers=2, width=64, length=64, batch_size=16),
+    "gpt-2x64-kjv": functools.partial(gpt, "kjv", layers=2, width=64, length=64, batch_size=16),
+    "llama-2x64": functools.partial(llama, "moby_dick", layers=2, width=64, length=64, batch_size=16),
+    "gpt-2x128": functools.partial(gpt, "moby_dick", layers=2, width=128, length=64, batch_size=16),
+}
+LENGTHS = {"gpt-2x64": (300, 1000, 3000)}  # of the others the last
+FLOORS, LONG = (0.25, 0.5, 1.0), 3000  # more floors on networks with several lengths
+RATES = (0.01, 0.02)
+
+
+def as_it_is() -> Optimizer:
+    """`flagship`."""
+    return Optimizer("flagship", lambda _, n: learned_opt.load("flagship", num_steps=n), {}, {}, "flagship", "learned")
+
+
+def with_floor(floor: float | None) -> Optimizer:
+    """`flagship` whose tables have one floor at every length, by default that of other matrices."""
+
+    def floors(groups, _):
+        with mock.patch.object(control, "_USUAL", jnp.inf):  # no run is longer
+            usual = own_floors(groups, jnp.ones(()))
+        of_tables = control.in_order([jnp.asarray(group.tables) for group in groups], groups)
+        return usual if floor is None else jnp.where(of_tables, floor, usual)
+
+    own_floors = control.floors
+
+    def make(_, num_steps):
+        tx = learned_opt.load("flagship", num_steps=num_steps)
+
+        def update_fn(*args, **kwargs):
+            with mock.patch.object(control, "floors", floors):
+                return tx.update(*args, **kwargs)
+
+        return optax.GradientTransformationExtraArgs(tx.init, update_fn)
+
+    return Optimizer(f"flagship, floor {floor}", make, {}, {}, "flagship", "learned")
+
+
+def contenders(network: str) -> dict[str, tuple[Optimizer, dict]]:
+    """By name: an optimizer and its settings."""
+    muon = next(optimizer for optimizer in baselines() if optimizer.name == "muon")
+    found: dict[str, tuple[Optimizer, dict]] = {"flagship": (as_it_is(), {})}
+    found |= {"floor of other matrices": (with_floor(None), {})}
+    found |= {f"floor {floor:g}": (with_floor(floor), {}) for floor in FLOORS if network in LENGTHS}
+    return found | {f"muon {rate:g}": (muon, {**muon.setting, "learning_rate": rate}) for rate in RATES}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("reports/control"))
+    out = parser.parse_args().out
+    rows: list[dict] = []
+    for network, make in NETWORKS.items():
+        for length in LENGTHS.get(network, (LONG,)):
+            workload = Workload(make, length, None, name=network)
+            for name, (optimizer, settings) in contenders(network).items():
+                loss = final(program(workload, optimizer), workload, settings)
+                rows.append({"network": network, "updates": length, "optimizer": name, "loss": f"{loss:.4f}"})
+                print(rows[-1], flush=True)
+                tables.write(out / "embeddings.csv", rows)
+
+
+if __name__ == "__main__":
+    main()
