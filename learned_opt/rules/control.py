@@ -97,10 +97,10 @@ def control(
             if not groups:
                 return [], shared
             dtype = common_dtype([group.param for group in groups])
-            total = 0 if num_steps is None else num_steps
+            total = jnp.asarray(0 if num_steps is None else num_steps)
             usual = ratio * for_length(total, count, dtype)
             own = settings(theta["control"], groups, count, num_steps, warmup, (usual, decay))
-            least = floors(groups, jnp.where(jnp.asarray(total) > 0, total, count + 1).astype(dtype))
+            least = floors(groups, jnp.where(total > 0, total.astype(dtype), (count + 1).astype(dtype)))
             results = each(functools.partial(step, theta["direction"]), groups, own, least)
             tensors = direction.settle(count, [tensor for _, tensor in results])
             return [(u, new) for (u, _), new in zip(results, tensors, strict=True)], shared
