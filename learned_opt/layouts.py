@@ -17,8 +17,7 @@ from optax.contrib import MuonDimensionNumbers
 Layout = Callable[[str, tuple[int, ...]], MuonDimensionNumbers]
 
 _HEADS = re.compile(r"(^|/)(query|key|value)/(kernel|bias)$")
-_EMBEDDING = re.compile(r"embed(ding|der)?s?(/[^/]*)?$")
-_TABLE = re.compile(r"((embed|position)[^/]*(/value)?|embed(ding|der)?s?/weight)$")
+_TABLE = re.compile(r"(?<![a-z])(embed(ding|der)?s?|positions?)(_?(table|matrix))?(/value|/weight)?$")
 
 
 def outputs_last(path: str, shape: tuple[int, ...]) -> MuonDimensionNumbers:
@@ -52,8 +51,8 @@ def outputs_last(path: str, shape: tuple[int, ...]) -> MuonDimensionNumbers:
 def outputs_first(path: str, shape: tuple[int, ...]) -> MuonDimensionNumbers:
     """Equinox's layout: weights are ``[outputs, inputs, *window]``, biases have no inputs.
 
-    A matrix whose own name or whose module's ends in "embed", "embedding" or "embedder" is ``[tokens, width]``, as in
-    the other libraries. A linear layer of such a name wants a function of your own.
+    Tables of embeddings (:func:`is_table`) are ``[tokens, width]``, as in the other libraries. A linear layer of such a
+    name wants a function of your own.
 
     Args:
         path: as for :func:`outputs_last`, as the next one.
@@ -67,7 +66,7 @@ def outputs_first(path: str, shape: tuple[int, ...]) -> MuonDimensionNumbers:
         MuonDimensionNumbers(reduction_axis=(1,), output_axis=(0,))
     """
     axes = tuple(range(len(shape)))
-    if len(shape) == 2 and _EMBEDDING.search(path.lower()):
+    if len(shape) == 2 and is_table(path, shape):
         return MuonDimensionNumbers((0,), (1,))
     if path.rpartition("/")[2].startswith("bias"):  # of a convolution: [outputs, 1, 1]
         return MuonDimensionNumbers((), axes)
@@ -142,14 +141,15 @@ def view_of(layout: Layout, path: tuple, leaf: Any) -> View:
 
 
 def is_table(path: str, shape: tuple[int, ...]) -> bool:
-    """Whether a parameter is a matrix whose rows are looked up, of tokens or of positions.
+    """Whether a parameter is by its name a table of embeddings, of tokens or of positions.
 
-    It is one if its own name has ``embed`` or ``position`` in it, as in Haiku's and Flax's layers, or if it is the
-    ``weight`` of a module whose name ends in ``embed``, ``embedding`` or ``embedder``, as in Equinox's.
+    The name ends in one of the words embed, embedding, embedder, position, their plurals, or one of these and table or
+    matrix: the parameter's own, or that of the module whose ``weight`` it is, as in Equinox. There a linear layer of
+    such a name is taken for a table too.
 
     Args:
         path: the parameter's names, joined by ``/``.
-        shape: its shape, or that of one layer of a stack.
+        shape: its shape, or that of one layer of a stack: two axes, after any of length 1.
 
     Returns:
         The answer.
@@ -158,7 +158,9 @@ def is_table(path: str, shape: tuple[int, ...]) -> bool:
         >>> is_table("encoder/token_embed/embedding", (512, 64)), is_table("patch_embed/kernel", (48, 64))
         (True, False)
     """
-    return len(shape) == 2 and _TABLE.search(path.lower()) is not None
+    longer = [size != 1 for size in shape]
+    matrix = len(shape) >= 2 and not any(longer[:-2])
+    return matrix and _TABLE.search(path.lower()) is not None
 
 
 def seen(x: jax.Array, view: View) -> jax.Array:

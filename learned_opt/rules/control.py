@@ -35,17 +35,17 @@ def control(
     moves by
 
     .. math:: \kappa_1\, \rho\, (600 / T)^{1/3}\, s\,
-        \bigl(\max(\mathrm{rms}(x), n^{-1/2})\, u' - \kappa_2\, \delta\, [u' x < 0]\, x\bigr)
+        \bigl(\max(\mathrm{rms}(x), f)\, u' - \kappa_2\, \delta\, [u' x < 0]\, x\bigr)
 
     with :math:`\rho` the share of its size that it moves by in one update of a run of 600 (``ratio``), :math:`T` the
-    updates of this run, :math:`n` its fan-in, the root of which sets a floor to the size (of embeddings it is higher in
-    longer runs, :func:`floors`), and :math:`\delta` the cautious ``decay``, which only pulls where the step pulls too.
-    :math:`u'` is :math:`u` without a share of what lengthens the weights (:func:`braked`): with steps relative to the
-    weights these would grow exponentially. A vector's size counts as .05, whatever it holds; it has neither decay nor
-    brake. :math:`s` is :func:`~learned_opt.rules.relative.schedule`: it rises over the share ``warmup`` of the run and
-    then falls to 0.
-    Where ``num_steps`` is not told it rises over 20 updates and stays, and in place of the root of the length there is
-    :math:`\min(1, 200 / t)`, with :math:`t` the number of the update.
+    updates of this run, :math:`f` a floor to the size, :math:`n^{-1/2}` with :math:`n` the fan-in, but of
+    embeddings higher in longer runs (:func:`floors`), and :math:`\delta` the cautious ``decay``, which only pulls
+    where the step pulls too. :math:`u'` is :math:`u` without a share of what lengthens the weights
+    (:func:`braked`): with steps relative to the weights these would grow exponentially. A vector's size counts as
+    .05, whatever it holds; it has neither decay nor brake. :math:`s` is
+    :func:`~learned_opt.rules.relative.schedule`: it rises over the share ``warmup`` of the run and then falls to 0.
+    Where ``num_steps`` is not told it rises over 20 updates and stays, and in place of the cube root of the length
+    there is :math:`\min(1, 200 / t)`, with :math:`t` the number of the update.
 
     The factors :math:`\kappa = 4^{\tanh(\cdot)}` are a network's with one hidden layer, whose last layer starts at
     zero: fresh meta-parameters are the hand-set values, and no training takes a tensor further than four times from
@@ -100,7 +100,7 @@ def control(
             total = jnp.asarray(0 if num_steps is None else num_steps)
             usual = ratio * for_length(total, count, dtype)
             own = settings(theta["control"], groups, count, num_steps, warmup, (usual, decay))
-            least = floors(groups, jnp.where(total > 0, total.astype(dtype), (count + 1).astype(dtype)))
+            least = floors(groups, total.astype(dtype))
             results = each(functools.partial(step, theta["direction"]), groups, own, least)
             tensors = direction.settle(count, [tensor for _, tensor in results])
             return [(u, new) for (u, _), new in zip(results, tensors, strict=True)], shared
@@ -136,15 +136,16 @@ def floors(groups: Sequence[Group], length: jax.Array) -> jax.Array:
 
     .. math:: \min\bigl(1, n^{-1/2} \max(1, T / 600)\bigr)
 
-    with :math:`n` the fan-in, which of a table of embeddings is its rows. A row is looked up alone, so that its natural
-    size is 1; but in short runs tables that stay small end at lower losses (reports/control/embeddings.csv).
+    with :math:`n` the fan-in, which of a table is its rows. A row is looked up by itself, so that its natural size is
+    1; but in short runs tables that stay small end at lower losses (reports/control/embeddings.csv). Tables that
+    start at a size of 1 move as they would without this, and tied ones are tables too.
 
     Args:
         groups: all tensors.
-        length: :math:`T`, or the updates done where it is unknown.
+        length: :math:`T`; 0 where it is unknown.
 
     Returns:
-        ``[tensors]``; nothing of a vector is meant.
+        ``[tensors]``; a vector's entry is not used.
     """
 
     def of(group):

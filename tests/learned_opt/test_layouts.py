@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from optax.contrib import MuonDimensionNumbers
 
 import learned_opt
-from learned_opt.layouts import fan_in, name_of, outputs_first, outputs_last, seen, stacked, unseen, view_of
+from learned_opt.layouts import fan_in, is_table, name_of, outputs_first, outputs_last, seen, stacked, unseen, view_of
 
 
 def shapes_seen(layout, params):
@@ -64,14 +64,29 @@ def test_tables_are_known_in_every_library():
         positions = hk.get_parameter("position_table", (9, 4), init=jnp.zeros)
         return hk.Linear(4, name="embed")(hk.Embed(7, 4)(codes) + positions[None])
 
-    equinox = {"token_embedding": eqx.nn.Embedding(7, 4, key=key), "patch_embed": eqx.nn.Conv2d(3, 4, 2, key=key)}
+    equinox = {"token_embedding": eqx.nn.Embedding(7, 4, key=key), "unembed": eqx.nn.Linear(4, 7, key=key)}
+    equinox |= {"patch_embed": eqx.nn.Conv2d(3, 4, 2, key=key)}
     assert tables_of(outputs_last, Linen().init(key, codes)["params"]) == {"Embed_0/embedding", "positions"}
     assert tables_of(outputs_last, hk.transform(haiku).init(key, codes)) == {"embed_1/embeddings", "~/position_table"}
     assert tables_of(outputs_first, eqx.filter(equinox, eqx.is_array)) == {"token_embedding/weight"}
-    nnx_s = nnx.state({"embed": nnx.Embed(7, 4, rngs=nnx.Rngs(0))}, nnx.Param)
+    rngs = nnx.Rngs(0)
+    layers = {"tokens": nnx.Embed(7, 4, rngs=rngs), "embed": nnx.Linear(4, 4, rngs=rngs)}
     scanned = {"embed": {"embedding": jnp.zeros((3, 7, 4))}}
-    assert tables_of(outputs_last, nnx_s) == {"embed/embedding/value"}
+    assert tables_of(outputs_last, nnx.state(layers, nnx.Param)) == {"tokens/embedding/value"}
     assert tables_of(stacked(lambda path: True), scanned) == {"embed/embedding"}
+
+
+@pytest.mark.parametrize("name", ["pos_embed", "a/embeddings", "position_table", "embedding_matrix", "wte/embedding"])
+def test_names_of_tables(name):
+    assert is_table(name, (7, 4))
+    assert is_table(name, (1, 7, 4))
+    assert not is_table(name, (7, 1, 4))
+    assert not is_table(name, (4,))
+
+
+@pytest.mark.parametrize("name", ["unembed", "W_unembed", "embed_proj", "embedding_lora_a", "decomposition", "embed/w"])
+def test_names_that_only_look_like_a_table_s(name):
+    assert not is_table(name, (7, 4))
 
 
 def test_equinox_s_layers_have_their_outputs_last():

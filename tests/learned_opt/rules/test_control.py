@@ -7,9 +7,8 @@ import optax
 import pytest
 
 from learned_opt.rules import celo2_soap
-from learned_opt.rules.control import braked, control, floors, for_length
+from learned_opt.rules.control import braked, control, for_length
 from learned_opt.rules.relative import schedule
-from learned_opt.tensors import Group
 
 PARAMS = {"w": jnp.linspace(-1.0, 2.0, 12).reshape(4, 3), "b": jnp.array([0.5, -2.0, 0.0])}
 GRADIENTS = jax.tree.map(lambda p: jnp.cos(3 * p), PARAMS)
@@ -57,21 +56,34 @@ def test_small_weights_move_by_the_floor():
     np.testing.assert_allclose(jnp.sqrt(jnp.mean(updates["w"] ** 2)), 0.04 / 20 * 0.5, rtol=1e-5)
 
 
+TABLE = jnp.cos(jnp.arange(48.0)).reshape(16, 3)  # a matrix of its shape has a floor of a quarter
+
+
+def at_update(number, total, size, gradient):
+    """The sizes of one update of a table and of a matrix, which are the same but for their names."""
+    params = {"embed": size * TABLE, "w": size * TABLE}
+    tx = control(decay=0.0).build(THETA, num_steps=total)
+    updates, _ = tx.update(
+        dict.fromkeys(params, gradient), tx.init(params)._replace(step=jnp.int32(number - 1)), params
+    )
+    return updates["embed"], updates["w"]
+
+
 @pytest.mark.parametrize(("total", "floor"), [(600, 0.25), (1800, 0.75), (9000, 1.0), (None, 0.25)])
 def test_embeddings_have_a_higher_floor_in_longer_runs(total, floor):
-    """A table of 16 rows, beside a matrix of that shape: at 600 updates both have the root of the fan-in."""
-    params = {"embed": 1e-3 * jnp.cos(jnp.arange(48.0)).reshape(16, 3)}
-    params = params | {"w": params["embed"]}
-    gradients = jax.tree.map(lambda p: 1e3 * p, params)
-    (updates,) = updates_of(control(decay=0.0), THETA, gradients, params, steps=1, num_steps=total)
-    found = jnp.sqrt(jnp.mean(updates["embed"] ** 2) / jnp.mean(updates["w"] ** 2))
-    np.testing.assert_allclose(found, floor / 0.25, rtol=1e-5)
+    """And where the length is not told the floor of other matrices, late too."""
+    for total_too in (total, None if total is None else jnp.int32(total)):
+        table, matrix = at_update(400, total_too, 1e-3, TABLE)
+        np.testing.assert_allclose(jnp.linalg.norm(table) / jnp.linalg.norm(matrix), floor / 0.25, rtol=1e-5)
 
 
-def test_the_floor_of_embeddings_grows_where_the_length_is_not_told():
-    groups = [Group((), jnp.zeros((2, 16, 3)), (), (), np.arange(2), np.array([True, False]))]
-    for done, floor in ((599, 0.25), (1199, 0.5), (10**6, 1.0)):
-        np.testing.assert_allclose(floors(groups, jnp.asarray(done + 1.0)), [floor, 0.25], rtol=1e-6)
+def test_the_brake_on_embeddings_starts_at_their_own_floor():
+    """Both are a half in size: the matrix, of twice its floor, is braked, and the table, of its floor, is not."""
+    size = 0.5 / jnp.sqrt(jnp.mean(TABLE**2))
+    table, matrix = at_update(400, 1200, size, -TABLE)
+    along = [float(jnp.sum(u * TABLE) / jnp.linalg.norm(TABLE)) for u in (table, matrix)]
+    assert along[0] > 0
+    np.testing.assert_allclose(along[1], along[0] * (1 - 1 / 7), rtol=1e-4)
 
 
 @pytest.mark.parametrize(("times", "share"), [(0.5, 0.0), (1.0, 0.0), (4.5, 0.5), (8.0, 1.0), (20.0, 1.0)])
