@@ -49,11 +49,12 @@ REPORTS = {
     "control": Report(
         "what parts of `flagship` are worth: the brake on growing weights in longer runs of two small networks that it "
         "was chosen on, SOAP's rotation on twelve networks (`rotation.csv`, put together by hand from two reports "
-        "and the second command's losses), meta-training its control layer (`checkpoints.csv`), and steps by the "
-        "length of a run (`horizon.csv`) and without it (`untold.csv`)",
+        "and the second command's losses), meta-training its control layer (`checkpoints.csv`), steps by the length "
+        "of a run (`horizon.csv`) and without it (`untold.csv`), and the floor of embeddings' size (`embeddings.csv`)",
         (
             *(f"learned-opt data fetch {name}" for name in ("moby_dick", "kjv", "cifar10")),
             "python benchmarks/horizon.py",
+            "python benchmarks/embeddings.py",
             "python benchmarks/control.py --steps 1600 --networks gpt-2x64 lstm-1x128 --settings 'as it is' 'no brake'",
             "python benchmarks/control.py --settings 'as it is' 'no rotation'",
             *(f"python scripts/pretrain.py flagship --seed {seed}" for seed in range(3)),
@@ -149,6 +150,7 @@ REPORTS = {
                 f"python benchmarks/self_tuning_{study}.py"
                 for study in ("ridge", "search", "peers", "drawn", "resnet", "cifar", "meta", "schedules", "cost")
             ),
+            "python benchmarks/self_tuning_resnet.py --budget 4",
             "python benchmarks/self_tuning_cifar.py --name cifar_2400 --steps 2400",
             "python benchmarks/self_tuning_language.py",
             "learned-opt tune cifar-cnn --out runs/cifar-cnn",
@@ -226,7 +228,8 @@ def index() -> str:
         "`flagship-2`. Before commit 10fb643 the steps of today's `flagship` did not depend on the length of the run. "
         "At 600 updates, the length in `workloads/test` and `workloads/tuned`, nothing changed; `workloads/small`, of "
         "500, `local_sgd`, of 256 to 768, and `rotation.csv` and `checkpoints.csv` of `control` are of the earlier "
-        "steps.",
+        "steps. Before commit 4462574 tables of embeddings had the floor of other matrices at every length: in runs "
+        "of more than 600 updates `horizon.csv` of `control` is of that form.",
         "",
         "| folder | is the evidence for | last change |",
         "|---|---|---|",
