@@ -18,7 +18,7 @@ from unittest import mock
 import jax.numpy as jnp
 import optax
 import tables
-from sizes import final
+from sizes import final, scaled
 
 import learned_opt
 from learned_opt.rules import control
@@ -28,10 +28,11 @@ from meta_train.bench.workloads.training import program
 from tasks.base import Workload
 from tasks.workloads.language import gpt, llama
 
+SIZES = {"layers": 2, "width": 64, "length": 64, "batch_size": 16}
 NETWORKS = {
-    "gpt-2x64": functools.partial(gpt, "moby_dick", layers=2, width=64, length=64, batch_size=16),
-    "gpt-2x64-kjv": functools.partial(gpt, "kjv", layers=2, width=64, length=64, batch_size=16),
-    "llama-2x64": functools.partial(llama, "moby_dick", layers=2, width=64, length=64, batch_size=16),
+    "gpt-2x64": functools.partial(gpt, "moby_dick", **SIZES),
+    "gpt-2x64-kjv": functools.partial(gpt, "kjv", **SIZES),
+    "llama-2x64": functools.partial(llama, "moby_dick", **SIZES),
 }
 LENGTHS = {"gpt-2x64": (300, 1000, 3000)}  # of the others the last
 SEVERAL = "flagship", "floor of other matrices"
@@ -39,17 +40,11 @@ FLOORS, LONG = (0.25, 0.5, 1.0), 3000  # more floors on networks with several le
 RATES, SEEDS = (0.01, 0.02), (0, 1, 2)
 
 
-def as_it_is() -> Optimizer:
-    """`flagship`."""
-    return Optimizer("flagship", lambda _, n: learned_opt.load("flagship", num_steps=n), {}, {}, "flagship", "learned")
-
-
 def with_floor(floor: float | None) -> Optimizer:
     """`flagship` whose tables have one floor at every length, by default that of other matrices."""
 
     def floors(groups, _):
-        with mock.patch.object(control, "_USUAL", jnp.inf):  # no run is longer
-            usual = own_floors(groups, jnp.ones(()))
+        usual = own_floors(groups, jnp.zeros(()))
         of_tables = control.in_order([jnp.asarray(group.tables) for group in groups], groups)
         return usual if floor is None else jnp.where(of_tables, floor, usual)
 
@@ -70,7 +65,8 @@ def with_floor(floor: float | None) -> Optimizer:
 def contenders(network: str) -> dict[str, tuple[Optimizer, dict]]:
     """By name: an optimizer and its settings."""
     muon = next(optimizer for optimizer in baselines() if optimizer.name == "muon")
-    found: dict[str, tuple[Optimizer, dict]] = {SEVERAL[0]: (as_it_is(), {}), SEVERAL[1]: (with_floor(None), {})}
+    found: dict[str, tuple[Optimizer, dict]] = {}
+    found |= {SEVERAL[0]: (scaled(), scaled().setting), SEVERAL[1]: (with_floor(None), {})}
     found |= {f"floor {floor:g}": (with_floor(floor), {}) for floor in FLOORS if network in LENGTHS}
     return found | {f"muon {rate:g}": (muon, {**muon.setting, "learning_rate": rate}) for rate in RATES}
 

@@ -158,8 +158,7 @@ def is_table(path: str, shape: tuple[int, ...]) -> bool:
         >>> is_table("encoder/token_embed/embedding", (512, 64)), is_table("patch_embed/kernel", (48, 64))
         (True, False)
     """
-    longer = [size != 1 for size in shape]
-    matrix = len(shape) >= 2 and not any(longer[:-2])
+    matrix = len(shape) >= 2 and math.prod(shape[:-2]) == 1
     return matrix and _TABLE.search(path.lower()) is not None
 
 

@@ -97,9 +97,9 @@ def control(
             if not groups:
                 return [], shared
             dtype = common_dtype([group.param for group in groups])
-            total = jnp.asarray(0 if num_steps is None else num_steps)
+            total = jnp.asarray(0 if num_steps is None else num_steps)  # here: of the mesh that the update is under
             usual = ratio * for_length(total, count, dtype)
-            own = settings(theta["control"], groups, count, num_steps, warmup, (usual, decay))
+            own = settings(theta["control"], groups, count, total, warmup, (usual, decay))
             least = floors(groups, total.astype(dtype))
             results = each(functools.partial(step, theta["direction"]), groups, own, least)
             tensors = direction.settle(count, [tensor for _, tensor in results])

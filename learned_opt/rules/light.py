@@ -105,7 +105,8 @@ def light(
             del value
             if not groups:
                 return [], shared
-            own = settings(theta["control"], groups, count, num_steps, warmup, (ratio, decay, 1 - b1, 1 - b2))
+            total = jnp.asarray(0 if num_steps is None else num_steps)  # here: of the mesh that the update is under
+            own = settings(theta["control"], groups, count, total, warmup, (ratio, decay, 1 - b1, 1 - b2))
             own = own.at[:, 2:].min(1)  # a mean takes in no more than all of a gradient
             missing = in_order([group.tensors.missing.astype(own.dtype) for group in groups], groups)
             return each(step, groups, nadam(own, missing)), shared

@@ -62,7 +62,7 @@ def settings(
     theta: Theta,
     groups: Sequence[Group],
     count: jax.Array,
-    num_steps: int | jax.Array | None,
+    total: jax.Array,
     warmup: float,
     hand_set: Sequence[float | jax.Array],
 ) -> jax.Array:
@@ -74,14 +74,13 @@ def settings(
         theta: of :func:`factors_init`.
         groups: all tensors.
         count: updates done.
-        num_steps: of all, where it is known.
+        total: updates of the run; 0 stands for unknown.
         warmup: a share of these.
         hand_set: as many numbers as the network has outputs; the first is the step.
 
     Returns:
         ``[tensors, outputs]``.
     """
-    total = jnp.asarray(0 if num_steps is None else num_steps)  # here: of the mesh that the update is under
     dtype = common_dtype([group.param for group in groups])
     entries = sum(group.param.size for group in groups)
     rows = [np.tile(tensor_facts(group.param.shape[1:], entries), (len(group.param), 1)) for group in groups]
